@@ -1,0 +1,1 @@
+//! The Machines-API compatible REST API and the image registry

@@ -1,0 +1,1 @@
+//! ACME accounts, orders, challenges, renewal, and certificates by SNI

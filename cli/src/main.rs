@@ -1,0 +1,3 @@
+//! The one binary a person runs
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Ingress and gate: public requests to Machines

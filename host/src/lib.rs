@@ -1,0 +1,1 @@
+//! The agent that makes Machines real on one server

@@ -1,0 +1,3 @@
+//! A black-box client: load, wake latency, faults, comparisons
+
+fn main() {}

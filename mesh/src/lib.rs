@@ -1,0 +1,1 @@
+//! The WireGuard network between hosts and to laptops

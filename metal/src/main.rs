@@ -1,0 +1,3 @@
+//! A virtual bare-metal host with true KVM
+
+fn main() {}

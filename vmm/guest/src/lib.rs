@@ -1,0 +1,1 @@
+//! What a host and the init of its guest say to each other

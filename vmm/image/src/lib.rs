@@ -1,0 +1,1 @@
+//! An OCI image to one read-only EROFS disk

@@ -1,0 +1,3 @@
+//! The KVM monitor of one Tern Machine
+
+fn main() {}
