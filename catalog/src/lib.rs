@@ -1,1 +1,39 @@
-//! The shared nouns of Tern, the store they are kept in and the view they are read from
+//! The shared nouns of Tern, the store they are kept in and the view they are read from.
+//!
+//! Roles meet here and nowhere else. Each fact has one writer (see `ARCHITECTURE.md`); every other
+//! role learns of it through the [`View`], which a watch on the [`Store`] keeps current.
+
+mod address;
+mod catalog;
+mod certificate;
+mod duration;
+mod machine;
+mod machine_config;
+mod names;
+mod nouns;
+mod record;
+mod sqlite;
+mod store;
+mod view;
+
+pub use address::{HostId, INFRASTRUCTURE, MachineNumber, NetworkId, PrivateAddress, RESOLVER};
+pub use catalog::{Catalog, CatalogError};
+pub use certificate::{
+    AcmeAccount, AcmeChallenge, Certificate, CertificateState, ChallengeKind, SealedKey,
+};
+pub use duration::GoDuration;
+pub use machine::{Desired, DesiredState, Machine, MachineEvent, MachineState, MachineStatus};
+pub use machine_config::{
+    Autostop, Check, CheckKind, Concurrency, ConcurrencyKind, FileConfig, Guest, Handler,
+    HttpOptions, InitConfig, MachineConfig, Port, ResponseOptions, Restart, RestartPolicy, Service,
+    ServiceProtocol, StopConfig, TlsOptions,
+};
+pub use names::{AppName, Hostname, MachineId, NameError, OrgSlug, PeerName};
+pub use nouns::{App, Host, HostnameRoute, Network, Organization, Peer, Token};
+pub use record::Record;
+pub use sqlite::SqliteStore;
+pub use store::{
+    Change, Compare, Entry, LeaseId, Listing, Op, Revision, Store, StoreError, Transaction, Watch,
+    WatchBatch,
+};
+pub use view::{Snapshot, View};

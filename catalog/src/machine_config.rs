@@ -1,0 +1,418 @@
+//! What a Machine should run: the `config` object of the Machines API.
+//!
+//! The same JSON is the wire format and the stored format, so that a config given to the API comes
+//! back as it was. Keys that Tern does not act on yet are refused by the API, not kept silently.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::GoDuration;
+
+/// The configuration of one Machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// The image reference, for example `registry.internal/hello:deployment-01…` or `…@sha256:…`.
+    pub image: String,
+    /// Environment, over the image's own.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// Overrides of the image's entrypoint and command.
+    #[serde(default)]
+    pub init: InitConfig,
+    /// Size of the virtual machine.
+    #[serde(default)]
+    pub guest: Guest,
+    /// Labels; `fly_process_group` and others have meaning to clients.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
+    /// Ports served to the public through the edge.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<Service>,
+    /// Health checks by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub checks: BTreeMap<String, Check>,
+    /// What to do when the app exits.
+    #[serde(default)]
+    pub restart: Restart,
+    /// How to stop the app.
+    #[serde(default)]
+    pub stop_config: StopConfig,
+    /// Files written before the app starts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<FileConfig>,
+    /// Destroy the Machine when its app exits.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub auto_destroy: bool,
+}
+
+/// Overrides of the image's entrypoint and command; `exec` beats all.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InitConfig {
+    /// Replaces entrypoint and command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec: Option<Vec<String>>,
+    /// Replaces the image's entrypoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entrypoint: Option<Vec<String>>,
+    /// Replaces the image's command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmd: Option<Vec<String>>,
+    /// Give the app a terminal.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tty: bool,
+}
+
+/// Size of the virtual machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guest {
+    /// `shared` or `performance`.
+    #[serde(default = "Guest::default_kind")]
+    pub cpu_kind: String,
+    /// Virtual processors, 1 to 8.
+    #[serde(default = "Guest::default_cpus")]
+    pub cpus: u8,
+    /// Memory in MiB.
+    #[serde(default = "Guest::default_memory")]
+    pub memory_mb: u32,
+}
+
+/// A port of the Machine that the edge serves.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Service {
+    /// Transport.
+    #[serde(default)]
+    pub protocol: ServiceProtocol,
+    /// Port the app listens on.
+    pub internal_port: u16,
+    /// What the gate does with an idle Machine.
+    #[serde(default)]
+    pub autostop: Autostop,
+    /// Whether a request may start the Machine.
+    #[serde(default = "yes")]
+    pub autostart: bool,
+    /// Machines that autostop leaves running, in the primary region.
+    #[serde(default)]
+    pub min_machines_running: u32,
+    /// Public ports.
+    #[serde(default)]
+    pub ports: Vec<Port>,
+    /// Health checks of this service.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub checks: Vec<Check>,
+    /// Load limits.
+    #[serde(default)]
+    pub concurrency: Concurrency,
+}
+
+/// Transport of a service.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServiceProtocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// What the gate does with an idle Machine.
+///
+/// The API answers `false`, `true` and `"suspend"`; `"off"` and `"stop"` are accepted too.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Autostop {
+    /// Leave it running.
+    #[default]
+    Off,
+    /// Stop it: the next start is cold.
+    Stop,
+    /// Suspend it: memory is kept on disk.
+    Suspend,
+}
+
+/// A public port.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Port {
+    /// The port.
+    pub port: u16,
+    /// What the edge does with a connection; none is raw TCP.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub handlers: Vec<Handler>,
+    /// Redirect http to https.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force_https: bool,
+    /// TLS settings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_options: Option<TlsOptions>,
+    /// HTTP settings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http_options: Option<HttpOptions>,
+}
+
+/// What the edge does with a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Handler {
+    /// End TLS.
+    Tls,
+    /// Speak HTTP.
+    Http,
+}
+
+/// TLS settings of a public port.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsOptions {
+    /// Protocols offered by ALPN, `h2` and `http/1.1` by default.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alpn: Vec<String>,
+    /// TLS versions, `TLSv1.2` and `TLSv1.3` by default.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub versions: Vec<String>,
+}
+
+/// HTTP settings of a public port.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HttpOptions {
+    /// Speak HTTP/2 without TLS to the app.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub h2_backend: bool,
+    /// Seconds without a byte after which a connection is closed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_timeout: Option<u32>,
+    /// Changes to responses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response: Option<ResponseOptions>,
+}
+
+/// Changes to responses.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResponseOptions {
+    /// Add no headers of ours.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pristine: bool,
+    /// Headers to set, or with `false` to remove.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub headers: BTreeMap<String, serde_json::Value>,
+}
+
+/// Load limits of a service.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Concurrency {
+    /// What is counted.
+    #[serde(default, rename = "type")]
+    pub kind: ConcurrencyKind,
+    /// Load above which other Machines are preferred; 20 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub soft_limit: Option<u32>,
+    /// Load above which nothing is admitted; none when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hard_limit: Option<u32>,
+}
+
+/// What a concurrency limit counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConcurrencyKind {
+    /// Open connections.
+    #[default]
+    Connections,
+    /// Requests in flight.
+    Requests,
+}
+
+/// A health check.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Check {
+    /// What is checked.
+    #[serde(rename = "type")]
+    pub kind: CheckKind,
+    /// Port; the service's internal port when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// Time between two checks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval: Option<GoDuration>,
+    /// Time one check may take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<GoDuration>,
+    /// Time after a start in which failures do not count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grace_period: Option<GoDuration>,
+    /// HTTP method, `GET` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub method: Option<String>,
+    /// HTTP path, `/` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+}
+
+/// What a health check looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CheckKind {
+    /// A TCP connection opens.
+    Tcp,
+    /// An HTTP request is answered with 2xx.
+    Http,
+}
+
+/// What to do when the app exits.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Restart {
+    /// When to start it again.
+    #[serde(default)]
+    pub policy: RestartPolicy,
+    /// How often, for `on-failure`; 10 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_retries: Option<u32>,
+}
+
+/// When to start an app again that has exited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// Never.
+    #[serde(alias = "never")]
+    No,
+    /// Always.
+    Always,
+    /// When the exit code is not 0, or the monitor died.
+    #[default]
+    OnFailure,
+}
+
+/// How to stop the app.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StopConfig {
+    /// Signal name, `SIGINT` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<String>,
+    /// Time until it is killed, 5 s when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<GoDuration>,
+}
+
+/// A file written into the Machine before its app starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileConfig {
+    /// Absolute path in the Machine.
+    pub guest_path: String,
+    /// Content, base64.
+    pub raw_value: String,
+    /// Permission bits, 0644 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<u32>,
+}
+
+impl Guest {
+    fn default_kind() -> String {
+        "shared".to_owned()
+    }
+
+    fn default_cpus() -> u8 {
+        1
+    }
+
+    fn default_memory() -> u32 {
+        256
+    }
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        Self {
+            cpu_kind: Self::default_kind(),
+            cpus: Self::default_cpus(),
+            memory_mb: Self::default_memory(),
+        }
+    }
+}
+
+impl Concurrency {
+    /// The soft limit in force.
+    pub fn soft(&self) -> u32 {
+        self.soft_limit.unwrap_or(20)
+    }
+}
+
+impl Serialize for Autostop {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Off => serializer.serialize_bool(false),
+            Self::Stop => serializer.serialize_bool(true),
+            Self::Suspend => serializer.serialize_str("suspend"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Autostop {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Either {
+            Switch(bool),
+            Word(String),
+        }
+        match Either::deserialize(deserializer)? {
+            Either::Switch(false) => Ok(Self::Off),
+            Either::Switch(true) => Ok(Self::Stop),
+            Either::Word(word) => match word.as_str() {
+                "off" => Ok(Self::Off),
+                "stop" => Ok(Self::Stop),
+                "suspend" => Ok(Self::Suspend),
+                other => Err(serde::de::Error::custom(format!(
+                    "autostop is \"off\", \"stop\" or \"suspend\", not \"{other}\""
+                ))),
+            },
+        }
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_image_is_required() {
+        let config: MachineConfig = serde_json::from_str(r#"{"image":"x"}"#).unwrap();
+        assert_eq!((config.guest.cpus, config.guest.memory_mb), (1, 256));
+        assert_eq!(config.restart.policy, RestartPolicy::OnFailure);
+    }
+
+    #[test]
+    fn autostop_takes_both_spellings_and_answers_the_apis() {
+        let read = |s: &str| serde_json::from_str::<Autostop>(s).unwrap();
+        assert_eq!(read("\"stop\""), read("true"));
+        assert_eq!(read("\"off\""), read("false"));
+        assert_eq!(
+            serde_json::to_string(&Autostop::Suspend).unwrap(),
+            "\"suspend\""
+        );
+        assert_eq!(serde_json::to_string(&Autostop::Stop).unwrap(), "true");
+        assert!(serde_json::from_str::<Autostop>("\"nap\"").is_err());
+    }
+
+    #[test]
+    fn unknown_keys_are_named() {
+        let error =
+            serde_json::from_str::<MachineConfig>(r#"{"image":"x","imgae":1}"#).unwrap_err();
+        assert!(error.to_string().contains("imgae"), "{error}");
+    }
+}

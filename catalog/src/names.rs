@@ -1,0 +1,163 @@
+//! Names that people and protocols write, checked once, where they enter.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// Why a name was refused.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{what} \"{given}\" is not valid: {rule}")]
+pub struct NameError {
+    what: &'static str,
+    given: String,
+    rule: &'static str,
+}
+
+macro_rules! name {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $rule:literal, $check:expr) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = NameError;
+
+            fn from_str(given: &str) -> Result<Self, NameError> {
+                let check: fn(&str) -> bool = $check;
+                if check(given) {
+                    Ok(Self(given.to_owned()))
+                } else {
+                    // A hostile name may be long: the error repeats only its beginning.
+                    let given = given.chars().take(80).collect();
+                    Err(NameError { what: $what, given, rule: $rule })
+                }
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = NameError;
+
+            fn try_from(given: String) -> Result<Self, NameError> {
+                given.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> String {
+                name.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+    };
+}
+
+name!(
+    /// An app's name: one DNS label (RFC 1035 section 2.3.1), for it becomes `<app>.internal`.
+    AppName, "app name", "use 1 to 63 lowercase letters, digits and dashes, starting and ending with a letter or digit",
+    is_label
+);
+name!(
+    /// An organization's slug.
+    OrgSlug, "organization", "use 1 to 63 lowercase letters, digits and dashes, starting and ending with a letter or digit",
+    is_label
+);
+name!(
+    /// A WireGuard peer's name: one DNS label, for it becomes `<peer>._peer.internal`.
+    PeerName, "peer name", "use 1 to 63 lowercase letters, digits and dashes, starting and ending with a letter or digit",
+    is_label
+);
+name!(
+    /// A Machine's id: 14 lowercase hexadecimal digits.
+    MachineId, "machine id", "it is 14 hexadecimal digits",
+    |s| s.len() == 14 && s.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+);
+name!(
+    /// A public host name, lowercase, without a trailing dot (RFC 1123 section 2.1).
+    Hostname, "host name", "use lowercase DNS labels joined by dots, 253 characters at most",
+    |s| s.len() <= 253 && s.contains('.') && s.split('.').all(is_label)
+);
+
+impl MachineId {
+    /// A new random id.
+    pub fn random() -> Self {
+        let bits: u64 = rand::random::<u64>() >> 8;
+        Self(format!("{bits:014x}"))
+    }
+}
+
+fn is_label(s: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    (1..=63).contains(&s.len()) && s.bytes().all(inner) && !s.starts_with('-') && !s.ends_with('-')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn app_names_are_dns_labels() {
+        for good in ["a", "hello", "a-1", &"x".repeat(63)] {
+            assert!(good.parse::<AppName>().is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "-a",
+            "a-",
+            "A",
+            "a.b",
+            "a_b",
+            "ä",
+            "a/b",
+            &"x".repeat(64),
+        ] {
+            assert!(bad.parse::<AppName>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn machine_ids_are_fourteen_hex_digits() {
+        let id = MachineId::random();
+        assert_eq!(id.as_str().parse::<MachineId>().unwrap(), id);
+        assert!("../../etc/pass".parse::<MachineId>().is_err());
+    }
+
+    #[test]
+    fn the_error_names_the_rule_and_stays_short() {
+        let error = "X"
+            .repeat(10_000)
+            .parse::<AppName>()
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("lowercase letters") && error.len() < 300,
+            "{error}"
+        );
+    }
+}

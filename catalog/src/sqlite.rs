@@ -1,0 +1,4 @@
+//! The store of one host: SQLite in WAL mode.
+
+/// A store in one SQLite file.
+pub struct SqliteStore {}

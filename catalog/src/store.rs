@@ -1,0 +1,174 @@
+//! The contract of a store: small facts under text keys, with revisions.
+//!
+//! Every commit has a revision, one higher than the one before. A key remembers the revision that
+//! last wrote it; comparing that is the only concurrency control there is (optimistic, as in etcd).
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use tokio::sync::mpsc;
+
+/// A point in the store's history. 0 is before the first commit.
+pub type Revision = u64;
+
+/// A lease, see [`Store::grant`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LeaseId(pub i64);
+
+/// A key with its value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The key.
+    pub key: String,
+    /// The value.
+    pub value: Vec<u8>,
+    /// The revision that last wrote it.
+    pub revision: Revision,
+}
+
+/// All entries under a prefix at one revision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listing {
+    /// The entries, in key order.
+    pub entries: Vec<Entry>,
+    /// The store's revision they were read at; a watch from here misses nothing.
+    pub revision: Revision,
+}
+
+/// Comparisons, and what to do when all of them hold.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Transaction {
+    /// All must hold.
+    pub compares: Vec<Compare>,
+    /// Done together, or not at all. At least one; each key at most once.
+    pub ops: Vec<Op>,
+}
+
+/// Holds when `key` was last written at `revision`; `None`: when it does not exist.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Compare {
+    /// The key.
+    pub key: String,
+    /// The revision expected.
+    pub revision: Option<Revision>,
+}
+
+/// One write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Op {
+    /// Sets a value.
+    Put {
+        /// The key.
+        key: String,
+        /// The value.
+        value: Vec<u8>,
+        /// Deletes the key when this lease ends.
+        lease: Option<LeaseId>,
+    },
+    /// Removes a key; no error where there is none.
+    Delete {
+        /// The key.
+        key: String,
+    },
+}
+
+/// A change as a watch tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// A key has this value now.
+    Put(Entry),
+    /// A key is gone.
+    Delete {
+        /// The key.
+        key: String,
+    },
+}
+
+/// The changes of one commit, as far as they are under the watched prefix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WatchBatch {
+    /// The commit.
+    pub revision: Revision,
+    /// Its changes, in the order of its ops.
+    pub changes: Vec<Change>,
+}
+
+/// A running watch. Batches arrive in order and without gaps, until an error ends it.
+#[derive(Debug)]
+pub struct Watch {
+    pub(crate) batches: mpsc::Receiver<Result<WatchBatch, StoreError>>,
+}
+
+/// What a store can answer instead of doing it.
+#[derive(Debug, Clone, Error, PartialEq, Eq)]
+pub enum StoreError {
+    /// A comparison did not hold: read again and decide anew.
+    #[error("{key} was changed by somebody else")]
+    Conflict {
+        /// The first key that differed.
+        key: String,
+    },
+    /// The history after that revision is gone: list again and watch from there.
+    #[error("revision {wanted} is no longer kept, the oldest is {oldest}")]
+    Compacted {
+        /// What was asked for.
+        wanted: Revision,
+        /// The oldest revision a watch can start after.
+        oldest: Revision,
+    },
+    /// The lease has ended.
+    #[error("lease {} has ended", .0.0)]
+    LeaseGone(LeaseId),
+    /// The request itself is wrong.
+    #[error("{0}")]
+    Invalid(String),
+    /// The store cannot answer now.
+    #[error("the catalog's store does not answer: {0}")]
+    Unavailable(String),
+}
+
+/// A place where the catalog is kept.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// The entry at `key`.
+    async fn get(&self, key: &str) -> Result<Option<Entry>, StoreError>;
+
+    /// The entries whose keys start with `prefix`, at one revision. The empty prefix is all.
+    async fn list(&self, prefix: &str) -> Result<Listing, StoreError>;
+
+    /// Does a transaction and answers its revision. Once answered, it survives a crash.
+    async fn commit(&self, transaction: Transaction) -> Result<Revision, StoreError>;
+
+    /// The changes under `prefix` after revision `after`, those already past first.
+    async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, StoreError>;
+
+    /// Makes a lease that ends after `ttl` without a [`Store::keep_alive`]; its keys are deleted
+    /// then, by a commit that watches see.
+    async fn grant(&self, ttl: Duration) -> Result<LeaseId, StoreError>;
+
+    /// Starts the lease's time anew.
+    async fn keep_alive(&self, lease: LeaseId) -> Result<(), StoreError>;
+
+    /// Ends a lease now.
+    async fn revoke(&self, lease: LeaseId) -> Result<(), StoreError>;
+}
+
+impl Transaction {
+    /// A transaction without comparisons.
+    pub fn of(ops: Vec<Op>) -> Self {
+        Self {
+            compares: Vec::new(),
+            ops,
+        }
+    }
+}
+
+impl Watch {
+    /// The next batch; `None` when the store has closed.
+    pub async fn next(&mut self) -> Option<Result<WatchBatch, StoreError>> {
+        self.batches.recv().await
+    }
+}
