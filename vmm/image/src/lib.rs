@@ -1,1 +1,32 @@
-//! An OCI image to one read-only EROFS disk
+//! An OCI image to one read-only EROFS disk.
+//!
+//! A Machine's root file system is an image's layers, flattened into one disk per manifest digest.
+//! [`ImageStore::ensure`] takes an image from a [`Source`] (an OCI layout or a registry), reads its
+//! layers in order, each checked against its digest while it streams by, applies them to a tree in
+//! memory, and writes that tree as an EROFS file system.
+//!
+//! What the crate promises about images, whose authors it does not trust:
+//!
+//! - Nothing of an image is ever unpacked on the host's file system. Names, links and devices exist
+//!   only in memory and on the disk image; there is no path to escape through.
+//! - Memory, disk space and time are bounded by [`Limits`].
+//! - A wrong byte anywhere is an error, and an error leaves nothing behind.
+//! - The same image gives the same disk, byte for byte.
+
+mod config;
+mod convert;
+mod digest;
+mod error;
+mod limits;
+mod reference;
+mod resolve;
+mod source;
+mod store;
+
+pub use config::ImageConfig;
+pub use digest::Digest;
+pub use error::ImageError;
+pub use limits::Limits;
+pub use reference::Reference;
+pub use source::{Credentials, Progress, RegistryOptions, Source};
+pub use store::{Image, ImageStore};

@@ -1,0 +1,298 @@
+//! The directory where converted images are kept.
+//!
+//! An image is two files, named after its manifest's digest: `sha256-<hex>.erofs`, the disk, and
+//! `sha256-<hex>.json`, how to run it. Both are written under a temporary name, synced and renamed;
+//! the description goes last, so an image that has one is whole. Conversion is deterministic:
+//! whoever else writes the same image, in this process or another, writes the same bytes.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
+
+use crate::convert::{self, Observer};
+use crate::resolve::{self, Resolved};
+use crate::{Digest, ImageConfig, ImageError, Limits, Progress, Source};
+
+const TEMPORARY: &str = ".tmp-";
+/// A description holds an image's configuration, which [`Limits::document_bytes`] bounds at 4 MiB;
+/// JSON escapes may make it longer.
+const MAX_DESCRIPTION: u64 = 64 << 20;
+
+/// An image that is ready to be attached to a Machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// The digest of the image's manifest (for linux/amd64).
+    pub digest: Digest,
+    /// The read-only EROFS disk.
+    pub disk: PathBuf,
+    /// How to run it.
+    pub config: ImageConfig,
+    /// The size of the disk in bytes.
+    pub size: u64,
+}
+
+/// Converted images in one directory. Clones share it.
+#[derive(Debug, Clone)]
+pub struct ImageStore {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    dir: PathBuf,
+    limits: Limits,
+    /// One lock per digest that is being converted, so that one conversion serves all who ask.
+    turns: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
+}
+
+/// What `<digest>.json` holds.
+#[derive(Debug, Serialize, Deserialize)]
+struct Description {
+    digest: Digest,
+    size: u64,
+    config: ImageConfig,
+}
+
+impl ImageStore {
+    /// Opens the store in `dir`, makes the directory if need be, and removes what conversions that
+    /// did not end have left there.
+    pub fn open(dir: impl Into<PathBuf>, limits: Limits) -> Result<Self, ImageError> {
+        let dir = dir.into();
+        fs::create_dir_all(&dir).map_err(ImageError::io("create", &dir))?;
+        remove_leftovers(&dir).map_err(ImageError::io("tidy", &dir))?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                dir,
+                limits,
+                turns: Mutex::default(),
+            }),
+        })
+    }
+
+    /// The image of `source`: found here, or fetched and converted.
+    ///
+    /// `progress` is called from another thread, and only if there is something to convert that
+    /// nobody else is converting already. Dropping the future abandons the conversion.
+    pub async fn ensure(
+        &self,
+        source: &Source,
+        progress: impl Fn(Progress) + Send + Sync + 'static,
+    ) -> Result<Image, ImageError> {
+        if let Source::Registry { reference, .. } = source
+            && let Some(digest) = reference.digest()
+            && let Some(image) = self.get(&digest)?
+        {
+            return Ok(image);
+        }
+        let abandoned = SetOnDrop::default();
+        let observer = Observer::new(progress, Arc::clone(&abandoned.0));
+
+        let resolved = {
+            let (source, limits) = (source.clone(), self.inner.limits.clone());
+            blocking(move || resolve::resolve(&source, &limits)).await?
+        };
+        let turn = self.inner.turn(resolved.digest);
+        let _turn = turn.lock().await;
+        if let Some(image) = self.get(&resolved.digest)? {
+            return Ok(image);
+        }
+        let inner = Arc::clone(&self.inner);
+        blocking(move || inner.convert(&resolved, &observer)).await
+    }
+
+    /// The image whose manifest has this digest, if it has been converted.
+    pub fn get(&self, digest: &Digest) -> Result<Option<Image>, ImageError> {
+        self.inner.get(digest)
+    }
+
+    /// All converted images, in the order of their digests.
+    pub fn list(&self) -> Result<Vec<Image>, ImageError> {
+        let dir = &self.inner.dir;
+        let mut images = Vec::new();
+        for entry in fs::read_dir(dir).map_err(ImageError::io("read", dir))? {
+            let name = entry.map_err(ImageError::io("read", dir))?.file_name();
+            let digest = name
+                .to_str()
+                .and_then(|name| name.strip_prefix("sha256-")?.strip_suffix(".json"))
+                .and_then(|hex| format!("sha256:{hex}").parse().ok());
+            if let Some(digest) = digest {
+                images.extend(self.get(&digest)?);
+            }
+        }
+        images.sort_by_key(|image| image.digest);
+        Ok(images)
+    }
+}
+
+impl Inner {
+    fn disk(&self, digest: &Digest) -> PathBuf {
+        self.dir.join(format!("{}.erofs", digest.file_stem()))
+    }
+
+    fn description(&self, digest: &Digest) -> PathBuf {
+        self.dir.join(format!("{}.json", digest.file_stem()))
+    }
+
+    fn get(&self, digest: &Digest) -> Result<Option<Image>, ImageError> {
+        let path = self.description(digest);
+        let mut text = Vec::new();
+        match File::open(&path) {
+            Ok(file) => file
+                .take(MAX_DESCRIPTION)
+                .read_to_end(&mut text)
+                .map_err(ImageError::io("read", &path))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(ImageError::io("open", &path)(error)),
+        };
+        let disk = self.disk(digest);
+        let size = match fs::metadata(&disk) {
+            Ok(metadata) => metadata.len(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(ImageError::io("inspect", &disk)(error)),
+        };
+        match serde_json::from_slice::<Description>(&text) {
+            Ok(found) if found.digest == *digest && found.size == size => Ok(Some(Image {
+                digest: *digest,
+                disk,
+                config: found.config,
+                size,
+            })),
+            outcome => {
+                let error = outcome.err().map(tracing::field::display);
+                tracing::warn!(path = %path.display(), error, "image is damaged and will be converted again");
+                Ok(None)
+            }
+        }
+    }
+
+    fn turn(&self, digest: Digest) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        if let Some(turn) = turns.get(&digest).and_then(Weak::upgrade) {
+            return turn;
+        }
+        let turn = Arc::default();
+        turns.insert(digest, Arc::downgrade(&turn));
+        turn
+    }
+
+    fn convert(&self, resolved: &Resolved, observer: &Observer) -> Result<Image, ImageError> {
+        let started = std::time::Instant::now();
+        let mut temporary = self.temporary()?;
+        let config = convert::convert(
+            resolved,
+            &self.limits,
+            &self.dir,
+            temporary.as_file_mut(),
+            observer,
+        )?;
+        let digest = resolved.digest;
+        let disk = self.disk(&digest);
+        let size = self.publish(temporary, &disk)?;
+
+        let description = Description {
+            digest,
+            size,
+            config,
+        };
+        let mut temporary = self.temporary()?;
+        serde_json::to_writer_pretty(&mut temporary, &description)
+            .map_err(io::Error::from)
+            .and_then(|()| temporary.write_all(b"\n"))
+            .map_err(ImageError::io("write", temporary.path()))?;
+        self.publish(temporary, &self.description(&digest))?;
+        File::open(&self.dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(ImageError::io("sync", &self.dir))?;
+        tracing::info!(%digest, size, seconds = started.elapsed().as_secs_f64(), "image converted");
+        Ok(Image {
+            digest,
+            disk,
+            config: description.config,
+            size,
+        })
+    }
+
+    /// A new file that is ours while it is locked: see [`remove_leftovers`].
+    fn temporary(&self) -> Result<NamedTempFile, ImageError> {
+        let create = || -> io::Result<NamedTempFile> {
+            loop {
+                let file = tempfile::Builder::new()
+                    .prefix(TEMPORARY)
+                    .tempfile_in(&self.dir)?;
+                file.as_file().lock()?;
+                // Somebody who tidies may have found it before it was locked.
+                if file.as_file().metadata()?.nlink() > 0 {
+                    return Ok(file);
+                }
+            }
+        };
+        create().map_err(ImageError::io("create a file in", &self.dir))
+    }
+
+    fn publish(&self, file: NamedTempFile, path: &Path) -> Result<u64, ImageError> {
+        file.as_file()
+            .sync_all()
+            .map_err(ImageError::io("sync", path))?;
+        let file = file
+            .persist(path)
+            .map_err(|error| ImageError::io("rename to", path)(error.error))?;
+        Ok(file
+            .metadata()
+            .map_err(ImageError::io("inspect", path))?
+            .len())
+    }
+}
+
+/// Removes temporary files that no living process holds the lock of.
+fn remove_leftovers(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if !entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(TEMPORARY.as_bytes())
+        {
+            continue;
+        }
+        let removed = File::open(entry.path()).and_then(|file| match file.try_lock() {
+            Ok(()) => fs::remove_file(entry.path()),
+            Err(fs::TryLockError::WouldBlock) => Ok(()),
+            Err(fs::TryLockError::Error(error)) => Err(error),
+        });
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Tells the blocking thread that nobody waits for its result any more.
+#[derive(Default)]
+struct SetOnDrop(Arc<AtomicBool>);
+
+impl Drop for SetOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
+) -> Result<T, ImageError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(ImageError::Cancelled), // the runtime is shutting down
+        },
+    }
+}
