@@ -1,0 +1,33 @@
+# Everything a person can run here. Each target installs what it lacks and says so.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.PHONY: help demo test check bench build fmt clean
+
+help:          ## Show this list
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo:          ## From nothing to an HTTPS reply of a Machine that was asleep, with a timeline
+	@.ci/demo
+
+test:          ## All tests: units here, end-to-end in a host with true KVM
+	@.ci/test
+
+check:         ## Format, lints, documentation, dependencies
+	@.ci/setup build check
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --document-private-items
+	@.ci/deny
+
+bench:         ## Wake latency beside a warm request and a cold start: a table and a plot
+	@.ci/bench
+
+build:         ## The programs, the guest's kernel and initramfs, the examples' images
+	@.ci/setup build guest demo
+	@.ci/build
+
+fmt:           ## Format the source
+	cargo fmt --all
+
+clean:         ## Remove what was built here (caches outside the checkout stay)
+	cargo clean

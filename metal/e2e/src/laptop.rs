@@ -1,0 +1,102 @@
+//! A user's laptop: a network namespace behind a veth, with the kernel's WireGuard and `wg-quick`.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context as _, Result};
+
+use crate::process::{checked, output, run};
+
+/// A laptop; removed when dropped.
+#[derive(Debug)]
+pub struct Laptop {
+    name: String,
+    interface: String,
+    dir: PathBuf,
+    /// Its address on the link to the server.
+    pub address: String,
+    /// The server's address on that link.
+    pub server: String,
+}
+
+impl Laptop {
+    /// Makes the `n`-th laptop (0 to 250).
+    pub fn new(n: u8, dir: &Path) -> Result<Self> {
+        let (name, veth) = (format!("laptop{n}"), format!("lap{n}"));
+        let (server, address) = (
+            format!("198.51.100.{}", n * 4 + 1),
+            format!("198.51.100.{}", n * 4 + 2),
+        );
+        let dir = dir.join(&name);
+        std::fs::create_dir_all(&dir)?;
+        run("ip", ["netns", "add", &name])?;
+        run(
+            "ip",
+            [
+                "link", "add", &veth, "type", "veth", "peer", "name", "eth0", "netns", &name,
+            ],
+        )?;
+        run("ip", ["addr", "add", &format!("{server}/30"), "dev", &veth])?;
+        run("ip", ["link", "set", &veth, "up"])?;
+        run("ip", ["-n", &name, "link", "set", "lo", "up"])?;
+        run(
+            "ip",
+            [
+                "-n",
+                &name,
+                "addr",
+                "add",
+                &format!("{address}/30"),
+                "dev",
+                "eth0",
+            ],
+        )?;
+        run("ip", ["-n", &name, "link", "set", "eth0", "up"])?;
+        // `ip netns exec` shows a namespace its own files under /etc/netns.
+        let etc = Path::new("/etc/netns").join(&name);
+        std::fs::create_dir_all(&etc)?;
+        std::fs::write(etc.join("resolv.conf"), "")?;
+        Ok(Self {
+            interface: format!("wgt{n}"),
+            name,
+            dir,
+            address,
+            server,
+        })
+    }
+
+    /// Brings WireGuard up from a configuration as `tern wireguard create` prints it, unchanged but for
+    /// the `DNS` line, which is put into the laptop's resolv.conf as `resolvconf` would.
+    pub fn join(&self, config: &str) -> Result<()> {
+        let path = self.dir.join(format!("{}.conf", self.interface));
+        std::fs::write(&path, config)?;
+        let path = path.to_str().context("a path that is not UTF-8")?;
+        checked(&mut self.command("wg-quick", &["up", path])).map(drop)
+    }
+
+    /// A command to run on the laptop.
+    pub fn command(&self, program: &str, args: &[&str]) -> Command {
+        let mut command = Command::new("ip");
+        command
+            .args(["netns", "exec", &self.name, program])
+            .args(args);
+        command
+    }
+
+    /// Runs a command on the laptop; its failure is an error.
+    pub fn run(&self, program: &str, args: &[&str]) -> Result<String> {
+        checked(&mut self.command(program, args))
+    }
+
+    /// Runs a command on the laptop, whatever its end.
+    pub fn output(&self, program: &str, args: &[&str]) -> Result<Output> {
+        output(&mut self.command(program, args))
+    }
+}
+
+impl Drop for Laptop {
+    fn drop(&mut self) {
+        let _ = run("ip", ["netns", "del", &self.name]);
+        let _ = std::fs::remove_dir_all(Path::new("/etc/netns").join(&self.name));
+    }
+}

@@ -1,0 +1,167 @@
+//! A Machine's life as its owner sees it: cold start, sleep, wake, memory and disk.
+#![allow(missing_docs)]
+
+use anyhow::Result;
+use tern_e2e::World;
+
+#[test]
+fn a_cold_start_ends_in_an_https_reply() -> Result<()> {
+    let world = World::new("cold-start")?;
+    let app = world.launch("hello", "personal")?;
+    app.wait_for_https()?;
+    assert_eq!(app.state()?, "started");
+    app.machine("stop")?;
+    assert_eq!(app.state()?, "stopped");
+    let reply = app.get("/")?;
+    assert_eq!(reply.status, 200);
+    assert!(reply.body.contains(&app.machine), "{reply:?}");
+    assert_eq!(reply.version, "2");
+    assert!(reply.headers.contains_key("fly-request-id"), "{reply:?}");
+    assert_eq!(app.curl("/", &["--http1.1"])?.version, "1.1");
+    Ok(())
+}
+
+#[test]
+fn memory_survives_suspend() -> Result<()> {
+    let world = World::new("memory")?;
+    let app = world.launch("hello", "personal")?;
+    app.wait_for_https()?;
+    let count =
+        || -> Result<u64> { Ok(app.get("/counter")?.json()?["count"].as_u64().unwrap_or(0)) };
+    let first = count()?;
+    for round in 1..=5 {
+        app.machine("suspend")?;
+        assert_eq!(app.state()?, "suspended");
+        // Only RAM holds the counter: a restart of any kind would begin again.
+        assert_eq!(count()?, first + round);
+    }
+    assert_eq!(
+        app.events("launch")?.len() + app.events("restart")?.len(),
+        1
+    );
+    Ok(())
+}
+
+#[test]
+fn the_clock_is_right_and_randomness_new_after_a_wake() -> Result<()> {
+    let world = World::new("clock")?;
+    let app = world.launch("hello", "personal")?;
+    app.wait_for_https()?;
+    let before = app.body("/random")?;
+    app.machine("suspend")?;
+    let asleep = std::time::Instant::now();
+    // Long enough for a clock that stood still to be told from one that is only late.
+    while asleep.elapsed().as_secs() < 5 {
+        std::thread::park_timeout(std::time::Duration::from_secs(5));
+    }
+    app.body("/")?;
+    let guest: i128 = app.body("/time")?.trim().parse()?;
+    let host = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)?
+        .as_nanos() as i128;
+    // The request itself takes time in an emulated host; a clock that stood still is off by 5 s.
+    assert!(
+        (host - guest).abs() < 2_000_000_000,
+        "the guest's clock is {} ms off",
+        (host - guest) / 1_000_000
+    );
+    assert_ne!(app.body("/random")?, before);
+    Ok(())
+}
+
+#[test]
+fn disk_writes_survive_suspend_and_a_restart_of_serve() -> Result<()> {
+    let mut world = World::new("disk")?;
+    {
+        let app = world.launch("hello", "personal")?;
+        app.wait_for_https()?;
+        app.body("/write?k=kept")?;
+        app.machine("suspend")?;
+    }
+    world.server.stop()?;
+    world.server.up()?;
+    let machines = world
+        .server
+        .tern_json(&["machine", "list", "--app", "hello"])?;
+    assert_eq!(machines[0]["state"], "suspended");
+    let root = world.pebble.issued_root.clone();
+    let reply = tern_e2e::Reply::of(
+        std::process::Command::new("curl")
+            .arg("--cacert")
+            .arg(root)
+            .arg("https://hello.tern.test/read?k=kept"),
+    )?;
+    assert_eq!(reply.status, 200, "{reply:?}");
+    Ok(())
+}
+
+#[test]
+fn an_idle_machine_is_suspended_and_wakes() -> Result<()> {
+    let month = std::time::Duration::from_secs(30 * 24 * 3600);
+    let world = World::with("idle", month, &["--autostop-after", "3s"])?;
+    let app = world.launch("hello", "personal")?;
+    app.wait_for_https()?;
+    app.wait_for_state("suspended")?;
+    assert_eq!(app.events("suspend")?.last().unwrap()["source"], "proxy");
+    assert_eq!(app.get("/")?.status, 200);
+    Ok(())
+}
+
+#[test]
+fn exec_and_logs_reach_the_app() -> Result<()> {
+    let world = World::new("exec")?;
+    let app = world.launch("hello", "personal")?;
+    app.wait_for_https()?;
+    let logs = world.server.tern(&["logs", "--app", "hello"])?;
+    assert!(logs.contains("8080"), "{logs}");
+    // The image holds one program: what it does not have is told as such.
+    let none = world.server.tern_output(&[
+        "machine",
+        "exec",
+        &app.machine,
+        "--app",
+        "hello",
+        "--",
+        "/nothing",
+    ])?;
+    assert_ne!(none.status.code(), Some(0));
+    let version = world.server.tern(&[
+        "machine",
+        "exec",
+        &app.machine,
+        "--app",
+        "hello",
+        "--",
+        "/hello",
+        "--version",
+    ])?;
+    assert!(version.contains("hello"), "{version}");
+    Ok(())
+}
+
+#[test]
+fn destroy_leaves_nothing_behind() -> Result<()> {
+    let world = World::new("destroy")?;
+    let app = world.launch("hello", "personal")?;
+    app.wait_for_https()?;
+    let dir = world.server.data.join("machines").join(&app.machine);
+    let monitor = app.monitor()?;
+    assert!(dir.exists());
+    world.server.tern(&[
+        "machine",
+        "destroy",
+        &app.machine,
+        "--app",
+        "hello",
+        "--force",
+    ])?;
+    tern_e2e::process::wait_for("everything is gone", tern_e2e::world::PATIENCE, || {
+        let taps = tern_e2e::process::run("ip", ["-o", "link", "show", "type", "tun"])?;
+        let rules = tern_e2e::process::run("nft", ["list", "table", "inet", "tern"])?;
+        let gone = !dir.exists()
+            && nix::sys::signal::kill(monitor, None).is_err()
+            && !taps.contains(": tn0")
+            && !rules.contains("\"tn0\"");
+        Ok(gone.then_some(()))
+    })
+}

@@ -1,0 +1,48 @@
+//! Many requests to one sleeping Machine.
+#![allow(missing_docs)]
+
+use anyhow::Result;
+use serde_json::Value;
+use tern_e2e::World;
+use tern_e2e::process::output;
+
+const ROUNDS: usize = 20;
+
+#[test]
+fn two_hundred_requests_at_once_wake_it_once_and_all_are_answered() -> Result<()> {
+    let world = World::new("storm")?;
+    let app = world.launch("hello", "personal")?;
+    app.wait_for_https()?;
+    let mut resumes = app.events("start")?.len();
+    for round in 1..=ROUNDS {
+        app.machine("suspend")?;
+        let report = world.dir().join(format!("round-{round}"));
+        let storm = output(
+            world
+                .program("tern-loadtest")
+                .args(["storm", "--simultaneous", "200", "--rounds", "1", "--url"])
+                .arg(format!("https://{}/", app.hostname))
+                .arg("--resolve")
+                .arg(format!("{}:443:127.0.0.1", app.hostname))
+                .arg("--cacert")
+                .arg(&world.pebble.issued_root)
+                .arg("--output")
+                .arg(&report),
+        )?;
+        assert!(
+            storm.status.success(),
+            "round {round}: {}{}",
+            String::from_utf8_lossy(&storm.stdout),
+            String::from_utf8_lossy(&storm.stderr)
+        );
+        let starts: Vec<Value> = app.events("start")?;
+        // Events are bounded: count by what is new since the last round.
+        let new = starts.len().saturating_sub(resumes);
+        assert!(
+            new == 1 || starts.len() == resumes,
+            "round {round}: {new} starts\n{starts:#?}"
+        );
+        resumes = starts.len();
+    }
+    Ok(())
+}
