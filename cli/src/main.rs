@@ -1,3 +1,31 @@
-//! The one binary a person runs
+//! `tern`: the one binary a person runs.
+//!
+//! User commands speak to the API; `tern serve` puts the roles of a server together.
 
-fn main() {}
+mod appconfig;
+mod args;
+mod client;
+mod commands;
+mod image;
+mod output;
+mod serve;
+mod settings;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    let args = args::Args::parse();
+    let outcome = match args.command {
+        args::Command::Serve(serve) => serve::run(*serve),
+        command => commands::run(command, &args.global),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("Error: {}", output::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}

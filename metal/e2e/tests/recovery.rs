@@ -97,20 +97,41 @@ fn a_damaged_snapshot_is_refused_and_the_machine_starts_cold() -> Result<()> {
         file.read_exact_at(&mut byte, middle)?;
         file.write_all_at(&[byte[0] ^ 0x40], middle)
     };
-    let damages: [(&str, &dyn Fn(&std::fs::File) -> std::io::Result<()>); 3] =
-        [("state", &truncate), ("state", &flip), ("memory", &truncate)];
+    let damages: [(&str, &dyn Fn(&std::fs::File) -> std::io::Result<()>); 3] = [
+        ("state", &truncate),
+        ("state", &flip),
+        ("memory", &truncate),
+    ];
     for (name, damage) in damages {
         app.machine("suspend")?;
-        let path = world.server.data.join("machines").join(&app.machine).join("snapshot").join(name);
-        damage(&std::fs::File::options().read(true).write(true).open(&path)?)?;
+        let path = world
+            .server
+            .data
+            .join("machines")
+            .join(&app.machine)
+            .join("snapshot")
+            .join(name);
+        damage(
+            &std::fs::File::options()
+                .read(true)
+                .write(true)
+                .open(&path)?,
+        )?;
         let cold_before = told(&app)?;
         assert_eq!(app.get("/")?.status, 200);
-        assert!(told(&app)? > cold_before, "no event tells of the cold start: {:#}", app.status()?);
+        assert!(
+            told(&app)? > cold_before,
+            "no event tells of the cold start: {:#}",
+            app.status()?
+        );
     }
     Ok(())
 }
 
 /// How often events speak of a snapshot that could not be used.
 fn told(app: &App<'_>) -> Result<usize> {
-    Ok(app.status()?["events"].to_string().matches("snapshot").count())
+    Ok(app.status()?["events"]
+        .to_string()
+        .matches("snapshot")
+        .count())
 }

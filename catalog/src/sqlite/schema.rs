@@ -1,0 +1,142 @@
+//! The file: its tables, its version, its lock, and the bounds of what goes in.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::path::Path;
+
+use rusqlite::{Connection, params};
+
+use crate::store::{Op, Revision, StoreError, Transaction};
+
+/// Revisions kept for watches that start in the past: a follower that was away for minutes goes on, one
+/// that was away for longer lists anew.
+pub(super) const HISTORY: Revision = 10_000;
+
+/// The layout of the tables; raised with each change of it.
+const VERSION: i64 = 1;
+/// Longest key. Keys are made of names of at most 253 bytes.
+const MAX_KEY_BYTES: usize = 1024;
+/// Longest value. Facts are small; the largest is a Machine's configuration with files.
+const MAX_VALUE_BYTES: usize = 1 << 20;
+/// Most operations of one transaction.
+const MAX_OPS: usize = 512;
+/// Longest a connection waits for the other's lock.
+const BUSY: std::time::Duration = std::time::Duration::from_secs(10);
+
+const TABLES: &str = "
+    CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS entries (
+        key TEXT PRIMARY KEY, value BLOB NOT NULL, revision INTEGER NOT NULL, lease INTEGER
+    ) WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS entries_by_lease ON entries (lease) WHERE lease IS NOT NULL;
+    CREATE TABLE IF NOT EXISTS log (
+        revision INTEGER NOT NULL, position INTEGER NOT NULL, key TEXT NOT NULL, value BLOB,
+        PRIMARY KEY (revision, position)
+    ) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS leases (id INTEGER PRIMARY KEY, ttl_ms INTEGER NOT NULL);
+    INSERT OR IGNORE INTO meta VALUES ('revision', 0), ('oldest', 0), ('version', 1);
+";
+
+/// Keeps a second process out for as long as it lives: two writers with caches of their own would each
+/// feed only their own watches.
+pub(super) fn lock(path: &Path) -> Result<File, StoreError> {
+    let path = path.with_extension("lock");
+    let failed = |e: &dyn std::fmt::Display| {
+        StoreError::Unavailable(format!("{} cannot be locked: {e}", path.display()))
+    };
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|e| failed(&e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(failed(
+            &"another process has this catalog open; is `tern serve` running already?",
+        )),
+        Err(std::fs::TryLockError::Error(e)) => Err(failed(&e)),
+    }
+}
+
+/// A connection with our settings.
+pub(super) fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    // A commit is on disk before it is answered.
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    Ok(connection)
+}
+
+/// Makes the tables, or checks that they are of this version.
+pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<(), StoreError> {
+    let wrong = |e: &dyn std::fmt::Display| {
+        StoreError::Unavailable(format!(
+            "{} is not a catalog that this version reads: {e}",
+            path.display()
+        ))
+    };
+    connection.execute_batch(TABLES).map_err(|e| wrong(&e))?;
+    let version = meta(connection, "version").map_err(|e| wrong(&e))?;
+    if version != VERSION {
+        return Err(wrong(&format!(
+            "it has layout {version}, this is {VERSION}"
+        )));
+    }
+    Ok(())
+}
+
+/// The revision of the last commit.
+pub(super) fn revision(connection: &Connection) -> rusqlite::Result<Revision> {
+    meta(connection, "revision").map(i64::cast_unsigned)
+}
+
+/// The oldest revision that a watch can start after.
+pub(super) fn oldest(connection: &Connection) -> rusqlite::Result<Revision> {
+    meta(connection, "oldest").map(i64::cast_unsigned)
+}
+
+/// Sets one of the numbers above.
+pub(super) fn set_meta(
+    connection: &Connection,
+    name: &str,
+    value: Revision,
+) -> rusqlite::Result<()> {
+    let mut statement = connection.prepare_cached("UPDATE meta SET value = ?2 WHERE name = ?1")?;
+    statement
+        .execute(params![name, value.cast_signed()])
+        .map(drop)
+}
+
+fn meta(connection: &Connection, name: &str) -> rusqlite::Result<i64> {
+    let mut statement = connection.prepare_cached("SELECT value FROM meta WHERE name = ?1")?;
+    statement.query_row(params![name], |row| row.get(0))
+}
+
+/// Refuses what no noun of ours would ask for.
+pub(super) fn check(transaction: &Transaction) -> Result<(), StoreError> {
+    let invalid = |text: String| Err(StoreError::Invalid(text));
+    if transaction.ops.is_empty() || transaction.ops.len() > MAX_OPS {
+        return invalid(format!("a transaction has 1 to {MAX_OPS} operations"));
+    }
+    let mut seen = HashSet::new();
+    for op in &transaction.ops {
+        let (key, length) = match op {
+            Op::Put { key, value, .. } => (key, value.len()),
+            Op::Delete { key } => (key, 0),
+        };
+        if key.is_empty() || key.len() > MAX_KEY_BYTES || key.contains('\0') {
+            return invalid(format!("a key has 1 to {MAX_KEY_BYTES} bytes and no NUL"));
+        }
+        if length > MAX_VALUE_BYTES {
+            return invalid(format!(
+                "the value of {key} has {length} bytes; {MAX_VALUE_BYTES} are allowed"
+            ));
+        }
+        if !seen.insert(key) {
+            return invalid(format!("{key} is written twice in one transaction"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,233 @@
+//! From a `fly.toml` to the configuration of a Machine.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use tern_catalog::{
+    Check, CheckKind, FileConfig, GoDuration, Guest, Handler, HttpOptions, InitConfig, MachineConfig, Port,
+    Restart, Service, ServiceProtocol, StopConfig, TlsOptions,
+};
+
+use super::{AppConfig, CheckConfig, HttpOptionsConfig, HttpService, ServiceConfig, TlsOptionsConfig, Vm};
+
+/// The metadata key that names a Machine's process group.
+pub const GROUP_KEY: &str = "fly_process_group";
+
+/// The configuration of a Machine in `group`, running `image`. Files are read beside `base`.
+pub fn machine_config(config: &AppConfig, group: &str, image: &str, base: &Path) -> Result<MachineConfig> {
+    let for_group = |named: &[String]| named.is_empty() || named.iter().any(|g| g == group);
+    let mut env = config.env.clone();
+    env.insert("FLY_PROCESS_GROUP".to_owned(), group.to_owned());
+    if let Some(region) = &config.primary_region {
+        env.insert("PRIMARY_REGION".to_owned(), region.clone());
+    }
+    let http = config.http_service.iter().filter(|s| for_group(&s.processes)).map(http_service);
+    let others = config.services.iter().filter(|s| for_group(&s.processes)).map(service);
+    let vm = config.vm.iter().find(|v| for_group(&v.processes));
+    let restart = config.restart.iter().find(|r| for_group(&r.processes));
+    let files = config.files.iter().filter(|f| for_group(&f.processes));
+    Ok(MachineConfig {
+        image: image.to_owned(),
+        env,
+        init: InitConfig { cmd: command(config, group)?, ..InitConfig::default() },
+        guest: vm.map(guest).transpose()?.unwrap_or_default(),
+        metadata: [
+            (GROUP_KEY.to_owned(), group.to_owned()),
+            ("fly_platform_version".to_owned(), "v2".to_owned()),
+        ]
+        .into(),
+        services: http.chain(others).collect(),
+        checks: Default::default(),
+        restart: restart
+            .map(|r| Restart { policy: r.policy, max_retries: r.retries })
+            .unwrap_or_default(),
+        stop_config: StopConfig {
+            signal: config.kill_signal.clone(),
+            timeout: config.kill_timeout.map(GoDuration),
+        },
+        files: files
+            .map(|file| {
+                let raw_value = match (&file.raw_value, &file.local_path) {
+                    (Some(raw), _) => raw.clone(),
+                    (None, Some(local)) => {
+                        let path = base.join(local);
+                        let content = std::fs::read(&path)
+                            .with_context(|| format!("[[files]] {} cannot be read", path.display()))?;
+                        STANDARD.encode(content)
+                    }
+                    (None, None) => bail!("[[files]] {} has no content", file.guest_path),
+                };
+                Ok(FileConfig { guest_path: file.guest_path.clone(), raw_value, mode: None })
+            })
+            .collect::<Result<_>>()?,
+        auto_destroy: false,
+    })
+}
+
+fn command(config: &AppConfig, group: &str) -> Result<Option<Vec<String>>> {
+    let Some(command) = config.processes.get(group).filter(|c| !c.trim().is_empty()) else {
+        return Ok(None);
+    };
+    shell_split(command).map(Some).with_context(|| format!("the command of process group \"{group}\""))
+}
+
+/// Splits a command as a shell would, without expanding anything.
+fn shell_split(command: &str) -> Result<Vec<String>> {
+    let (mut words, mut word, mut in_word) = (Vec::new(), String::new(), false);
+    let mut chars = command.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            ' ' | '\t' | '\n' => {
+                if std::mem::take(&mut in_word) {
+                    words.push(std::mem::take(&mut word));
+                }
+            }
+            '\'' | '"' => {
+                in_word = true;
+                loop {
+                    match chars.next() {
+                        Some(q) if q == c => break,
+                        Some('\\') if c == '"' => word.extend(chars.next()),
+                        Some(other) => word.push(other),
+                        None => bail!("a quote in `{command}` is not closed"),
+                    }
+                }
+            }
+            '\\' => {
+                in_word = true;
+                word.extend(chars.next());
+            }
+            other => {
+                in_word = true;
+                word.push(other);
+            }
+        }
+    }
+    if in_word {
+        words.push(word);
+    }
+    Ok(words)
+}
+
+fn guest(vm: &Vm) -> Result<Guest> {
+    let mut guest = match &vm.size {
+        None => Guest::default(),
+        Some(size) => preset(size).with_context(|| {
+            format!("there is no size \"{size}\"; write shared-cpu-1x … 8x or performance-1x … 8x")
+        })?,
+    };
+    if let Some(kind) = &vm.cpu_kind {
+        guest.cpu_kind = kind.clone();
+    }
+    if let Some(cpus) = vm.cpus {
+        guest.cpus = cpus;
+    }
+    if let Some(memory) = vm.memory.or(vm.memory_mb) {
+        guest.memory_mb = memory;
+    }
+    Ok(guest)
+}
+
+fn preset(size: &str) -> Option<Guest> {
+    let (kind, count, per_cpu) = if let Some(rest) = size.strip_prefix("shared-cpu-") {
+        ("shared", rest, 256)
+    } else {
+        ("performance", size.strip_prefix("performance-")?, 2048)
+    };
+    let cpus: u8 = count.strip_suffix('x')?.parse().ok().filter(|n| matches!(n, 1 | 2 | 4 | 6 | 8))?;
+    Some(Guest { cpu_kind: kind.to_owned(), cpus, memory_mb: u32::from(cpus) * per_cpu })
+}
+
+fn http_service(http: &HttpService) -> Service {
+    let tls = http.tls_options.as_ref().map(tls_options);
+    let options = http.http_options.as_ref().map(http_options);
+    let port = |port, handlers, force_https, tls_options| Port {
+        port,
+        handlers,
+        force_https,
+        tls_options,
+        http_options: options.clone(),
+    };
+    Service {
+        protocol: ServiceProtocol::Tcp,
+        internal_port: http.internal_port,
+        autostop: http.auto_stop_machines,
+        autostart: http.auto_start_machines,
+        min_machines_running: http.min_machines_running,
+        ports: vec![
+            port(80, vec![Handler::Http], http.force_https, None),
+            port(443, vec![Handler::Tls, Handler::Http], false, tls),
+        ],
+        checks: http.checks.iter().map(|c| check(c, CheckKind::Http)).collect(),
+        concurrency: http.concurrency.clone(),
+    }
+}
+
+fn service(given: &ServiceConfig) -> Service {
+    let tcp = given.tcp_checks.iter().map(|c| check(c, CheckKind::Tcp));
+    let http = given.http_checks.iter().map(|c| check(c, CheckKind::Http));
+    let ports = given.ports.iter().map(|p| Port {
+        port: p.port,
+        handlers: p.handlers.clone(),
+        force_https: p.force_https,
+        tls_options: p.tls_options.as_ref().map(tls_options),
+        http_options: p.http_options.as_ref().map(http_options),
+    });
+    Service {
+        protocol: given.protocol,
+        internal_port: given.internal_port,
+        autostop: given.auto_stop_machines,
+        autostart: given.auto_start_machines,
+        min_machines_running: given.min_machines_running,
+        ports: ports.collect(),
+        checks: tcp.chain(http).collect(),
+        concurrency: given.concurrency.clone(),
+    }
+}
+
+fn check(given: &CheckConfig, kind: CheckKind) -> Check {
+    Check {
+        kind,
+        port: None,
+        interval: given.interval.map(GoDuration),
+        timeout: given.timeout.map(GoDuration),
+        grace_period: given.grace_period.map(GoDuration),
+        method: given.method.clone(),
+        path: given.path.clone(),
+    }
+}
+
+fn tls_options(given: &TlsOptionsConfig) -> TlsOptions {
+    TlsOptions { alpn: given.alpn.clone(), versions: given.versions.clone() }
+}
+
+fn http_options(given: &HttpOptionsConfig) -> HttpOptions {
+    HttpOptions {
+        h2_backend: given.h2_backend,
+        idle_timeout: given.idle_timeout,
+        response: given.response.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_split_as_a_shell_does() {
+        let split = |s| shell_split(s).unwrap();
+        assert_eq!(split(r#"a "b c" d\ e 'f "g"' """#), ["a", "b c", "d e", "f \"g\"", ""]);
+        assert!(shell_split("a 'b").is_err());
+    }
+
+    #[test]
+    fn presets_are_those_of_the_documentation() {
+        let size = |s| preset(s).map(|g| (g.cpus, g.memory_mb));
+        assert_eq!(size("shared-cpu-2x"), Some((2, 512)));
+        assert_eq!(size("performance-4x"), Some((4, 8192)));
+        assert_eq!(size("shared-cpu-3x"), None);
+        assert_eq!(size("huge"), None);
+    }
+}

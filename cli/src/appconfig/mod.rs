@@ -1,0 +1,96 @@
+//! `fly.toml`: what an app is and how it runs, as its developer wrote it.
+//!
+//! [`AppConfig::parse`] accepts the documented schema and says exactly where a file departs from it:
+//! a key nobody knows is an error with its line, and so is one whose loss would lose data; a key that
+//! Tern does not act on yet is a warning. [`machine`] turns the result into Machine configurations.
+
+mod keys;
+pub mod machine;
+mod schema;
+
+use std::path::{Path, PathBuf};
+
+pub use keys::Problem;
+pub use schema::*;
+
+/// A `fly.toml` that was read without errors.
+#[derive(Debug)]
+pub struct Loaded {
+    /// What it says.
+    pub config: AppConfig,
+    /// What it says in vain.
+    pub warnings: Vec<Problem>,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+/// Why a `fly.toml` was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// It cannot be read.
+    #[error("{} cannot be read: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is there, but wrong. All problems at once.
+    #[error("{} is not right:\n{}", path.display(), list(problems))]
+    Wrong {
+        /// The file.
+        path: PathBuf,
+        /// Every problem found.
+        problems: Vec<Problem>,
+    },
+}
+
+/// A `fly.toml` larger than this is not one.
+const MAX_BYTES: u64 = 1 << 20;
+
+impl AppConfig {
+    /// Reads the file.
+    pub fn load(path: &Path) -> Result<Loaded, LoadError> {
+        let io = |source| LoadError::Io { path: path.to_owned(), source };
+        if std::fs::metadata(path).map_err(io)?.len() > MAX_BYTES {
+            return Err(io(std::io::Error::other("it is larger than 1 MiB")));
+        }
+        let text = std::fs::read_to_string(path).map_err(io)?;
+        match Self::parse(&text) {
+            Ok((config, warnings)) => Ok(Loaded { config, warnings, path: path.to_owned() }),
+            Err(problems) => Err(LoadError::Wrong { path: path.to_owned(), problems }),
+        }
+    }
+
+    /// Reads the text; answers warnings beside it, or every error.
+    pub fn parse(text: &str) -> Result<(Self, Vec<Problem>), Vec<Problem>> {
+        let syntax = |e: toml::de::Error| vec![Problem::at_span(text, e.span(), e.message())];
+        let table = toml::de::DeTable::parse(text).map_err(syntax)?;
+        let mut unknown = Vec::new();
+        let deserializer = toml::de::Deserializer::from(table.clone());
+        let config: Self = serde_ignored::deserialize(deserializer, |path| unknown.push(path.to_string()))
+            .map_err(syntax)?;
+
+        let (mut errors, mut warnings) = (Vec::new(), Vec::new());
+        for path in unknown {
+            let line = keys::line_of(text, table.get_ref(), &path);
+            match keys::judge(&path) {
+                keys::Verdict::Unknown(text) => errors.push(Problem { line, text }),
+                keys::Verdict::Refused(text) => errors.push(Problem { line, text }),
+                keys::Verdict::NotYet(text) => warnings.push(Problem { line, text }),
+            }
+        }
+        for (path, text_of) in config.check() {
+            errors.push(Problem { line: keys::line_of(text, table.get_ref(), &path), text: text_of });
+        }
+        if errors.is_empty() { Ok((config, warnings)) } else { Err(errors) }
+    }
+}
+
+fn list(problems: &[Problem]) -> String {
+    let lines: Vec<String> = problems.iter().map(|p| format!("  {p}")).collect();
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests;

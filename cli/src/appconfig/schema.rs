@@ -1,0 +1,410 @@
+//! The keys of `fly.toml` that Tern acts on.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+use tern_catalog::{Autostop, Concurrency, GoDuration, Handler, ResponseOptions, RestartPolicy, ServiceProtocol};
+
+/// A whole `fly.toml`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct AppConfig {
+    /// The app's name; `--app` goes before it.
+    pub app: Option<String>,
+    /// Where new Machines are made.
+    pub primary_region: Option<String>,
+    /// Signal that asks the app to stop.
+    pub kill_signal: Option<String>,
+    /// Time until it is killed; a bare number is seconds.
+    #[serde(default, deserialize_with = "seconds")]
+    pub kill_timeout: Option<Duration>,
+    /// Where the image comes from.
+    #[serde(default)]
+    pub build: Build,
+    /// How a deploy goes.
+    #[serde(default)]
+    pub deploy: Deploy,
+    /// Environment of the app.
+    #[serde(default, deserialize_with = "text_map")]
+    pub env: BTreeMap<String, String>,
+    /// Process groups: name and command.
+    #[serde(default)]
+    pub processes: BTreeMap<String, String>,
+    /// The HTTP service on ports 80 and 443.
+    pub http_service: Option<HttpService>,
+    /// Other services.
+    #[serde(default)]
+    pub services: Vec<ServiceConfig>,
+    /// Size of Machines.
+    #[serde(default, alias = "compute", alias = "computes", deserialize_with = "one_or_many")]
+    pub vm: Vec<Vm>,
+    /// What to do when the app exits.
+    #[serde(default, deserialize_with = "one_or_many")]
+    pub restart: Vec<RestartConfig>,
+    /// Files to put into Machines.
+    #[serde(default)]
+    pub files: Vec<FileEntry>,
+}
+
+/// `[build]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Build {
+    /// Use this image; build nothing.
+    pub image: Option<String>,
+    /// The Dockerfile, `Dockerfile` when absent.
+    pub dockerfile: Option<String>,
+    /// The ignore file, `.dockerignore` when absent.
+    pub ignorefile: Option<String>,
+    /// Stage to build.
+    #[serde(rename = "build-target", alias = "build_target")]
+    pub build_target: Option<String>,
+    /// Build arguments.
+    #[serde(default, deserialize_with = "text_map")]
+    pub args: BTreeMap<String, String>,
+}
+
+/// `[deploy]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Deploy {
+    /// How Machines are replaced.
+    pub strategy: Option<Strategy>,
+    /// Longest wait for a Machine to become healthy.
+    #[serde(default, deserialize_with = "seconds")]
+    pub wait_timeout: Option<Duration>,
+}
+
+/// How Machines are replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Strategy {
+    /// One after the other, each healthy before the next.
+    Rolling,
+    /// All at once, without waiting.
+    Immediate,
+}
+
+/// `[http_service]`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct HttpService {
+    /// Port the app listens on.
+    #[serde(default = "default_port")]
+    pub internal_port: u16,
+    /// Redirect http to https.
+    #[serde(default)]
+    pub force_https: bool,
+    /// What happens to an idle Machine.
+    #[serde(default)]
+    pub auto_stop_machines: Autostop,
+    /// Whether a request starts a Machine.
+    #[serde(default = "yes")]
+    pub auto_start_machines: bool,
+    /// Machines left running.
+    #[serde(default)]
+    pub min_machines_running: u32,
+    /// Process groups it is for; all when empty.
+    #[serde(default)]
+    pub processes: Vec<String>,
+    /// Load limits.
+    #[serde(default)]
+    pub concurrency: Concurrency,
+    /// TLS settings.
+    pub tls_options: Option<TlsOptionsConfig>,
+    /// HTTP settings.
+    pub http_options: Option<HttpOptionsConfig>,
+    /// Health checks.
+    #[serde(default)]
+    pub checks: Vec<CheckConfig>,
+}
+
+/// `tls_options`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct TlsOptionsConfig {
+    /// Protocols offered.
+    #[serde(default)]
+    pub alpn: Vec<String>,
+    /// TLS versions.
+    #[serde(default)]
+    pub versions: Vec<String>,
+}
+
+/// `http_options`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct HttpOptionsConfig {
+    /// Speak HTTP/2 without TLS to the app.
+    #[serde(default)]
+    pub h2_backend: bool,
+    /// Seconds without a byte until a connection is closed.
+    pub idle_timeout: Option<u32>,
+    /// Changes to responses.
+    pub response: Option<ResponseOptions>,
+}
+
+/// `[[services]]`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ServiceConfig {
+    /// Transport.
+    #[serde(default)]
+    pub protocol: ServiceProtocol,
+    /// Port the app listens on.
+    #[serde(default = "default_port")]
+    pub internal_port: u16,
+    /// Process groups it is for; all when empty.
+    #[serde(default)]
+    pub processes: Vec<String>,
+    /// What happens to an idle Machine.
+    #[serde(default)]
+    pub auto_stop_machines: Autostop,
+    /// Whether a request starts a Machine.
+    #[serde(default = "yes")]
+    pub auto_start_machines: bool,
+    /// Machines left running.
+    #[serde(default)]
+    pub min_machines_running: u32,
+    /// Load limits.
+    #[serde(default)]
+    pub concurrency: Concurrency,
+    /// Public ports.
+    #[serde(default)]
+    pub ports: Vec<PortConfig>,
+    /// Checks that open a connection.
+    #[serde(default)]
+    pub tcp_checks: Vec<CheckConfig>,
+    /// Checks that ask over HTTP.
+    #[serde(default)]
+    pub http_checks: Vec<CheckConfig>,
+}
+
+/// `[[services.ports]]`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct PortConfig {
+    /// The public port.
+    pub port: u16,
+    /// What the edge does with a connection.
+    #[serde(default)]
+    pub handlers: Vec<Handler>,
+    /// Redirect http to https.
+    #[serde(default)]
+    pub force_https: bool,
+    /// TLS settings.
+    pub tls_options: Option<TlsOptionsConfig>,
+    /// HTTP settings.
+    pub http_options: Option<HttpOptionsConfig>,
+}
+
+/// A health check. Bare numbers are milliseconds.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct CheckConfig {
+    /// Time between two checks.
+    #[serde(default, deserialize_with = "millis")]
+    pub interval: Option<Duration>,
+    /// Time one may take.
+    #[serde(default, deserialize_with = "millis")]
+    pub timeout: Option<Duration>,
+    /// Time after a start in which failures do not count.
+    #[serde(default, deserialize_with = "millis")]
+    pub grace_period: Option<Duration>,
+    /// HTTP method.
+    pub method: Option<String>,
+    /// HTTP path.
+    pub path: Option<String>,
+}
+
+/// `[[vm]]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Vm {
+    /// A preset, `shared-cpu-1x` and so on; the keys below go before it.
+    pub size: Option<String>,
+    /// `"1gb"`, or an integer of MiB.
+    #[serde(default, deserialize_with = "memory")]
+    pub memory: Option<u32>,
+    /// MiB.
+    pub memory_mb: Option<u32>,
+    /// Virtual processors.
+    pub cpus: Option<u8>,
+    /// `shared` or `performance`.
+    pub cpu_kind: Option<String>,
+    /// Process groups it is for; all when empty.
+    #[serde(default)]
+    pub processes: Vec<String>,
+}
+
+/// `[[restart]]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct RestartConfig {
+    /// When to start again.
+    #[serde(default)]
+    pub policy: RestartPolicy,
+    /// How often.
+    pub retries: Option<u32>,
+    /// Process groups it is for; all when empty.
+    #[serde(default)]
+    pub processes: Vec<String>,
+}
+
+/// `[[files]]`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct FileEntry {
+    /// Where it goes.
+    pub guest_path: String,
+    /// A file beside `fly.toml`.
+    pub local_path: Option<String>,
+    /// Content, base64.
+    pub raw_value: Option<String>,
+    /// Process groups it is for; all when empty.
+    #[serde(default)]
+    pub processes: Vec<String>,
+}
+
+/// The process group of an app that names none.
+pub const DEFAULT_GROUP: &str = "app";
+
+impl AppConfig {
+    /// The process groups, in order of name.
+    pub fn groups(&self) -> Vec<String> {
+        if self.processes.is_empty() {
+            vec![DEFAULT_GROUP.to_owned()]
+        } else {
+            self.processes.keys().cloned().collect()
+        }
+    }
+
+    /// What is wrong beyond its shape: key path and text.
+    pub(super) fn check(&self) -> Vec<(String, String)> {
+        let mut wrong = Vec::new();
+        let mut say = |path: String, text: String| wrong.push((path, text));
+        let groups = self.groups();
+        let mut known = |path: String, named: &[String]| {
+            for group in named.iter().filter(|g| !groups.contains(g)) {
+                let all = groups.join(", ");
+                say(path.clone(), format!("there is no process group \"{group}\"; there is {all}"));
+            }
+        };
+        if let Some(service) = &self.http_service {
+            known("http_service.processes".into(), &service.processes);
+        }
+        for (i, service) in self.services.iter().enumerate() {
+            known(format!("services.{i}.processes"), &service.processes);
+        }
+        for (i, vm) in self.vm.iter().enumerate() {
+            known(format!("vm.{i}.processes"), &vm.processes);
+        }
+        for key in self.env.keys().filter(|k| k.starts_with("FLY_")) {
+            say(format!("env.{key}"), format!("`{key}`: names that start with FLY_ are the platform's own"));
+        }
+        for (i, service) in self.services.iter().enumerate() {
+            if service.ports.is_empty() {
+                say(format!("services.{i}"), "a service needs at least one [[services.ports]]".into());
+            }
+            if service.protocol == ServiceProtocol::Udp {
+                say(format!("services.{i}.protocol"), "UDP services are not supported yet".into());
+            }
+        }
+        for (i, file) in self.files.iter().enumerate() {
+            let path = format!("files.{i}");
+            if file.local_path.is_some() == file.raw_value.is_some() {
+                say(path.clone(), "a file has exactly one of `local_path` and `raw_value`".into());
+            }
+            if !file.guest_path.starts_with('/') {
+                say(path, format!("`guest_path` \"{}\" is not absolute", file.guest_path));
+            }
+        }
+        wrong
+    }
+}
+
+fn default_port() -> u16 {
+    8080
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum NumberOrText {
+    Number(u64),
+    Text(String),
+}
+
+fn duration<'de, D: Deserializer<'de>>(
+    deserializer: D,
+    bare: fn(u64) -> Duration,
+) -> Result<Option<Duration>, D::Error> {
+    Ok(Some(match NumberOrText::deserialize(deserializer)? {
+        NumberOrText::Number(n) => bare(n),
+        NumberOrText::Text(text) => GoDuration::parse(&text).map_err(serde::de::Error::custom)?.0,
+    }))
+}
+
+fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    duration(deserializer, Duration::from_secs)
+}
+
+fn millis<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    duration(deserializer, Duration::from_millis)
+}
+
+fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    let wrong = |text: &str| {
+        serde::de::Error::custom(format!("\"{text}\" is not a memory size; write \"512mb\", \"1gb\" or MiB"))
+    };
+    let mib = match NumberOrText::deserialize(deserializer)? {
+        NumberOrText::Number(n) => n,
+        NumberOrText::Text(text) => {
+            let lower = text.trim().to_ascii_lowercase();
+            let digits = lower.find(|c: char| !c.is_ascii_digit()).unwrap_or(lower.len());
+            let number: u64 = lower[..digits].parse().map_err(|_| wrong(&text))?;
+            match lower[digits..].trim() {
+                "" | "mb" | "mib" | "m" => number,
+                "gb" | "gib" | "g" => number.saturating_mul(1024),
+                _ => return Err(wrong(&text)),
+            }
+        }
+    };
+    u32::try_from(mib).map(Some).map_err(|_| wrong(&mib.to_string()))
+}
+
+fn text_map<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Scalar {
+        Text(String),
+        Bool(bool),
+        Int(i64),
+        Float(f64),
+    }
+    let map = BTreeMap::<String, Scalar>::deserialize(deserializer)?;
+    let text = |scalar| match scalar {
+        Scalar::Text(s) => s,
+        Scalar::Bool(b) => b.to_string(),
+        Scalar::Int(i) => i.to_string(),
+        Scalar::Float(f) => f.to_string(),
+    };
+    Ok(map.into_iter().map(|(k, v)| (k, text(v))).collect())
+}
+
+/// `[x]` or `[[x]]`, told apart by what is there, so that errors keep their place in the file.
+fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    struct Either<T>(std::marker::PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> serde::de::Visitor<'de> for Either<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a table or an array of tables")
+        }
+
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+            let mut all = Vec::new();
+            while let Some(one) = seq.next_element()? {
+                all.push(one);
+            }
+            Ok(all)
+        }
+
+        fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Vec<T>, A::Error> {
+            T::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(|one| vec![one])
+        }
+    }
+    deserializer.deserialize_any(Either(std::marker::PhantomData))
+}

@@ -1,0 +1,412 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use tern_catalog::{AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName};
+
+/// Run apps on your own servers: KVM Machines behind HTTPS, asleep while nobody calls.
+///
+/// Describe an app in a `fly.toml` beside its Dockerfile, run `tern launch` once and `tern deploy`
+/// after each change. `tern serve` turns a Linux server into a host for them.
+#[derive(Debug, Parser)]
+#[command(name = "tern", version, max_term_width = 100)]
+pub struct Args {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every user command takes.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Global {
+    /// Where the API is. Default: what `tern auth login` saved, else http://127.0.0.1:4280.
+    #[arg(long, env = "TERN_API_URL", global = true)]
+    pub api_url: Option<String>,
+    /// The token to speak with. Default: what `tern auth login` saved, else this server's own
+    /// admin token, where it may be read.
+    #[arg(long, env = "TERN_API_TOKEN", global = true, hide_env_values = true)]
+    pub token: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make this machine a host: run the agent, edge, mesh, DNS, certificates and API
+    Serve(Box<Serve>),
+    /// Save where the API is and the token to speak with
+    #[command(subcommand)]
+    Auth(Auth),
+    /// Make a new app from the directory's Dockerfile and fly.toml, and deploy it
+    Launch(Launch),
+    /// Build the app's image, put it on Machines and wait until they are healthy
+    Deploy(Deploy),
+    /// Show an app and its Machines
+    Status(AppArg),
+    /// Show what an app's Machines print
+    Logs(Logs),
+    /// List, create and destroy apps
+    #[command(subcommand)]
+    Apps(Apps),
+    /// Look at and drive single Machines
+    #[command(subcommand, visible_alias = "machines")]
+    Machine(Machine),
+    /// Join the private network with any WireGuard client
+    #[command(subcommand)]
+    Wireguard(Wireguard),
+    /// The certificates of an app's host names
+    #[command(subcommand)]
+    Certs(Certs),
+    /// Organizations: whoever shares one shares a private network
+    #[command(subcommand)]
+    Orgs(Orgs),
+    /// Tokens for the API
+    #[command(subcommand)]
+    Tokens(Tokens),
+    /// Look at a `fly.toml`
+    #[command(subcommand)]
+    Config(Config),
+}
+
+/// `tern serve`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Serve {
+    /// Where everything is kept
+    #[arg(long, env = "TERN_DATA_DIR", default_value = "/var/lib/tern")]
+    pub data_dir: PathBuf,
+    /// This host's number, 1 or more, unique among your hosts
+    #[arg(long, default_value_t = 1)]
+    pub host_id: u32,
+    /// This host's region
+    #[arg(long, env = "TERN_REGION", default_value = "local")]
+    pub region: String,
+    /// Apps get the host name <app>.<DOMAIN>; point *.<DOMAIN> at this server
+    #[arg(long, env = "TERN_DOMAIN")]
+    pub domain: Option<String>,
+    /// Where the API listens
+    #[arg(long, default_value = "127.0.0.1:4280")]
+    pub api: SocketAddr,
+    /// Where HTTP is served; give it several times for several addresses
+    #[arg(long, default_value = "[::]:80")]
+    pub http: Vec<SocketAddr>,
+    /// Where HTTPS is served; give it several times for several addresses
+    #[arg(long, default_value = "[::]:443")]
+    pub https: Vec<SocketAddr>,
+    /// Where WireGuard listens (UDP)
+    #[arg(long, default_value = "[::]:51820")]
+    pub wireguard: SocketAddr,
+    /// The address that WireGuard clients are told to connect to. Default: found by route
+    #[arg(long)]
+    pub wireguard_endpoint: Option<SocketAddr>,
+    /// Resolvers for names other than .internal. Default: those of /etc/resolv.conf
+    #[arg(long)]
+    pub upstream_dns: Vec<SocketAddr>,
+    /// The ACME directory that certificates come from
+    #[arg(long, env = "TERN_ACME_DIRECTORY", default_value = "https://acme-v02.api.letsencrypt.org/directory")]
+    pub acme_directory: String,
+    /// A root certificate (PEM) to trust for the ACME directory, beside the system's
+    #[arg(long)]
+    pub acme_root_ca: Option<PathBuf>,
+    /// Mail address for the ACME account
+    #[arg(long)]
+    pub acme_contact: Option<String>,
+    /// Idle time after which a Machine is stopped or suspended, where its fly.toml says so
+    #[arg(long, default_value = "5m", value_parser = duration)]
+    pub autostop_after: Duration,
+    /// Longest wait of a request for its Machine to wake
+    #[arg(long, default_value = "60s", value_parser = duration)]
+    pub wake_timeout: Duration,
+    /// The guests' kernel (uncompressed ELF or bzImage). Default: `guest/vmlinux` beside this program
+    #[arg(long, env = "TERN_GUEST_KERNEL")]
+    pub kernel: Option<PathBuf>,
+    /// The guests' initramfs. Default: `guest/initramfs.cpio` beside this program
+    #[arg(long, env = "TERN_GUEST_INITRAMFS")]
+    pub initramfs: Option<PathBuf>,
+    /// The monitor. Default: `tern-vmm` beside this program
+    #[arg(long, env = "TERN_VMM")]
+    pub vmm: Option<PathBuf>,
+    /// Write the log as JSON
+    #[arg(long)]
+    pub log_json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Auth {
+    /// Save the API's address and a token, for this user
+    Login,
+    /// Show which API is spoken to, and whether the token is good
+    Whoami,
+}
+
+/// Which app.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct AppArg {
+    /// The app. Default: the one fly.toml names
+    #[arg(short, long, env = "FLY_APP")]
+    pub app: Option<AppName>,
+    /// The fly.toml, or the directory it is in
+    #[arg(short, long, default_value = "fly.toml")]
+    pub config: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `tern deploy`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Deploy {
+    /// Directory with the Dockerfile and fly.toml
+    #[arg(default_value = ".")]
+    pub directory: PathBuf,
+    /// The app. Default: the one fly.toml names
+    #[arg(short, long, env = "FLY_APP")]
+    pub app: Option<AppName>,
+    /// The fly.toml. Default: the one in the directory
+    #[arg(short, long)]
+    pub config: Option<PathBuf>,
+    /// Deploy this image instead of building one: a reference, or `oci:DIRECTORY[:TAG]`
+    #[arg(short, long)]
+    pub image: Option<String>,
+    /// Longest wait for a Machine to become healthy [default: 5m, or fly.toml's]
+    #[arg(long, value_parser = duration)]
+    pub wait_timeout: Option<Duration>,
+    /// Do not ask for Machines that run: only replace their configuration at the next start
+    #[arg(long)]
+    pub detach: bool,
+    /// Print JSON at the end
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `tern launch`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Launch {
+    #[command(flatten)]
+    pub deploy: Deploy,
+    /// The organization that will own the app
+    #[arg(short, long, default_value = "personal")]
+    pub org: OrgSlug,
+    /// Port the app listens on, for a new fly.toml
+    #[arg(long, default_value_t = 8080)]
+    pub internal_port: u16,
+    /// Write fly.toml and make the app, but do not deploy
+    #[arg(long)]
+    pub no_deploy: bool,
+}
+
+/// `tern logs`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Logs {
+    #[command(flatten)]
+    pub app: AppArg,
+    /// Go on as new lines come
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only this Machine
+    #[arg(long)]
+    pub machine: Option<MachineId>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Apps {
+    /// List apps
+    List {
+        /// Only this organization's
+        #[arg(short, long)]
+        org: Option<OrgSlug>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make an app without Machines
+    Create {
+        /// Its name
+        name: AppName,
+        /// Its organization
+        #[arg(short, long, default_value = "personal")]
+        org: OrgSlug,
+    },
+    /// Destroy an app and all its Machines
+    Destroy {
+        /// Its name
+        name: AppName,
+        /// Do not ask
+        #[arg(short, long)]
+        yes: bool,
+    },
+}
+
+/// Which Machine of which app.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct MachineArg {
+    /// The Machine
+    pub id: MachineId,
+    /// Its app. Default: the one fly.toml names, else found by the Machine
+    #[arg(short, long, env = "FLY_APP")]
+    pub app: Option<AppName>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Machine {
+    /// List an app's Machines
+    List(AppArg),
+    /// Show one Machine, its checks and events
+    Status {
+        #[command(flatten)]
+        machine: MachineArg,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Start a Machine and wait until it runs
+    Start(MachineArg),
+    /// Stop a Machine and wait until it has
+    Stop(MachineArg),
+    /// Stop and start a Machine
+    Restart(MachineArg),
+    /// Write a Machine's memory to disk and free it
+    Suspend(MachineArg),
+    /// Destroy a Machine and its disk
+    Destroy {
+        #[command(flatten)]
+        machine: MachineArg,
+        /// Even when it is running
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Run a command in a Machine
+    Exec {
+        #[command(flatten)]
+        machine: MachineArg,
+        /// The command and its arguments
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+        /// Longest time it may take
+        #[arg(long, default_value = "60s", value_parser = duration)]
+        timeout: Duration,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Wireguard {
+    /// Add a peer and print its configuration, for `wg-quick` and other clients
+    ///
+    /// The private key is made here and never leaves this machine but in that output.
+    Create {
+        /// Its name
+        name: PeerName,
+        /// The organization whose network it joins
+        #[arg(short, long, default_value = "personal")]
+        org: OrgSlug,
+        /// Write the configuration to this file (mode 0600) instead of printing it
+        #[arg(short, long)]
+        file: Option<PathBuf>,
+    },
+    /// List peers
+    List {
+        /// The organization
+        #[arg(short, long, default_value = "personal")]
+        org: OrgSlug,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove a peer
+    Remove {
+        /// Its name
+        name: PeerName,
+        /// The organization
+        #[arg(short, long, default_value = "personal")]
+        org: OrgSlug,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Certs {
+    /// List an app's host names and their certificates
+    List(AppArg),
+    /// Serve the app under another host name too
+    Add {
+        /// The host name; it must point at this server
+        hostname: Hostname,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Stop serving a host name
+    Remove {
+        /// The host name
+        hostname: Hostname,
+        #[command(flatten)]
+        app: AppArg,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Orgs {
+    /// List organizations
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make an organization, with a private network of its own
+    Create {
+        /// Its slug
+        slug: OrgSlug,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Tokens {
+    /// Make a token and print it; it is shown only once
+    Create {
+        /// Its name, to know it by later
+        name: String,
+        /// Good for this organization only; without it, for everything
+        #[arg(short, long)]
+        org: Option<OrgSlug>,
+    },
+    /// List tokens
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take a token back
+    Revoke {
+        /// Its id, from `tern tokens list`
+        id: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Config {
+    /// Say whether a fly.toml is right, and what in it is not acted on yet
+    Validate(AppArg),
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    GoDuration::parse(text).map(|d| d.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory as _;
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn exec_takes_options_of_its_command() {
+        let args = ["tern", "machine", "exec", "0123456789abcd", "ls", "-l", "--all"];
+        let Command::Machine(Machine::Exec { command, .. }) = Args::parse_from(args).command else {
+            panic!("not exec");
+        };
+        assert_eq!(command, ["ls", "-l", "--all"]);
+    }
+}

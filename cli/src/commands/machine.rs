@@ -1,0 +1,163 @@
+//! `tern machine`.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use http::StatusCode;
+use serde_json::{Value, json};
+use tern_catalog::{AppName, MachineId};
+
+use super::wire::Machine as WireMachine;
+use super::{app_of, config_path, load, status};
+use crate::args::{Machine, MachineArg};
+use crate::client::{Client, is_status};
+use crate::output;
+
+/// Longest one call of the API's `wait` may take.
+const MAX_WAIT: Duration = Duration::from_secs(60);
+/// Longest wait of `tern machine start` and the like.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+pub async fn run(client: &Client, args: Machine) -> Result<ExitCode> {
+    match args {
+        Machine::List(arg) => {
+            let app = app_of(&arg)?;
+            let machines: Vec<WireMachine> = client.get(&format!("/v1/apps/{app}/machines")).await?;
+            if arg.json {
+                output::json(&machines)?;
+            } else {
+                status::table(&machines);
+            }
+        }
+        Machine::Status { machine, json } => show(client, &machine, json).await?,
+        Machine::Start(arg) => act(client, &arg, "start", "started").await?,
+        Machine::Stop(arg) => act(client, &arg, "stop", "stopped").await?,
+        Machine::Suspend(arg) => act(client, &arg, "suspend", "suspended").await?,
+        Machine::Restart(arg) => act(client, &arg, "restart", "started").await?,
+        Machine::Destroy { machine, force } => {
+            let path = path_of(client, &machine).await?;
+            client.delete(&format!("{path}?force={force}")).await?;
+            println!("Machine {} is destroyed.", machine.id);
+        }
+        Machine::Exec { machine, command, timeout } => return exec(client, &machine, command, timeout).await,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn act(client: &Client, arg: &MachineArg, verb: &str, state: &str) -> Result<()> {
+    let path = path_of(client, arg).await?;
+    let before: WireMachine = client.get(&path).await?;
+    let _: Value = client.post(&format!("{path}/{verb}"), &json!({})).await?;
+    wait(client, &path, state, &before.instance_id, PATIENCE).await?;
+    println!("Machine {} is {state}.", arg.id);
+    Ok(())
+}
+
+/// Waits until a Machine is in a state. A Machine that fails ends the wait at once, with its reason.
+pub async fn wait(client: &Client, path: &str, state: &str, instance: &str, patience: Duration) -> Result<()> {
+    let deadline = tokio::time::Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(tokio::time::Instant::now()).min(MAX_WAIT);
+        let seconds = left.as_secs().max(1);
+        let query = format!("state={state}&state=failed&instance_id={instance}&timeout={seconds}");
+        match client.get::<Value>(&format!("{path}/wait?{query}")).await {
+            Ok(_) => {
+                let machine: WireMachine = client.get(path).await?;
+                if machine.state == "failed" && state != "failed" {
+                    let reason = machine.last_reason().unwrap_or_else(|| "no reason was given".to_owned());
+                    bail!("Machine {} failed: {reason}. Its output: `tern logs --machine {}`", machine.id, machine.id);
+                }
+                return Ok(());
+            }
+            Err(e) if is_status(&e, StatusCode::REQUEST_TIMEOUT) && left < MAX_WAIT => {
+                let machine: WireMachine = client.get(path).await?;
+                bail!("Machine {} is still {} after {} s", machine.id, machine.state, patience.as_secs());
+            }
+            Err(e) if is_status(&e, StatusCode::REQUEST_TIMEOUT) => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+async fn show(client: &Client, arg: &MachineArg, json: bool) -> Result<()> {
+    let machine: WireMachine = client.get(&path_of(client, arg).await?).await?;
+    if json {
+        return output::json(&machine);
+    }
+    println!("ID        {}", machine.id);
+    println!("Name      {}", machine.name);
+    println!("State     {}", machine.state);
+    println!("Region    {}", machine.region);
+    println!("Address   {}", machine.private_ip);
+    println!("Image     {}", machine.config.image);
+    println!("Memory    {} MiB, {} vCPU", machine.config.guest.memory_mb, machine.config.guest.cpus);
+    for check in &machine.checks {
+        println!("Check     {} {} {}", check.name, check.status, check.output);
+    }
+    println!();
+    let row = |e: &super::wire::Event| {
+        let time = jiff::Timestamp::from_millisecond(e.timestamp).unwrap_or_default();
+        let detail = if e.request.is_null() { String::new() } else { e.request.to_string() };
+        vec![format!("{time:.3}"), e.kind.clone(), e.status.clone(), e.source.clone(), detail]
+    };
+    let rows: Vec<_> = machine.events.iter().map(row).collect();
+    output::table(&["TIME", "EVENT", "STATE", "SOURCE", "DETAIL"], &rows, "No events yet.");
+    Ok(())
+}
+
+async fn exec(client: &Client, arg: &MachineArg, command: Vec<String>, timeout: Duration) -> Result<ExitCode> {
+    #[derive(serde::Deserialize)]
+    struct Answer {
+        exit_code: Option<i32>,
+        #[serde(default)]
+        exit_signal: Option<i32>,
+        #[serde(default)]
+        stdout: Option<String>,
+        #[serde(default)]
+        stderr: Option<String>,
+    }
+    let path = path_of(client, arg).await?;
+    let body = json!({"command": command, "timeout": timeout.as_secs().max(1)});
+    let answer: Answer = client.post(&format!("{path}/exec"), &body).await?;
+    std::io::stdout().write_all(answer.stdout.unwrap_or_default().as_bytes())?;
+    std::io::stderr().write_all(answer.stderr.unwrap_or_default().as_bytes())?;
+    // A command that a signal ended exits as in a shell.
+    let code = match (answer.exit_signal.filter(|s| *s > 0), answer.exit_code) {
+        (Some(signal), _) => 128 + signal,
+        (None, code) => code.unwrap_or(1),
+    };
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}
+
+/// The Machine's path in the API; its app is found where none is named.
+async fn path_of(client: &Client, arg: &MachineArg) -> Result<String> {
+    let app = match &arg.app {
+        Some(app) => app.clone(),
+        None => find_app(client, &arg.id).await?,
+    };
+    Ok(format!("/v1/apps/{app}/machines/{}", arg.id))
+}
+
+async fn find_app(client: &Client, id: &MachineId) -> Result<AppName> {
+    let here = config_path(std::path::Path::new("fly.toml"));
+    if here.exists() {
+        let app = super::app_named_by(&load(&here)?)?;
+        match client.get::<Value>(&format!("/v1/apps/{app}/machines/{id}")).await {
+            Ok(_) => return Ok(app),
+            Err(e) if is_status(&e, StatusCode::NOT_FOUND) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    let apps: Value = client.get("/v1/apps").await?;
+    for app in apps["apps"].as_array().into_iter().flatten() {
+        let name = app["name"].as_str().context("the server named an app that has no name")?;
+        match client.get::<Value>(&format!("/v1/apps/{name}/machines/{id}")).await {
+            Ok(_) => return Ok(name.parse()?),
+            Err(e) if is_status(&e, StatusCode::NOT_FOUND) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    bail!("no app has a Machine {id}; see `tern machine list --app NAME`")
+}
