@@ -1,12 +1,17 @@
 //! From a resolved image to the bytes of its disk.
 
 use std::fs::File;
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::resolve::Resolved;
-use crate::{ImageConfig, ImageError, Limits, Progress};
+use crate::apply::Applier;
+use crate::layer::Layer;
+use crate::manifest::Configuration;
+use crate::resolve::{Resolved, read_document};
+use crate::spool::Spool;
+use crate::{ImageConfig, ImageError, Limits, Progress, erofs};
 
 /// Who watches a conversion: told how far it has come, and able to end it.
 pub(crate) struct Observer {
@@ -26,7 +31,7 @@ impl Observer {
     }
 
     /// Reports progress, and fails if nobody wants the result any more.
-    pub(crate) fn report(&self, progress: Progress) -> Result<(), ImageError> {
+    fn report(&self, progress: Progress) -> Result<(), ImageError> {
         if self.abandoned.load(Ordering::Relaxed) {
             return Err(ImageError::Cancelled);
         }
@@ -35,13 +40,91 @@ impl Observer {
     }
 }
 
+/// Reads the image's configuration and layers, and writes its disk.
 pub(crate) fn convert(
-    _resolved: &Resolved,
-    _limits: &Limits,
-    _spool_dir: &Path,
-    _disk: &mut File,
+    image: &Resolved,
+    limits: &Limits,
+    spool_dir: &Path,
+    disk: &mut File,
     observer: &Observer,
 ) -> Result<ImageConfig, ImageError> {
-    observer.report(Progress::Writing { bytes: 0, total: 0 })?;
-    Err(ImageError::Cancelled)
+    let manifest = &image.manifest;
+    let config = &manifest.config;
+    let what = "the image's configuration";
+    let text = read_document(image.blobs.blob(config)?, config, what, limits)?;
+    let configuration = Configuration::parse(&text, manifest.layers.len())?;
+    observer.report(Progress::Resolved {
+        digest: image.digest,
+        layers: manifest.layers.len(),
+        bytes: manifest.layer_bytes(),
+    })?;
+
+    let spool = Spool::create(spool_dir)
+        .map_err(ImageError::io("create a temporary file in", spool_dir))?;
+    let mut applier = Applier::new(spool, limits);
+    let mut budget = limits.unpacked_bytes;
+    let mut bytes = 0;
+    for (n, (descriptor, &diff_id)) in manifest
+        .layers
+        .iter()
+        .zip(&configuration.diff_ids)
+        .enumerate()
+    {
+        let layer = Layer {
+            number: n + 1,
+            descriptor,
+            diff_id,
+        };
+        let stream = Observed::new(image.blobs.blob(descriptor)?, layer.number, bytes, observer);
+        layer.read(stream, &mut applier, &mut budget, limits)?;
+        bytes += descriptor.size;
+    }
+    let (tree, spool) = applier.finish();
+    let contents = spool
+        .finish()
+        .map_err(ImageError::io("write a temporary file in", spool_dir))?;
+    erofs::write(&tree, &contents, &image.digest, disk, |bytes, total| {
+        observer.report(Progress::Writing { bytes, total })
+    })?;
+    Ok(configuration.run)
+}
+
+/// A stream that tells the observer how much of it was read.
+struct Observed<'a, R> {
+    inner: R,
+    layer: usize,
+    bytes: u64,
+    reported: u64,
+    observer: &'a Observer,
+}
+
+impl<'a, R: Read> Observed<'a, R> {
+    /// Bytes between two reports.
+    const STEP: u64 = 256 << 10;
+
+    fn new(inner: R, layer: usize, bytes: u64, observer: &'a Observer) -> Self {
+        Self {
+            inner,
+            layer,
+            bytes,
+            reported: bytes,
+            observer,
+        }
+    }
+}
+
+impl<R: Read> Read for Observed<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.bytes += read as u64;
+        if read == 0 || self.bytes - self.reported >= Self::STEP {
+            self.reported = self.bytes;
+            let progress = Progress::Reading {
+                layer: self.layer,
+                bytes: self.bytes,
+            };
+            self.observer.report(progress).map_err(io::Error::other)?;
+        }
+        Ok(read)
+    }
 }

@@ -139,6 +139,19 @@ impl ImageError {
             source,
         }
     }
+
+    /// What a failed read means. Readers that have more to say than an [`io::Error`] can carry an
+    /// [`ImageError`] inside one.
+    pub(crate) fn from_read(error: io::Error, what: &str) -> Self {
+        match error.downcast::<Self>() {
+            Ok(inner) => inner,
+            Err(source) => Self::Io {
+                action: "read",
+                path: what.into(),
+                source,
+            },
+        }
+    }
 }
 
 /// The start of a hostile string, fit for a message.

@@ -13,15 +13,25 @@
 //! - A wrong byte anywhere is an error, and an error leaves nothing behind.
 //! - The same image gives the same disk, byte for byte.
 
+mod apply;
 mod config;
 mod convert;
 mod digest;
+mod erofs;
 mod error;
+mod layer;
+mod layout;
 mod limits;
+mod manifest;
 mod reference;
+mod registry;
 mod resolve;
 mod source;
+mod spool;
 mod store;
+mod tar;
+mod tree;
+mod verify;
 
 pub use config::ImageConfig;
 pub use digest::Digest;

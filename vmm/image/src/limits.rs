@@ -23,7 +23,8 @@ pub struct Limits {
     pub path_bytes: usize,
     /// Directories above one entry.
     pub depth: usize,
-    /// Bytes of all extended attributes of one file, names included. EROFS can hold 256 KiB.
+    /// Bytes of all extended attributes of one file, names included; at most 128 KiB, whatever
+    /// this says, because EROFS holds 256 KiB with its framing.
     pub xattr_bytes: usize,
     /// Unpacked over compressed bytes of one layer, enforced after [`Limits::RATIO_FROM`] unpacked
     /// bytes: short runs of zeros are normal, gigabytes of them are not.
