@@ -58,7 +58,7 @@ impl fmt::Display for GoDuration {
         if nanos == 0 {
             return f.write_str("0s");
         }
-        if nanos % 1_000_000 != 0 {
+        if !nanos.is_multiple_of(1_000_000) {
             return write!(f, "{nanos}ns");
         }
         let millis = nanos / 1_000_000;

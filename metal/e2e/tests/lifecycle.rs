@@ -1,5 +1,5 @@
 //! A Machine's life as its owner sees it: cold start, sleep, wake, memory and disk.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use anyhow::Result;
 use tern_e2e::World;

@@ -1,5 +1,5 @@
 //! The private network: a stock WireGuard client, names, and walls between organizations.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use anyhow::{Context as _, Result};
 use tern_e2e::process::wait_for;

@@ -1,5 +1,5 @@
 //! What is killed comes back, and nothing else notices more than it must.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::os::unix::fs::FileExt as _;
 

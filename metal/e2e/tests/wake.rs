@@ -1,5 +1,5 @@
 //! Many requests to one sleeping Machine.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use anyhow::Result;
 use serde_json::Value;

@@ -1,0 +1,77 @@
+//! Random transactions against a map that does the same.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use tern_catalog::{Compare, Op, StoreError, Transaction};
+
+use crate::sqlite;
+
+/// Few keys, so that transactions meet.
+const KEYS: [&str; 4] = ["a", "a/b", "b", "c"];
+
+#[derive(Debug, Clone)]
+struct Step {
+    compare: Option<(usize, bool)>,
+    ops: Vec<(usize, Option<u8>)>,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let op = (0..KEYS.len(), prop::option::of(any::<u8>()));
+    let step = (
+        prop::option::of((0..KEYS.len(), any::<bool>())),
+        prop::collection::vec(op, 1..4),
+    );
+    prop::collection::vec(step.prop_map(|(compare, ops)| Step { compare, ops }), 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Each step's outcome, the listing after it and what a watch told agree with a plain map.
+    #[test]
+    fn behaves_like_a_map(steps in steps()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let fresh = sqlite(1000);
+            let mut model: BTreeMap<String, (Vec<u8>, u64)> = BTreeMap::new();
+            let mut revision = 0;
+            for step in steps {
+                let mut ops: Vec<Op> = Vec::new();
+                for (key, value) in &step.ops {
+                    let key = KEYS[*key].to_owned();
+                    if ops.iter().any(|op| matches!(op, Op::Put { key: k, .. } | Op::Delete { key: k } if *k == key)) {
+                        continue;
+                    }
+                    ops.push(match value {
+                        Some(v) => Op::Put { key, value: vec![*v], lease: None },
+                        None => Op::Delete { key },
+                    });
+                }
+                // Half of the comparisons are made to hold.
+                let compares: Vec<Compare> = step.compare.iter().map(|&(key, right)| {
+                    let found = model.get(KEYS[key]).map(|(_, r)| *r);
+                    Compare { key: KEYS[key].to_owned(), revision: if right { found } else { Some(u64::from(u32::MAX)) } }
+                }).collect();
+                let holds = compares.iter().all(|c| model.get(&c.key).map(|(_, r)| *r) == c.revision);
+                let outcome = fresh.store.commit(Transaction { compares, ops: ops.clone() }).await;
+                if holds {
+                    revision += 1;
+                    assert_eq!(outcome, Ok(revision));
+                    for op in ops {
+                        match op {
+                            Op::Put { key, value, .. } => drop(model.insert(key, (value, revision))),
+                            Op::Delete { key } => drop(model.remove(&key)),
+                        }
+                    }
+                } else {
+                    assert!(matches!(outcome, Err(StoreError::Conflict { .. })));
+                }
+                let listing = fresh.store.list("").await.unwrap();
+                let listed: BTreeMap<_, _> =
+                    listing.entries.into_iter().map(|e| (e.key, (e.value, e.revision))).collect();
+                assert_eq!((listing.revision, &listed), (revision, &model));
+            }
+        });
+    }
+}

@@ -1,0 +1,152 @@
+//! Watches: in order, without gaps, from any revision that is kept.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tern_catalog::{Change, Store, StoreError, Watch, WatchBatch};
+
+use crate::{Fresh, commit, delete, put, sqlite};
+
+crate::battery!(
+    a_watch_tells_the_past_and_then_the_present,
+    a_watch_has_no_gaps_while_others_write,
+    a_watch_sees_only_its_prefix,
+    a_transaction_is_one_batch,
+    a_watch_that_is_dropped_does_no_harm,
+);
+
+async fn next(watch: &mut Watch) -> WatchBatch {
+    tokio::time::timeout(Duration::from_secs(20), watch.next())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap()
+}
+
+fn key(change: &Change) -> &str {
+    match change {
+        Change::Put(entry) => &entry.key,
+        Change::Delete { key } => key,
+    }
+}
+
+async fn a_watch_tells_the_past_and_then_the_present(fresh: Fresh) {
+    let store = &fresh.store;
+    let first = commit(store, vec![put("a", "1")]).await;
+    let second = commit(store, vec![delete("a")]).await;
+    let mut watch = store.watch("", first).await.unwrap();
+    let third = commit(store, vec![put("b", "1")]).await;
+    let batch = next(&mut watch).await;
+    assert_eq!(
+        (batch.revision, &batch.changes[..]),
+        (
+            second,
+            &[Change::Delete {
+                key: "a".to_owned()
+            }][..]
+        )
+    );
+    assert_eq!(next(&mut watch).await.revision, third);
+}
+
+async fn a_watch_has_no_gaps_while_others_write(fresh: Fresh) {
+    const WRITERS: usize = 8;
+    const EACH: usize = 100;
+    let store = Arc::clone(&fresh.store);
+    let write = |store: Arc<dyn Store>, writer: usize| async move {
+        for n in 0..EACH {
+            commit(&store, vec![put(&format!("w{writer}"), &n.to_string())]).await;
+        }
+    };
+    let writers: Vec<_> = (0..WRITERS)
+        .map(|w| tokio::spawn(write(Arc::clone(&store), w)))
+        .collect();
+    // Started in the middle of it, from the very beginning.
+    let mut watch = store.watch("", 0).await.unwrap();
+    for expected in 1..=(WRITERS * EACH) as u64 {
+        assert_eq!(next(&mut watch).await.revision, expected);
+    }
+    for writer in writers {
+        writer.await.unwrap();
+    }
+}
+
+async fn a_watch_sees_only_its_prefix(fresh: Fresh) {
+    let store = &fresh.store;
+    let mut watch = store.watch("a/", 0).await.unwrap();
+    commit(store, vec![put("b/1", ""), put("a/1", "")]).await;
+    commit(store, vec![put("b/2", "")]).await;
+    let last = commit(store, vec![delete("a/1")]).await;
+    assert_eq!(
+        next(&mut watch)
+            .await
+            .changes
+            .iter()
+            .map(key)
+            .collect::<Vec<_>>(),
+        ["a/1"]
+    );
+    assert_eq!(next(&mut watch).await.revision, last);
+}
+
+async fn a_transaction_is_one_batch(fresh: Fresh) {
+    let store = &fresh.store;
+    let mut watch = store.watch("", 0).await.unwrap();
+    commit(store, vec![put("x", "1"), put("a", "1"), delete("nothing")]).await;
+    assert_eq!(
+        next(&mut watch)
+            .await
+            .changes
+            .iter()
+            .map(key)
+            .collect::<Vec<_>>(),
+        ["x", "a"]
+    );
+}
+
+async fn a_watch_that_is_dropped_does_no_harm(fresh: Fresh) {
+    let store = &fresh.store;
+    drop(store.watch("", 0).await.unwrap());
+    commit(store, vec![put("a", "1")]).await;
+    commit(store, vec![put("a", "2")]).await;
+}
+
+#[tokio::test]
+async fn history_that_is_gone_is_said_to_be() {
+    let fresh = sqlite(10);
+    for n in 0..100 {
+        commit(&fresh.store, vec![put("k", &n.to_string())]).await;
+    }
+    let error = fresh.store.watch("", 1).await.unwrap_err();
+    let StoreError::Compacted { wanted: 1, oldest } = error else {
+        panic!("{error:?}")
+    };
+    let mut watch = fresh.store.watch("", oldest).await.unwrap();
+    for expected in oldest + 1..=100 {
+        assert_eq!(next(&mut watch).await.revision, expected);
+    }
+}
+
+#[tokio::test]
+async fn a_watcher_that_does_not_read_costs_bounded_memory() {
+    let fresh = sqlite(100_000);
+    let mut watch = fresh.store.watch("", 0).await.unwrap();
+    for n in 0..6000 {
+        commit(&fresh.store, vec![put("k", &n.to_string())]).await;
+    }
+    let mut told = 0;
+    let end = loop {
+        match watch.next().await {
+            Some(Ok(batch)) => {
+                told += 1;
+                assert_eq!(batch.revision, told);
+            }
+            other => break other,
+        }
+    };
+    assert!(
+        matches!(end, Some(Err(StoreError::Compacted { .. }))),
+        "{end:?}"
+    );
+    assert!(told < 6000);
+}
