@@ -22,7 +22,10 @@ pub use certificate::{
     AcmeAccount, AcmeChallenge, Certificate, CertificateState, ChallengeKind, SealedKey,
 };
 pub use duration::GoDuration;
-pub use machine::{Desired, DesiredState, Machine, MachineEvent, MachineState, MachineStatus};
+pub use machine::{
+    CheckState, CheckStatus, Desired, DesiredState, Machine, MachineEvent, MachineState,
+    MachineStatus,
+};
 pub use machine_config::{
     Autostop, Check, CheckKind, Concurrency, ConcurrencyKind, FileConfig, Guest, Handler,
     HttpOptions, InitConfig, MachineConfig, Port, ResponseOptions, Restart, RestartPolicy, Service,

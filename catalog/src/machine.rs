@@ -130,8 +130,36 @@ pub struct MachineStatus {
     /// The last events, oldest first, [`MachineStatus::MAX_EVENTS`] at most.
     #[serde(default)]
     pub events: Vec<MachineEvent>,
+    /// The health checks of a started Machine, in order of name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub checks: Vec<CheckStatus>,
     /// When it was last written.
     pub updated_at: Timestamp,
+}
+
+/// What a health check last saw.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckStatus {
+    /// Its name in the config; `servicecheck-<n>-<type>-<port>` for the nth service's.
+    pub name: String,
+    /// How it stands.
+    pub status: CheckState,
+    /// What was answered, or why not.
+    pub output: String,
+    /// When `status` or `output` last changed.
+    pub updated_at: Timestamp,
+}
+
+/// How a health check stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CheckState {
+    /// The last check succeeded.
+    Passing,
+    /// None has succeeded yet, and its grace period is not over.
+    Warning,
+    /// The last check failed.
+    Critical,
 }
 
 /// One transition.
