@@ -156,7 +156,7 @@ impl<'a> Applier<'a> {
             .iter()
             .any(|component| component.starts_with(WHITEOUT))
         {
-            return Err(Fault::Rule("the path leads through a whiteout"));
+            return Err(THROUGH_WHITEOUT);
         }
         if name == OPAQUE {
             if let Some(directory) = self.walk(parents, Missing::Stop)? {
@@ -311,7 +311,10 @@ impl<'a> Applier<'a> {
         if name.len() > MAX_NAME {
             return Err(Fault::Rule("a name is longer than 255 bytes"));
         }
-        // It may come from a link's target, which no entry accounts for.
+        // The name may come from a link's target, which nobody has looked at yet.
+        if name.starts_with(WHITEOUT) {
+            return Err(THROUGH_WHITEOUT);
+        }
         self.entries += 1;
         if self.entries > self.limits.entries {
             let limit = self.limits.entries;
@@ -323,6 +326,8 @@ impl<'a> Applier<'a> {
         Ok(self.tree.insert_implied(parent, name, self.layer))
     }
 }
+
+const THROUGH_WHITEOUT: Fault = Fault::Rule("the path leads through a whiteout");
 
 enum Fault {
     Rule(&'static str),

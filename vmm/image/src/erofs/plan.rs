@@ -230,7 +230,7 @@ mod tests {
             let mut taken = Vec::new();
             for size in sizes {
                 let at = slots.take(size).unwrap();
-                prop_assert!(at > 0 && at % SLOT == 0);
+                prop_assert!(at > 0 && at.is_multiple_of(SLOT));
                 let end = at + size as u64;
                 prop_assert!(end <= u64::from(slots.blocks) * BLOCK as u64);
                 if size <= BLOCK {
