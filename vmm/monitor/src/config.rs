@@ -1,0 +1,324 @@
+//! `vm.json`: everything one monitor needs to know, checked once.
+//!
+//! The file is written by the host's agent and read at start. Unknown keys are refused, so that a
+//! misspelt key is an error at start rather than a Machine without its disk. What passes
+//! [`VmConfig::load`] is within the limits of this module; later code does not check again.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// What to run, and where to leave its files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// The Machine's id; a snapshot of another id is refused.
+    pub id: String,
+    /// Virtual processors, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// An ELF `vmlinux` or a bzImage.
+    pub kernel: PathBuf,
+    /// Archives handed to the kernel one after the other, as one initramfs.
+    #[serde(default)]
+    pub initramfs: Vec<PathBuf>,
+    /// Words added to the kernel command line.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Block devices in order: `/dev/vda`, `/dev/vdb`, …
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// Network devices in order: `eth0`, `eth1`, …
+    #[serde(default)]
+    pub net: Vec<NetConfig>,
+    /// The guest's vsock, if it has one.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
+    /// Unix socket of the control API.
+    pub control: PathBuf,
+    /// Holds the process id; locked while the monitor lives.
+    pub pid_file: PathBuf,
+    /// Where the guest's serial console is kept.
+    pub serial_log: PathBuf,
+    /// Directory of the snapshot, written by `snapshot` and read by `--restore`.
+    pub snapshot_dir: PathBuf,
+    /// Written just before the monitor ends: why it did.
+    pub exit_file: PathBuf,
+}
+
+/// One block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// A raw image, a multiple of 512 bytes long.
+    pub path: PathBuf,
+    /// Whether the guest may write.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// One network device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name of an existing TAP device.
+    pub tap: String,
+    /// The guest's Ethernet address.
+    pub mac: MacAddr,
+}
+
+/// The vsock device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id, 3 or more.
+    pub cid: u32,
+    /// Unix socket for host programs; `<path>_<port>` takes the guest's own connections.
+    pub path: PathBuf,
+}
+
+/// An Ethernet address in the usual `aa:bb:cc:dd:ee:ff` form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MacAddr(pub [u8; 6]);
+
+/// Most processors a guest can have: what the issue of a small cloud needs, and one MADT entry each.
+pub const MAX_VCPUS: u8 = 8;
+/// Less does not boot a stock kernel with its initramfs.
+const MIN_MEMORY_MIB: u32 = 32;
+/// A bound on what a typing error may ask of the host.
+const MAX_MEMORY_MIB: u32 = 256 * 1024;
+/// Interrupt lines 5 to 23 of the one IOAPIC, less vsock and rng.
+const MAX_DISKS: usize = 8;
+/// See [`MAX_DISKS`].
+const MAX_NICS: usize = 8;
+/// `sun_path` is 108 bytes with its NUL; leave room for `_<port>` too.
+const MAX_SOCKET_PATH: usize = 96;
+/// `IFNAMSIZ` less the NUL.
+const MAX_TAP_NAME: usize = 15;
+/// Linux on x86 takes 2048 bytes; the monitor's own words need some 300.
+const MAX_CMDLINE: usize = 1536;
+/// The configuration is a few hundred bytes; anything near this is not one.
+const MAX_CONFIG_BYTES: u64 = 256 * 1024;
+/// 0 to 2 are reserved (hypervisor, loopback, host).
+const MIN_GUEST_CID: u32 = 3;
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not the JSON this monitor understands.
+    #[error("{path} is not a valid vm.json: {source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// A value outside its limits.
+    #[error("vm.json: {0}")]
+    Invalid(String),
+}
+
+impl VmConfig {
+    /// Reads and checks `path`.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let read = |source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        if fs::metadata(path).map_err(read)?.len() > MAX_CONFIG_BYTES {
+            return Err(ConfigError::Invalid(format!(
+                "longer than {MAX_CONFIG_BYTES} bytes"
+            )));
+        }
+        let text = fs::read(path).map_err(read)?;
+        let config: Self = serde_json::from_slice(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source,
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Guest memory in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        u64::from(self.memory_mib) << 20
+    }
+
+    /// Checks every limit, and says which one is broken.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let require = |ok: bool, what: &dyn Fn() -> String| {
+            if ok {
+                Ok(())
+            } else {
+                Err(ConfigError::Invalid(what()))
+            }
+        };
+        require(!self.id.is_empty() && self.id.len() <= 128, &|| {
+            "id must be 1 to 128 bytes long".into()
+        })?;
+        require((1..=MAX_VCPUS).contains(&self.vcpus), &|| {
+            format!("vcpus is {}, must be 1 to {MAX_VCPUS}", self.vcpus)
+        })?;
+        require(
+            (MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&self.memory_mib),
+            &|| {
+                format!(
+                    "memory_mib is {}, must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}",
+                    self.memory_mib
+                )
+            },
+        )?;
+        require(self.disks.len() <= MAX_DISKS, &|| {
+            format!("{} disks, at most {MAX_DISKS}", self.disks.len())
+        })?;
+        require(self.net.len() <= MAX_NICS, &|| {
+            format!("{} network devices, at most {MAX_NICS}", self.net.len())
+        })?;
+        require(self.cmdline.len() <= MAX_CMDLINE, &|| {
+            format!(
+                "cmdline is {} bytes long, at most {MAX_CMDLINE}",
+                self.cmdline.len()
+            )
+        })?;
+        require(
+            self.cmdline.bytes().all(|b| (b' '..=b'~').contains(&b)),
+            &|| "cmdline must be printable ASCII".into(),
+        )?;
+        for nic in &self.net {
+            let name = &nic.tap;
+            require(
+                !name.is_empty()
+                    && name.len() <= MAX_TAP_NAME
+                    && name
+                        .bytes()
+                        .all(|b| b.is_ascii_graphic() && b != b'/' && b != b'%'),
+                &|| format!("{name:?} is not a network device name"),
+            )?;
+            require(nic.mac.0[0] & 1 == 0, &|| {
+                format!("{} is a multicast address", String::from(nic.mac))
+            })?;
+        }
+        let mut sockets = vec![("control", &self.control)];
+        if let Some(vsock) = &self.vsock {
+            require(vsock.cid >= MIN_GUEST_CID && vsock.cid != u32::MAX, &|| {
+                format!(
+                    "vsock cid is {}, must be {MIN_GUEST_CID} or more",
+                    vsock.cid
+                )
+            })?;
+            sockets.push(("vsock path", &vsock.path));
+        }
+        for (name, path) in sockets {
+            let length = path.as_os_str().len();
+            require(length <= MAX_SOCKET_PATH, &|| {
+                format!("{name} is {length} bytes long, at most {MAX_SOCKET_PATH}")
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl TryFrom<String> for MacAddr {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is not an Ethernet address");
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|p| p.len() == 2).ok_or_else(wrong)?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
+        }
+        if parts.next().is_some() {
+            Err(wrong())
+        } else {
+            Ok(Self(bytes))
+        }
+    }
+}
+
+impl From<MacAddr> for String {
+    fn from(MacAddr([a, b, c, d, e, f]): MacAddr) -> Self {
+        format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn sample() -> Value {
+        json!({
+            "id": "148e21ea7e7d89", "vcpus": 2, "memory_mib": 256,
+            "kernel": "/k/vmlinux", "initramfs": ["/k/initramfs", "/m/run.cpio"],
+            "cmdline": "tern.debug",
+            "disks": [{"path": "/m/image.erofs", "read_only": true}, {"path": "/m/disk.ext4", "read_only": false}],
+            "net": [{"tap": "tn0", "mac": "02:00:00:00:00:01"}],
+            "vsock": {"cid": 3, "path": "/m/vsock.sock"},
+            "control": "/m/vmm.sock", "pid_file": "/m/vmm.pid", "serial_log": "/m/serial.log",
+            "snapshot_dir": "/m/snapshot", "exit_file": "/m/exit.json"
+        })
+    }
+
+    fn parse(value: &Value) -> Result<VmConfig, String> {
+        let config: VmConfig = serde_json::from_value(value.clone()).map_err(|e| e.to_string())?;
+        config.check().map_err(|e| e.to_string())?;
+        Ok(config)
+    }
+
+    #[test]
+    fn reads_the_documented_sample() {
+        let config = parse(&sample()).unwrap();
+        assert_eq!(config.net[0].mac, MacAddr([2, 0, 0, 0, 0, 1]));
+        assert_eq!(config.memory_bytes(), 256 << 20);
+        let again = serde_json::to_value(&config).unwrap();
+        assert_eq!(again, sample());
+    }
+
+    #[test]
+    fn refuses_an_unknown_key_at_every_level() {
+        for pointer in ["", "/disks/0", "/net/0", "/vsock"] {
+            let mut value = sample();
+            let table = value.pointer_mut(pointer).unwrap().as_object_mut().unwrap();
+            table.insert("colour".into(), json!("blue"));
+            let error = parse(&value).unwrap_err();
+            assert!(error.contains("colour"), "{pointer}: {error}");
+        }
+    }
+
+    #[test]
+    fn refuses_values_outside_their_limits() {
+        let cases = [
+            ("/vcpus", json!(0), "vcpus"),
+            ("/vcpus", json!(9), "vcpus"),
+            ("/memory_mib", json!(1), "memory_mib"),
+            ("/id", json!(""), "id"),
+            ("/net/0/tap", json!("a-name-too-long-for-linux"), "name"),
+            ("/net/0/tap", json!("tn%d"), "name"),
+            ("/net/0/mac", json!("02:00:00:00:00"), "Ethernet"),
+            ("/net/0/mac", json!("01:00:00:00:00:00"), "multicast"),
+            ("/vsock/cid", json!(2), "cid"),
+            ("/control", json!("x".repeat(200)), "control"),
+            ("/cmdline", json!("a\nb"), "ASCII"),
+            ("/cmdline", json!("a".repeat(2000)), "cmdline"),
+        ];
+        for (pointer, bad, word) in cases {
+            let mut value = sample();
+            *value.pointer_mut(pointer).unwrap() = bad.clone();
+            let error = parse(&value).unwrap_err();
+            assert!(error.contains(word), "{pointer} = {bad}: {error}");
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! The KVM monitor of one Tern Machine.
+//!
+//! One process runs one guest. It boots a Linux kernel directly ([`boot`]), gives it a handful of virtio
+//! devices ([`virtio`]), answers a small HTTP API on a Unix socket ([`control`]), and can put the whole
+//! guest into two files and take it from there again ([`snapshot`]). It knows nothing of apps, images
+//! or networks; the host's agent does.
+//!
+//! [`machine::Machine`] is the whole; [`run::run`] is its life. Threads:
+//!
+//! | thread | what |
+//! |---|---|
+//! | main | owns the [`machine::Machine`] and carries out one command after the other |
+//! | `vcpu<n>` | runs the guest ([`vcpu`]) and answers its exits ([`bus`]) |
+//! | `block`, `net`, `vsock`, `rng` | one per device, from its driver's "ready" on ([`virtio::worker`]) |
+//! | `control` | the API and SIGTERM; hands commands to main |
+
+pub mod boot;
+pub mod bus;
+pub mod config;
+pub mod control;
+pub mod exit;
+pub mod kvm;
+pub mod machine;
+pub mod memory;
+pub mod probe;
+pub mod run;
+pub mod serial;
+pub mod snapshot;
+pub mod trace;
+pub mod vcpu;
+pub mod virtio;

@@ -1,0 +1,489 @@
+//! The Machine: a guest with everything it is made of, and what can be done with it.
+//!
+//! ```text
+//!  boot, restore ─► ready ──start──► running ◄──resume── paused ──snapshot──► (two files)
+//!                                       └──────pause───────▲
+//! ```
+//!
+//! One thread owns it and carries out one operation after the other. A pause stops, in this order, the
+//! processors and the devices' workers; from then on nothing changes the guest's memory or state.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+
+use kvm_ioctls::VcpuFd;
+use serde::Serialize;
+
+use crate::boot::{self, BootError, Entry, cpu, layout};
+use crate::bus::Bus;
+use crate::config::VmConfig;
+use crate::kvm::{KvmError, Vm, call};
+use crate::memory::{Memory, MemoryError};
+use crate::serial::SerialPort;
+use crate::snapshot::{self, MachineState, MemoryIndex, Opened, Refused};
+use crate::trace::Trace;
+use crate::vcpu::state::extra_xsave_words;
+use crate::vcpu::{Vcpu, VcpuContext, VcpuError, VcpuEvent};
+use crate::virtio::block::Block;
+use crate::virtio::net::{Net, tap::Tap};
+use crate::virtio::rng::Rng;
+use crate::virtio::transport::{Transport, TransportState};
+use crate::virtio::vsock::Vsock;
+use crate::virtio::{Device, DeviceState, Kind};
+
+/// A guest.
+#[derive(Debug)]
+pub struct Machine {
+    config: VmConfig,
+    // Dropped in this order: the processors' threads first, what they use after them.
+    vcpus: Vec<Vcpu>,
+    bus: Arc<Bus>,
+    vm: Vm,
+    memory: Memory,
+    /// The checksums of the memory file under `memory`, after a restore.
+    memory_index: Option<MemoryIndex>,
+    state: State,
+    trace: Arc<Trace>,
+}
+
+/// What the guest is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Its processors run.
+    Running,
+    /// Nothing moves.
+    Paused,
+}
+
+/// The answer to `GET /v1/vm`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Description {
+    /// The Machine's id.
+    pub id: String,
+    /// What it is doing.
+    pub state: State,
+    /// The monitor's process id.
+    pub pid: u32,
+    /// Processors.
+    pub vcpus: u8,
+    /// Memory.
+    pub memory_mib: u32,
+    /// Where the time of the start went.
+    #[serde(serialize_with = "serialize_shared")]
+    pub boot: Arc<Trace>,
+}
+
+fn serialize_shared<S: serde::Serializer>(trace: &Trace, serializer: S) -> Result<S::Ok, S::Error> {
+    trace.serialize(serializer)
+}
+
+/// What processors call when the guest ends.
+pub type EventSink = Arc<dyn Fn(VcpuEvent) + Send + Sync>;
+
+/// Why a Machine does not start, or an operation fails.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// KVM is missing or refuses.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// No guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel or initramfs cannot be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A processor's thread fails.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A device cannot be made.
+    #[error("{what}: {source}")]
+    Device {
+        /// Which.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The snapshot is not for this Machine, or is damaged.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// The snapshot cannot be written.
+    #[error("cannot write the snapshot to {path}: {source}")]
+    Snapshot {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A snapshot is of a guest that does not move.
+    #[error("the Machine is running; pause it first")]
+    NotPaused,
+}
+
+impl Machine {
+    /// Loads a guest that is about to execute its first instruction.
+    pub fn boot(
+        config: VmConfig,
+        trace: Arc<Trace>,
+        events: EventSink,
+    ) -> Result<Self, MachineError> {
+        // Making a VM takes about as long as reading a kernel, and neither needs the other.
+        let (vm, loaded) = beside(&trace, || -> Result<_, MachineError> {
+            let memory = Memory::anonymous(config.memory_bytes())?;
+            trace.mark("memory");
+            let devices = new_devices(&config)?;
+            trace.mark("devices");
+            let entry = boot::load(&config, &memory, devices.len())?;
+            trace.mark("kernel_loaded");
+            Ok((memory, devices, entry))
+        });
+        let (mut vm, (memory, devices, entry)) = (vm?, loaded?);
+        vm.attach_memory(&memory)?;
+        let serial = SerialPort::new(&config.serial_log).map_err(device_error("serial log"))?;
+        let transports = devices
+            .into_iter()
+            .map(|device| Transport::new(device, memory.ram().clone(), trace.clone()))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(device_error("virtio device"))?;
+        let bus = connect(&vm, serial, transports)?;
+        let fds = create_vcpus(&vm, config.vcpus)?;
+        for (id, fd) in fds.iter().enumerate() {
+            set_up_vcpu(
+                &vm,
+                fd,
+                id as u8,
+                &config,
+                (id == 0).then_some(entry),
+                &memory,
+            )?;
+        }
+        let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
+        trace.mark("vcpus");
+        let state = State::Paused;
+        Ok(Self {
+            config,
+            vcpus,
+            bus,
+            vm,
+            memory,
+            memory_index: None,
+            state,
+            trace,
+        })
+    }
+
+    /// Takes a guest from its snapshot.
+    pub fn restore(
+        config: VmConfig,
+        trace: Arc<Trace>,
+        events: EventSink,
+    ) -> Result<Self, MachineError> {
+        let (vm, loaded) = beside(&trace, || -> Result<_, MachineError> {
+            let opened = snapshot::open(&config)?;
+            trace.mark("snapshot_checked");
+            let devices = restored_devices(&config, &opened)?;
+            trace.mark("devices");
+            Ok((opened, devices))
+        });
+        let (mut vm, (opened, devices)) = (vm?, loaded?);
+        let Opened {
+            machine,
+            memory,
+            index,
+        } = opened;
+        vm.attach_memory(&memory)?;
+        let serial = SerialPort::restore(&config.serial_log, &machine.serial)
+            .map_err(device_error("serial log"))?;
+        let transports = devices
+            .into_iter()
+            .zip(&machine.devices)
+            .enumerate()
+            .map(|(index, (device, state))| {
+                Transport::restore(device, state, memory.ram().clone(), trace.clone())
+                    .map_err(|source| refused_device(index, state.kind, source))
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let bus = connect(&vm, serial, transports)?;
+        let fds = create_vcpus(&vm, config.vcpus)?;
+        let extra = extra_xsave_words(vm.fd());
+        for (fd, state) in fds.iter().zip(&machine.vcpus) {
+            state
+                .check_processor(vm.supported_cpuid())
+                .map_err(Refused::Processor)?;
+            state.restore(fd, extra).map_err(Refused::Kvm)?;
+        }
+        vm.restore(&machine.vm).map_err(Refused::Kvm)?;
+        trace.mark("state_restored");
+        let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
+        trace.mark("vcpus");
+        let state = State::Paused;
+        Ok(Self {
+            config,
+            vcpus,
+            bus,
+            vm,
+            memory,
+            memory_index: Some(index),
+            state,
+            trace,
+        })
+    }
+
+    /// Runs a Machine that is ready or paused; one that runs goes on.
+    pub fn resume(&mut self) -> Result<(), MachineError> {
+        if self.state == State::Running {
+            return Ok(());
+        }
+        for vcpu in &self.vcpus {
+            vcpu.run()?;
+        }
+        // After the processors: they have work of their own, and nothing is lost meanwhile.
+        for mut transport in self.bus.transports() {
+            transport.resume();
+        }
+        self.state = State::Running;
+        Ok(())
+    }
+
+    /// Stops everything; a Machine that is paused stays so.
+    pub fn pause(&mut self) -> Result<(), MachineError> {
+        if self.state == State::Paused {
+            return Ok(());
+        }
+        let parking: Vec<_> = self
+            .vcpus
+            .iter()
+            .map(Vcpu::pause)
+            .collect::<Result<_, _>>()?;
+        for vcpu in parking {
+            vcpu.wait()?;
+        }
+        for mut transport in self.bus.transports() {
+            transport.pause();
+        }
+        self.bus.serial().flush_line();
+        self.state = State::Paused;
+        Ok(())
+    }
+
+    /// Writes a snapshot of a paused Machine.
+    pub fn snapshot(&mut self) -> Result<(), MachineError> {
+        if self.state != State::Paused {
+            return Err(MachineError::NotPaused);
+        }
+        let path = &self.config.snapshot_dir;
+        let failed = |source| MachineError::Snapshot {
+            path: path.clone(),
+            source,
+        };
+        let vcpus = self
+            .vcpus
+            .iter()
+            .map(|vcpu| vcpu.save().map(|state| *state));
+        let machine = MachineState {
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            vm: self.vm.save()?,
+            serial: self.bus.serial().save(),
+            devices: self
+                .bus
+                .transports()
+                .map(|transport| transport.save())
+                .collect::<io::Result<_>>()
+                .map_err(failed)?,
+        };
+        let base = self.memory_index.as_ref();
+        snapshot::write(path, &self.config, &machine, &self.memory, base).map_err(failed)
+    }
+
+    /// What it is and does.
+    pub fn describe(&self) -> Description {
+        Description {
+            id: self.config.id.clone(),
+            state: self.state,
+            pid: std::process::id(),
+            vcpus: self.config.vcpus,
+            memory_mib: self.config.memory_mib,
+            boot: self.trace.clone(),
+        }
+    }
+
+    /// The serial port, for what is left of its last line at the end.
+    pub fn flush_console(&self) {
+        self.bus.serial().flush_line();
+    }
+}
+
+/// Creates the VM in a thread of its own while `work` goes on in this one.
+fn beside<T>(trace: &Trace, work: impl FnOnce() -> T) -> (Result<Vm, KvmError>, T) {
+    thread::scope(|scope| {
+        let vm = scope.spawn(|| {
+            let vm = Vm::create();
+            trace.mark("kvm");
+            vm
+        });
+        let done = work();
+        let vm = vm
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        (vm, done)
+    })
+}
+
+/// The devices in the order of their windows: disks, network cards, vsock, randomness.
+fn new_devices(config: &VmConfig) -> Result<Vec<Box<dyn Device>>, MachineError> {
+    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    for (index, disk) in config.disks.iter().enumerate() {
+        let block = Block::open(disk, index)
+            .map_err(device_error(&format!("disk {}", disk.path.display())))?;
+        devices.push(Box::new(block));
+    }
+    for nic in &config.net {
+        let tap = Tap::open(&nic.tap).map_err(device_error(&format!("TAP device {}", nic.tap)))?;
+        devices.push(Box::new(Net::new(tap, nic.mac)));
+    }
+    if let Some(vsock) = &config.vsock {
+        let device =
+            Vsock::new(vsock).map_err(device_error(&format!("vsock {}", vsock.path.display())))?;
+        devices.push(Box::new(device));
+    }
+    devices.push(Box::new(Rng::default()));
+    Ok(devices)
+}
+
+/// The same devices, each checked against what the guest knew of it.
+fn restored_devices(
+    config: &VmConfig,
+    opened: &Opened,
+) -> Result<Vec<Box<dyn Device>>, MachineError> {
+    let states = &opened.machine.devices;
+    let expected = config.disks.len() + config.net.len() + usize::from(config.vsock.is_some()) + 1;
+    if states.len() != expected || opened.machine.vcpus.len() != usize::from(config.vcpus) {
+        return Err(Refused::Shape {
+            found: states.len(),
+            expected,
+            found_vcpus: opened.machine.vcpus.len(),
+            expected_vcpus: config.vcpus.into(),
+        }
+        .into());
+    }
+    let (mut disks, mut nics) = (config.disks.iter(), config.net.iter());
+    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    for (index, TransportState { kind, device, .. }) in states.iter().enumerate() {
+        let refused = |source| MachineError::from(refused_device(index, *kind, source));
+        let gone = || refused(io::Error::other("this Machine does not have it"));
+        devices.push(match device {
+            DeviceState::Block(state) => {
+                let disk = disks.next().ok_or_else(gone)?;
+                let block = Block::open(disk, index)
+                    .map_err(device_error(&format!("disk {}", disk.path.display())))?;
+                block.check(state).map_err(refused)?;
+                Box::new(block)
+            }
+            DeviceState::Net(state) => {
+                let nic = nics.next().ok_or_else(gone)?;
+                let tap = Tap::open(&nic.tap)
+                    .map_err(device_error(&format!("TAP device {}", nic.tap)))?;
+                let net = Net::new(tap, nic.mac);
+                net.check(state).map_err(refused)?;
+                Box::new(net)
+            }
+            DeviceState::Vsock(state) => {
+                let vsock = config.vsock.as_ref().ok_or_else(gone)?;
+                state.check(vsock).map_err(refused)?;
+                let device = Vsock::restore(vsock)
+                    .map_err(device_error(&format!("vsock {}", vsock.path.display())))?;
+                Box::new(device)
+            }
+            DeviceState::Rng => Box::new(Rng::default()),
+        });
+    }
+    Ok(devices)
+}
+
+fn refused_device(index: usize, kind: Kind, source: io::Error) -> Refused {
+    Refused::Device {
+        index,
+        kind: kind.name(),
+        source,
+    }
+}
+
+fn device_error(what: &str) -> impl FnOnce(io::Error) -> MachineError {
+    let what = what.to_owned();
+    move |source| MachineError::Device { what, source }
+}
+
+/// Connects serial port and devices to the VM's interrupts and notifications.
+fn connect(
+    vm: &Vm,
+    serial: SerialPort,
+    transports: Vec<Transport>,
+) -> Result<Arc<Bus>, MachineError> {
+    vm.fd()
+        .register_irqfd(serial.interrupt(), layout::SERIAL_GSI)
+        .map_err(call("KVM_IRQFD"))?;
+    for (index, transport) in transports.iter().enumerate() {
+        transport
+            .connect(vm.fd(), index)
+            .map_err(device_error("virtio device"))?;
+    }
+    Ok(Arc::new(Bus::new(serial, transports)))
+}
+
+fn create_vcpus(vm: &Vm, count: u8) -> Result<Vec<VcpuFd>, KvmError> {
+    (0..count)
+        .map(|id| {
+            vm.fd()
+                .create_vcpu(id.into())
+                .map_err(call("KVM_CREATE_VCPU"))
+        })
+        .collect()
+}
+
+/// The state of a processor at power-on; the boot processor also gets what its first instruction needs.
+fn set_up_vcpu(
+    vm: &Vm,
+    fd: &VcpuFd,
+    id: u8,
+    config: &VmConfig,
+    entry: Option<Entry>,
+    memory: &Memory,
+) -> Result<(), MachineError> {
+    let cpuid = cpu::cpuid(vm.supported_cpuid(), id, config.vcpus);
+    fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+    fd.set_msrs(&cpu::boot_msrs())
+        .map_err(call("KVM_SET_MSRS"))?;
+    if let Some(entry) = entry {
+        let mut sregs = fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
+        cpu::long_mode(memory.ram(), &mut sregs)?;
+        fd.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))?;
+        fd.set_regs(&cpu::entry_registers(entry))
+            .map_err(call("KVM_SET_REGS"))?;
+    }
+    Ok(())
+}
+
+fn spawn_vcpus(
+    vm: &Vm,
+    bus: &Arc<Bus>,
+    fds: Vec<VcpuFd>,
+    trace: &Arc<Trace>,
+    events: &EventSink,
+) -> Result<Vec<Vcpu>, MachineError> {
+    let msrs_to_save: Arc<[u32]> = vm.msrs_to_save().into();
+    let extra_xsave_words = extra_xsave_words(vm.fd());
+    let spawn = |(id, fd): (usize, VcpuFd)| {
+        let events = events.clone();
+        let context = VcpuContext {
+            bus: bus.clone(),
+            events: Box::new(move |event| events(event)),
+            trace: trace.clone(),
+            msrs_to_save: msrs_to_save.clone(),
+            extra_xsave_words,
+        };
+        Ok(Vcpu::spawn(id as u8, fd, context)?)
+    };
+    fds.into_iter().enumerate().map(spawn).collect()
+}

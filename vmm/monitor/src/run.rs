@@ -1,0 +1,144 @@
+//! The life of a monitor: from the command line to the exit file.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use crate::bus::Power;
+use crate::config::VmConfig;
+use crate::control::{self, Command, ControlError, Request};
+use crate::exit::{Exit, PidFile, Reason};
+use crate::machine::{EventSink, Machine, MachineError};
+use crate::trace::Trace;
+use crate::vcpu::VcpuEvent;
+
+/// What the main thread waits for.
+#[derive(Debug)]
+pub enum Event {
+    /// The guest ended, or cannot go on.
+    Vcpu(VcpuEvent),
+    /// The control API asks for something.
+    Request(Request),
+    /// SIGTERM or SIGINT.
+    Terminated,
+    /// The control API is gone.
+    ControlFailed(String),
+}
+
+/// Why a monitor did not even begin: nothing of the Machine has been touched.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot lock {path}: {source}")]
+pub struct NotBegun {
+    path: std::path::PathBuf,
+    source: io::Error,
+}
+
+/// Runs a Machine to its end, and leaves `exit.json`.
+///
+/// SIGTERM and SIGINT must be blocked in every thread: see [`control::block_signals`].
+pub fn run(config: VmConfig, restore: bool, trace: Trace) -> Result<Exit, NotBegun> {
+    let pid_file = PidFile::acquire(&config.pid_file).map_err(|source| NotBegun {
+        path: config.pid_file.clone(),
+        source,
+    })?;
+    // From here on this Machine's files are ours: what a former monitor left is out of date.
+    let _ = std::fs::remove_file(&config.exit_file);
+    trace.mark("locked");
+    let exit = live(&config, restore, Arc::new(trace));
+    tracing::info!(reason = ?exit.reason, message = exit.message, "ends");
+    let _ = std::fs::remove_file(&config.control);
+    if let Some(vsock) = &config.vsock {
+        let _ = std::fs::remove_file(&vsock.path);
+    }
+    if let Err(error) = exit.write(&config.exit_file) {
+        tracing::error!(path = %config.exit_file.display(), %error, "cannot write the exit file");
+    }
+    let _ = pid_file.release(); // the lock goes all the same
+    Ok(exit)
+}
+
+fn live(config: &VmConfig, restore: bool, trace: Arc<Trace>) -> Exit {
+    let (events, receiver) = channel();
+    // The API's socket appears while the guest starts; requests wait for the Machine in the channel.
+    if let Err(error) = control::spawn(&config.control, events.clone()) {
+        return Exit::new(Reason::Error, error.to_string());
+    }
+    let sink = vcpu_sink(events);
+    let made = if restore {
+        Machine::restore(config.clone(), trace, sink)
+    } else {
+        Machine::boot(config.clone(), trace, sink)
+    };
+    let started = made.and_then(|mut machine| machine.resume().map(|()| machine));
+    match started {
+        Ok(mut machine) => {
+            tracing::info!(id = config.id, restore, "runs");
+            let exit = serve(&mut machine, &receiver);
+            machine.flush_console();
+            exit
+        }
+        Err(error @ MachineError::Refused(_)) => {
+            Exit::new(Reason::SnapshotRefused, error.to_string())
+        }
+        Err(error) => Exit::new(Reason::Error, error.to_string()),
+    }
+}
+
+fn vcpu_sink(events: Sender<Event>) -> EventSink {
+    Arc::new(move |event| {
+        // Without a receiver the monitor is ending already.
+        let _ = events.send(Event::Vcpu(event));
+    })
+}
+
+/// Carries out one event after the other, until one of them is the last.
+fn serve(machine: &mut Machine, events: &Receiver<Event>) -> Exit {
+    loop {
+        match events.recv() {
+            Ok(Event::Request(Request { command, reply })) => {
+                let stop = command == Command::Stop;
+                reply.send(carry_out(machine, command));
+                if stop {
+                    return Exit::new(Reason::Stopped, "stopped by the control API");
+                }
+            }
+            Ok(Event::Vcpu(VcpuEvent::Power(power))) => return power.into(),
+            Ok(Event::Vcpu(VcpuEvent::Failed(message))) => {
+                return Exit::new(Reason::Error, message);
+            }
+            Ok(Event::Terminated) => return Exit::new(Reason::Stopped, "stopped by a signal"),
+            Ok(Event::ControlFailed(message)) => return Exit::new(Reason::Error, message),
+            Err(_) => return Exit::new(Reason::Error, "every thread of the monitor is gone"),
+        }
+    }
+}
+
+fn carry_out(machine: &mut Machine, command: Command) -> Result<control::Answer, ControlError> {
+    let done = match command {
+        Command::Describe => return Ok(control::Answer::Description(machine.describe())),
+        Command::Pause => machine.pause(),
+        Command::Resume => machine.resume(),
+        Command::Snapshot => machine.snapshot(),
+        Command::Stop => Ok(()),
+    };
+    match done {
+        Ok(()) => Ok(control::Answer::Done),
+        Err(error @ MachineError::NotPaused) => Err(ControlError::Conflict(error.to_string())),
+        Err(error) => {
+            tracing::error!(?command, %error, "failed");
+            Err(ControlError::Failed(error.to_string()))
+        }
+    }
+}
+
+impl From<Power> for Exit {
+    fn from(power: Power) -> Self {
+        match power {
+            Power::Off => Self::new(Reason::GuestShutdown, "the guest powered off"),
+            Power::Reset => Self::new(Reason::GuestReset, "the guest reset itself"),
+            Power::TripleFault => {
+                Self::new(Reason::GuestReset, "the guest reset by a triple fault")
+            }
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! The network card (virtio 1.2, section 5.1): one pair of queues on a TAP device.
+//!
+//! A frame for the guest is read into a buffer of the device's own and laid into as many of the guest's
+//! buffers as it needs (`VIRTIO_NET_F_MRG_RXBUF`); one that does not fit yet waits, and the TAP is left
+//! alone until it does. A frame from the guest goes to the TAP in one `writev`, straight from guest
+//! memory. What the frames say is the business of the host's rules at the TAP.
+
+pub mod tap;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+};
+
+use self::tap::{Offloads, Tap, VNET_HEADER_BYTES};
+use super::chain::Chain;
+use super::worker::{FIRST_DEVICE_TOKEN, Ready};
+use super::{Context, Device, DeviceState, Kind};
+use crate::config::MacAddr;
+
+/// A network card on a link to the host.
+#[derive(Debug)]
+pub struct Net<L = Tap> {
+    link: L,
+    mac: MacAddr,
+    /// The frame read last, its header first; `waiting` bytes of it have not reached the guest.
+    frame: Box<[u8]>,
+    waiting: usize,
+    /// Whether the link is watched: not while the guest has no buffers.
+    watching: bool,
+}
+
+/// What a snapshot must hold: only what must not have changed. A frame that waited is lost, as frames
+/// may be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    mac: MacAddr,
+}
+
+/// The host's end of the cable. One read or write is one frame, with its header.
+pub trait Link: AsFd + Send + std::fmt::Debug {
+    /// Says what the guest's driver can do.
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()>;
+}
+
+impl Link for Tap {
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        Tap::set_offloads(self, offloads)
+    }
+}
+
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const QUEUE_SIZE: u16 = 256;
+const LINK: u64 = FIRST_DEVICE_TOKEN;
+/// The longest IP packet, its Ethernet header with a VLAN tag, and the virtio header.
+const FRAME_BYTES: usize = 65535 + 18 + VNET_HEADER_BYTES;
+/// Where `num_buffers` is in the header.
+const NUM_BUFFERS: usize = 10;
+/// The longest frame spans at most as many buffers as this, with the 1.5 KiB and more of real drivers;
+/// with fewer bytes in each it is dropped.
+const MAX_BUFFERS: usize = 64;
+/// After so many frames in one direction the others have their turn.
+const FRAMES_PER_ROUND: usize = 128;
+
+impl<L: Link> Net<L> {
+    /// A card with the address `mac` on `link`.
+    pub fn new(link: L, mac: MacAddr) -> Self {
+        Self {
+            link,
+            mac,
+            frame: vec![0; FRAME_BYTES].into_boxed_slice(),
+            waiting: 0,
+            watching: false,
+        }
+    }
+
+    /// Checks that a snapshot's guest finds the card it knew.
+    pub fn check(&self, state: &NetState) -> io::Result<()> {
+        if state.mac == self.mac {
+            return Ok(());
+        }
+        Err(io::Error::other(format!(
+            "the network card had address {} when the snapshot was taken, and now has {}",
+            String::from(state.mac),
+            String::from(self.mac)
+        )))
+    }
+
+    /// Moves frames from the link to the guest, until one of them has no more.
+    fn receive(&mut self, cx: &mut Context) {
+        let mut starved = false;
+        for _ in 0..FRAMES_PER_ROUND {
+            if self.waiting == 0 {
+                match read(self.link.as_fd(), &mut self.frame) {
+                    // Without a whole header it is not a frame.
+                    Ok(len) if len > VNET_HEADER_BYTES => self.waiting = len,
+                    Ok(_) => continue,
+                    Err(error) => {
+                        if error.kind() != io::ErrorKind::WouldBlock {
+                            tracing::warn!(%error, "cannot read from the TAP device");
+                        }
+                        break;
+                    }
+                }
+            }
+            match self.deliver(cx) {
+                Delivery::Done => self.waiting = 0,
+                Delivery::Starved => {
+                    starved = true;
+                    break;
+                }
+            }
+        }
+        cx.interrupt(RECEIVE);
+        self.watch(cx, !starved);
+    }
+
+    /// Lays the waiting frame into the guest's buffers.
+    fn deliver(&mut self, cx: &mut Context) -> Delivery {
+        let merge = cx.accepted(VIRTIO_NET_F_MRG_RXBUF);
+        let limit = if merge { MAX_BUFFERS } else { 1 };
+        let ram = cx.ram.clone();
+        let queue = &mut cx.queues[RECEIVE];
+        let frame = &mut self.frame[..self.waiting];
+        let mut taken: Vec<(u16, u32)> = Vec::with_capacity(4);
+        let mut first = None;
+        let mut done = 0;
+        while done < frame.len() && taken.len() < limit {
+            let Some(descriptors) = queue.pop(&ram) else {
+                // Asked for notifications first, or a buffer offered just now would be missed.
+                if queue.unmute(&ram) {
+                    continue;
+                }
+                for _ in &taken {
+                    queue.undo_pop();
+                }
+                return Delivery::Starved;
+            };
+            let head = descriptors.head_index();
+            let Ok(chain) = Chain::map(&ram, descriptors) else {
+                taken.push((head, 0));
+                break; // costs the guest this frame
+            };
+            let len = chain.writable.write(0, &frame[done..]);
+            done += len;
+            taken.push((head, len as u32)); // at most FRAME_BYTES
+            first.get_or_insert(chain.writable);
+        }
+        if done < frame.len() {
+            // The guest's buffers are too small for it: dropped, and they come back empty.
+            for (head, _) in taken {
+                queue.push(&ram, head, 0);
+            }
+            return Delivery::Done;
+        }
+        if let Some(first) = first {
+            first.write(NUM_BUFFERS, &(taken.len() as u16).to_le_bytes());
+        }
+        for (head, len) in taken {
+            queue.push(&ram, head, len);
+        }
+        Delivery::Done
+    }
+
+    /// Moves frames from the guest to the link.
+    fn transmit(&mut self, cx: &mut Context) {
+        let ram = cx.ram.clone();
+        let queue = &mut cx.queues[TRANSMIT];
+        queue.mute(&ram);
+        for _ in 0..FRAMES_PER_ROUND {
+            let Some(descriptors) = queue.pop(&ram) else {
+                break;
+            };
+            let head = descriptors.head_index();
+            if let Ok(chain) = Chain::map(&ram, descriptors) {
+                let len = chain.readable.len();
+                if (VNET_HEADER_BYTES + 1..=FRAME_BYTES).contains(&len)
+                    && let Err(error) = chain.readable.writev(self.link.as_fd())
+                {
+                    // A frame the kernel does not take (a header that makes no sense, a device that is
+                    // down) is lost, as on any cable.
+                    tracing::debug!(%error, len, "a frame of the guest was dropped");
+                }
+            }
+            queue.push(&ram, head, 0);
+        }
+        let more = queue.unmute(&ram);
+        cx.interrupt(TRANSMIT);
+        if more {
+            cx.again(TRANSMIT);
+        }
+    }
+
+    fn watch(&mut self, cx: &Context, on: bool) {
+        if self.watching == on {
+            return;
+        }
+        if let Err(error) = cx.rewatch(&self.link, LINK, on, false) {
+            tracing::warn!(%error, "cannot watch the TAP device");
+        }
+        self.watching = on;
+    }
+}
+
+enum Delivery {
+    Done,
+    /// The frame waits for buffers.
+    Starved,
+}
+
+impl<L: Link> Device for Net<L> {
+    fn kind(&self) -> Kind {
+        Kind::Net
+    }
+
+    fn features(&self) -> u64 {
+        [
+            VIRTIO_NET_F_MAC,
+            VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_NET_F_CSUM,
+            VIRTIO_NET_F_HOST_TSO4,
+            VIRTIO_NET_F_HOST_TSO6,
+            VIRTIO_NET_F_GUEST_CSUM,
+            VIRTIO_NET_F_GUEST_TSO4,
+            VIRTIO_NET_F_GUEST_TSO6,
+        ]
+        .iter()
+        .fold(0, |features, bit| features | 1 << bit)
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[QUEUE_SIZE, QUEUE_SIZE]
+    }
+
+    /// `struct virtio_net_config`: the address, then what is only there with features not offered.
+    fn config(&self) -> Vec<u8> {
+        self.mac.0.to_vec()
+    }
+
+    fn start(&mut self, cx: &mut Context) -> io::Result<()> {
+        self.link.set_offloads(Offloads {
+            checksum: cx.accepted(VIRTIO_NET_F_GUEST_CSUM),
+            tso4: cx.accepted(VIRTIO_NET_F_GUEST_TSO4),
+            tso6: cx.accepted(VIRTIO_NET_F_GUEST_TSO6),
+        })?;
+        cx.watch(&self.link, LINK, true, false)?;
+        self.watching = true;
+        Ok(())
+    }
+
+    fn on_queue(&mut self, cx: &mut Context, index: usize) {
+        match index {
+            RECEIVE => self.receive(cx),
+            _ => self.transmit(cx),
+        }
+    }
+
+    fn on_io(&mut self, cx: &mut Context, _token: u64, _ready: Ready) {
+        self.receive(cx);
+    }
+
+    fn stop(&mut self, cx: &mut Context) {
+        cx.unwatch(&self.link);
+    }
+
+    fn reset(&mut self) {
+        self.waiting = 0;
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Net(NetState { mac: self.mac })
+    }
+}
+
+fn read(from: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<usize> {
+    nix::unistd::read(from, into).map_err(Into::into)
+}
+
+#[cfg(test)]
+mod tests;

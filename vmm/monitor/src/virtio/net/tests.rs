@@ -1,0 +1,168 @@
+use super::*;
+use crate::virtio::testing::{Descriptor, Driver, READ, Rings, WRITE};
+use proptest::prelude::*;
+use std::os::unix::net::UnixDatagram;
+use vm_memory::{Bytes, GuestAddress};
+
+/// A cable of datagrams: like a TAP, one read or write is one frame.
+#[derive(Debug)]
+struct Cable(UnixDatagram);
+
+impl AsFd for Cable {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Link for Cable {
+    fn set_offloads(&self, _offloads: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Card {
+    net: Net<Cable>,
+    host: UnixDatagram,
+    cx: Context,
+    receive: Rings,
+    transmit: Rings,
+}
+
+const MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
+
+fn card(features: u64) -> Card {
+    let (host, guest) = UnixDatagram::pair().unwrap();
+    host.set_nonblocking(true).unwrap();
+    guest.set_nonblocking(true).unwrap();
+    let driver = Driver::new(16);
+    let (receive, one) = Rings::new(driver.ram.clone(), 0x2_0000, 16);
+    let (transmit, two) = Rings::new(driver.ram.clone(), 0x4_0000, 16);
+    let mut cx = Context::for_test(driver.ram, vec![one, two], features);
+    let mut net = Net::new(Cable(guest), MAC);
+    net.start(&mut cx).unwrap();
+    Card {
+        net,
+        host,
+        cx,
+        receive,
+        transmit,
+    }
+}
+
+fn frame(len: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| if i < VNET_HEADER_BYTES { 0 } else { i as u8 })
+        .collect()
+}
+
+#[test]
+fn frames_go_both_ways() {
+    let mut card = card(0);
+    card.receive.offer(&[Descriptor::at(0x8000, 2048, WRITE)]);
+    card.host.send(&frame(100)).unwrap();
+    card.net.on_io(&mut card.cx, LINK, Ready::default());
+    assert_eq!(card.receive.take_used(), [(0, 100)]);
+    let mut bytes = vec![0; 100];
+    card.cx
+        .ram
+        .read_slice(&mut bytes, GuestAddress(0x8000))
+        .unwrap();
+    let mut expected = frame(100);
+    expected[NUM_BUFFERS] = 1;
+    assert_eq!(bytes, expected);
+
+    card.transmit.offer(&[
+        Descriptor::at(0x8000, 12, READ),
+        Descriptor::at(0x800c, 88, READ),
+    ]);
+    card.net.on_queue(&mut card.cx, TRANSMIT);
+    assert_eq!(card.transmit.take_used(), [(0, 0)]);
+    let mut sent = [0; 200];
+    assert_eq!(card.host.recv(&mut sent).unwrap(), 100);
+    assert_eq!(sent[..100], expected);
+}
+
+#[test]
+fn a_long_frame_spans_buffers_if_the_driver_merges() {
+    let mut card = card(1 << VIRTIO_NET_F_MRG_RXBUF);
+    card.host.send(&frame(3000)).unwrap();
+    for index in 0..2 {
+        card.receive
+            .offer(&[Descriptor::at(0x8000 + 0x1000 * index, 1000, WRITE)]);
+    }
+    card.net.on_queue(&mut card.cx, RECEIVE);
+    assert_eq!(card.receive.take_used(), [], "it waits for a third buffer");
+    assert!(!card.net.watching);
+    card.receive.offer(&[Descriptor::at(0xa000, 1500, WRITE)]);
+    card.net.on_queue(&mut card.cx, RECEIVE);
+    assert_eq!(card.receive.take_used(), [(0, 1000), (1, 1000), (2, 1000)]);
+    assert!(card.net.watching);
+    let buffers: u16 = card
+        .cx
+        .ram
+        .read_obj(GuestAddress(0x8000 + NUM_BUFFERS as u64))
+        .unwrap();
+    assert_eq!(buffers, 3);
+}
+
+#[test]
+fn a_frame_too_long_for_its_buffer_is_dropped() {
+    let mut card = card(0);
+    card.host.send(&frame(3000)).unwrap();
+    card.host.send(&frame(64)).unwrap();
+    card.receive.offer(&[Descriptor::at(0x8000, 1000, WRITE)]);
+    card.receive.offer(&[Descriptor::at(0x9000, 1000, WRITE)]);
+    card.net.on_queue(&mut card.cx, RECEIVE);
+    assert_eq!(card.receive.take_used(), [(0, 0), (1, 64)]);
+}
+
+#[test]
+fn a_snapshot_of_another_address_is_refused() {
+    let card = card(0);
+    card.net.check(&NetState { mac: MAC }).unwrap();
+    let other = NetState {
+        mac: MacAddr([2, 0, 0, 0, 0, 9]),
+    };
+    assert!(
+        card.net
+            .check(&other)
+            .unwrap_err()
+            .to_string()
+            .contains("02:00:00:00:00:09")
+    );
+}
+
+#[test]
+fn a_missing_tap_is_an_error_and_is_not_made() {
+    let error = Tap::open("tern-none").unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+}
+
+proptest! {
+    /// Any descriptors in both rings: each chain comes back once at most, and frames still pass after.
+    #[test]
+    fn any_rings_are_survived(
+        table in prop::collection::vec(
+            (prop_oneof![0x8000..0xa000_u64, any::<u64>()],
+             prop_oneof![0..2000_u32, any::<u32>()], 0..8_u16, 0..18_u16), 1..14),
+        merge in any::<bool>(),
+        len in 13..4000_usize,
+    ) {
+        let mut card = card(if merge { 1 << VIRTIO_NET_F_MRG_RXBUF } else { 0 });
+        card.host.send(&frame(len)).unwrap();
+        card.receive.offer_raw(&table);
+        card.transmit.offer_raw(&table);
+        card.net.on_queue(&mut card.cx, RECEIVE);
+        card.net.on_queue(&mut card.cx, TRANSMIT);
+        prop_assert!(card.receive.take_used().len() <= 1);
+        prop_assert_eq!(card.transmit.take_used().len(), 1);
+        let (receive, queue) = Rings::new(card.cx.ram.clone(), 0x6_0000, 16);
+        card.receive = receive;
+        card.cx.queues[RECEIVE] = queue;
+        card.net.reset();
+        card.host.send(&frame(64)).unwrap();
+        card.receive.offer(&[Descriptor::at(0x8000, 1000, WRITE)]);
+        card.net.on_queue(&mut card.cx, RECEIVE);
+        prop_assert_eq!(card.receive.take_used(), [(0, 64)]);
+    }
+}

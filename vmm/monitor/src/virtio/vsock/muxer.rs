@@ -1,0 +1,503 @@
+//! All connections of one guest: who they belong to, who has something to say next.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket,
+};
+
+use super::connection::{Connection, MAX_PAYLOAD};
+use super::packet::{HEADER_BYTES, HOST_CID, Header, Op, TYPE_STREAM};
+use crate::virtio::Context;
+use crate::virtio::worker::{FIRST_DEVICE_TOKEN, Ready};
+
+/// The host's side of a guest's vsock.
+#[derive(Debug)]
+pub struct Muxer {
+    guest_cid: u64,
+    path: PathBuf,
+    listener: UnixListener,
+    /// Whether the listener is watched; not while there are too many connections.
+    accepting: bool,
+    clients: HashMap<u64, Client>,
+    by_ports: HashMap<(u32, u32), u64>,
+    /// Clients that may have a packet for the guest, each at most once.
+    ready: VecDeque<u64>,
+    /// Answers to packets that belong to no connection.
+    resets: VecDeque<Header>,
+    /// In order, because every wait is equally long.
+    deadlines: VecDeque<(Instant, u64)>,
+    next_id: u64,
+    next_port: u32,
+    buffer: Box<[u8]>,
+}
+
+#[derive(Debug)]
+struct Client {
+    stage: Stage,
+    queued: bool,
+    /// When it has waited too long, if it waits.
+    deadline: Option<Instant>,
+    /// What its socket is watched for; `None` while it is not watched at all.
+    watched: Option<(bool, bool)>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// A host program that has not said yet which port it wants.
+    Greeting {
+        stream: UnixStream,
+        line: Vec<u8>,
+    },
+    Connected(Connection),
+}
+
+/// Bounds the descriptors and memory one guest's connections take; more wait in the listener's backlog.
+const MAX_CLIENTS: usize = 512;
+/// A guest that sends nonsense and takes no answers is not listened to beyond this.
+const MAX_RESETS: usize = 256;
+/// For a host program to name its port, for a guest to answer a request or to confirm an end.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// `CONNECT 4294967295\n` has 19 bytes.
+const MAX_GREETING: usize = 32;
+/// Ports for host programs start where Linux takes none for its own sockets.
+const FIRST_PORT: u32 = 1 << 30;
+const LISTENER: u64 = FIRST_DEVICE_TOKEN;
+const ACCEPTS_PER_ROUND: usize = 64;
+
+impl Muxer {
+    /// Listens at `path`, in place of whatever was there.
+    pub fn bind(guest_cid: u32, path: &Path) -> io::Result<Self> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(path)?;
+        // Whoever may write to this socket can reach every port of the guest.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            guest_cid: guest_cid.into(),
+            path: path.to_owned(),
+            listener,
+            accepting: false,
+            clients: HashMap::new(),
+            by_ports: HashMap::new(),
+            ready: VecDeque::new(),
+            resets: VecDeque::new(),
+            deadlines: VecDeque::new(),
+            next_id: LISTENER + 1,
+            next_port: FIRST_PORT,
+            buffer: vec![0; MAX_PAYLOAD].into_boxed_slice(),
+        })
+    }
+
+    /// The guest's context id.
+    pub fn guest_cid(&self) -> u64 {
+        self.guest_cid
+    }
+
+    /// Begins or goes on to be told of its sockets.
+    pub fn start(&mut self, cx: &Context) -> io::Result<()> {
+        cx.watch(&self.listener, LISTENER, true, false)?;
+        self.accepting = true;
+        for client in self.clients.values_mut() {
+            client.watched = None;
+        }
+        let ids: Vec<u64> = self.clients.keys().copied().collect();
+        for id in ids {
+            self.settle(cx, id);
+        }
+        Ok(())
+    }
+
+    /// Drops every connection: the guest has forgotten them.
+    pub fn clear(&mut self) {
+        self.clients.clear();
+        self.by_ports.clear();
+        self.ready.clear();
+        self.resets.clear();
+        self.deadlines.clear();
+    }
+
+    /// When somebody's patience ends.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadlines.front().map(|(at, _)| *at)
+    }
+
+    /// Whether there may be something for the guest.
+    pub fn has_output(&self) -> bool {
+        !self.ready.is_empty() || !self.resets.is_empty()
+    }
+
+    /// Whether the guest must take answers before it is heard again.
+    pub fn is_congested(&self) -> bool {
+        self.resets.len() >= MAX_RESETS
+    }
+
+    /// One of the sockets is ready.
+    pub fn on_io(&mut self, cx: &Context, token: u64, ready: Ready) {
+        if token == LISTENER {
+            return self.accept(cx);
+        }
+        let Some(client) = self.clients.get_mut(&token) else {
+            return; // closed by an event before this one
+        };
+        match &mut client.stage {
+            Stage::Greeting { .. } => self.read_greeting(cx, token),
+            Stage::Connected(connection) => {
+                if ready.write {
+                    connection.flush();
+                }
+                if ready.hang_up {
+                    connection.on_host_gone();
+                }
+                if ready.read || ready.hang_up {
+                    self.enqueue(token);
+                }
+                self.settle(cx, token);
+            }
+        }
+    }
+
+    /// Ends what has waited too long.
+    pub fn on_deadline(&mut self, cx: &Context, now: Instant) {
+        while let Some((at, id)) = self.deadlines.front().copied() {
+            if at > now {
+                break;
+            }
+            self.deadlines.pop_front();
+            let Some(client) = self.clients.get_mut(&id) else {
+                continue;
+            };
+            if client.deadline != Some(at) {
+                continue; // it has come further since
+            }
+            match &mut client.stage {
+                Stage::Greeting { .. } => self.remove(cx, id),
+                Stage::Connected(connection) => {
+                    connection.reset();
+                    self.settle(cx, id);
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self, cx: &Context) {
+        for _ in 0..ACCEPTS_PER_ROUND {
+            if self.clients.len() >= MAX_CLIENTS {
+                return self.stop_accepting(cx);
+            }
+            match self.listener.accept() {
+                Ok((stream, _)) => {
+                    if stream.set_nonblocking(true).is_ok() {
+                        self.add(
+                            cx,
+                            Stage::Greeting {
+                                stream,
+                                line: Vec::new(),
+                            },
+                        );
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a vsock client");
+                    return self.stop_accepting(cx);
+                }
+            }
+        }
+    }
+
+    /// Until a connection ends.
+    fn stop_accepting(&mut self, cx: &Context) {
+        cx.unwatch(&self.listener);
+        self.accepting = false;
+    }
+
+    fn add(&mut self, cx: &Context, stage: Stage) {
+        let id = self.next_id;
+        self.next_id += 1;
+        if let Stage::Connected(connection) = &stage {
+            self.by_ports
+                .insert((connection.host_port, connection.guest_port), id);
+        }
+        self.clients.insert(
+            id,
+            Client {
+                stage,
+                queued: false,
+                deadline: None,
+                watched: None,
+            },
+        );
+        self.settle(cx, id);
+    }
+
+    fn remove(&mut self, cx: &Context, id: u64) {
+        if let Some(client) = self.clients.remove(&id) {
+            match &client.stage {
+                Stage::Greeting { stream, .. } => cx.unwatch(stream),
+                Stage::Connected(connection) => {
+                    cx.unwatch(&connection.stream);
+                    self.by_ports
+                        .remove(&(connection.host_port, connection.guest_port));
+                }
+            }
+        }
+        if !self.accepting && cx.watch(&self.listener, LISTENER, true, false).is_ok() {
+            self.accepting = true;
+        }
+    }
+
+    /// Brings watch, queue, deadline and table into line with what a client is now.
+    fn settle(&mut self, cx: &Context, id: u64) {
+        let Some(client) = self.clients.get_mut(&id) else {
+            return;
+        };
+        let (stream, wanted, waits) = match &client.stage {
+            Stage::Greeting { stream, .. } => (stream, Some((true, false)), true),
+            Stage::Connected(connection) => {
+                if connection.is_gone() {
+                    return self.remove(cx, id);
+                }
+                // A socket whose other end is gone would be reported ready for ever.
+                let watch = !connection.host_is_gone();
+                let read = connection.wants_read() && !client.queued;
+                let wanted = watch.then(|| (read, connection.wants_write()));
+                (&connection.stream, wanted, connection.awaits_guest())
+            }
+        };
+        if waits != client.deadline.is_some() {
+            client.deadline = waits.then(|| Instant::now() + PATIENCE);
+            self.deadlines.extend(client.deadline.map(|at| (at, id)));
+        }
+        if client.watched != wanted {
+            let changed = match (client.watched, wanted) {
+                (None, Some((read, write))) => cx.watch(stream, id, read, write),
+                (Some(_), Some((read, write))) => cx.rewatch(stream, id, read, write),
+                (_, None) => {
+                    cx.unwatch(stream);
+                    Ok(())
+                }
+            };
+            if let Err(error) = changed {
+                tracing::warn!(%error, "cannot watch a vsock client");
+                return self.remove(cx, id);
+            }
+            client.watched = wanted;
+        }
+        if let Stage::Connected(connection) = &client.stage
+            && (connection.has_pending() || connection.host_is_gone() && connection.wants_read())
+        {
+            self.enqueue(id);
+        }
+    }
+
+    fn enqueue(&mut self, id: u64) {
+        if let Some(client) = self.clients.get_mut(&id)
+            && !client.queued
+        {
+            client.queued = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    fn read_greeting(&mut self, cx: &Context, id: u64) {
+        let Some(Client {
+            stage: Stage::Greeting { stream, line },
+            ..
+        }) = self.clients.get_mut(&id)
+        else {
+            return;
+        };
+        let port = match greeting(stream, line) {
+            Ok(Some(port)) => port,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::debug!(%error, "a vsock client did not say CONNECT <port>");
+                return self.remove(cx, id);
+            }
+        };
+        let Some(host_port) = self.free_port(port) else {
+            return self.remove(cx, id);
+        };
+        if let Some(Client {
+            stage: Stage::Greeting { stream, .. },
+            watched,
+            ..
+        }) = self.clients.remove(&id)
+        {
+            let stage = Stage::Connected(Connection::from_host(stream, host_port, port));
+            let client = Client {
+                stage,
+                queued: false,
+                deadline: None,
+                watched,
+            };
+            self.clients.insert(id, client);
+            self.by_ports.insert((host_port, port), id);
+            self.settle(cx, id);
+        }
+    }
+
+    fn free_port(&mut self, guest_port: u32) -> Option<u32> {
+        (0..=MAX_CLIENTS).find_map(|_| {
+            let port = self.next_port;
+            self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_PORT);
+            (!self.by_ports.contains_key(&(port, guest_port))).then_some(port)
+        })
+    }
+
+    /// Handles a packet of the guest's.
+    pub fn on_packet(&mut self, cx: &Context, header: &Header, payload: &[u8]) {
+        if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
+            return; // not from this guest, or not for this host
+        }
+        let op = Op::from_number(header.op).filter(|_| header.kind == TYPE_STREAM);
+        let key = (header.dst_port, header.src_port);
+        let Some(op) = op else {
+            return self.refuse(header);
+        };
+        match self.by_ports.get(&key).copied() {
+            Some(id) => {
+                if let Some(Client {
+                    stage: Stage::Connected(connection),
+                    ..
+                }) = self.clients.get_mut(&id)
+                {
+                    connection.on_packet(op, header, payload);
+                    self.settle(cx, id);
+                }
+            }
+            None if op == Op::Request => match self.connect_out(cx, header) {
+                Ok(()) => {}
+                Err(error) => {
+                    tracing::debug!(port = header.dst_port, %error, "guest's connection refused");
+                    self.refuse(header);
+                }
+            },
+            None => self.refuse(header),
+        }
+    }
+
+    /// Answers a packet that belongs nowhere with a reset; a reset is not answered.
+    fn refuse(&mut self, header: &Header) {
+        if header.op == Op::Reset.number() {
+            return;
+        }
+        self.resets.push_back(Header {
+            src_cid: HOST_CID,
+            dst_cid: self.guest_cid,
+            src_port: header.dst_port,
+            dst_port: header.src_port,
+            kind: TYPE_STREAM,
+            op: Op::Reset.number(),
+            ..Header::default()
+        });
+    }
+
+    /// A guest program calls: some host program must listen at `<path>_<port>`.
+    fn connect_out(&mut self, cx: &Context, header: &Header) -> io::Result<()> {
+        if self.clients.len() >= MAX_CLIENTS {
+            return Err(io::Error::other("too many connections"));
+        }
+        let mut path = self.path.clone().into_os_string();
+        path.push(format!("_{}", header.dst_port));
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        connect(fd.as_raw_fd(), &UnixAddr::new(path.as_os_str())?)?;
+        self.add(
+            cx,
+            Stage::Connected(Connection::from_guest(UnixStream::from(fd), header)),
+        );
+        Ok(())
+    }
+
+    /// Writes the next packet for the guest into `write`, which takes header and payload, and returns
+    /// whether there was one. `room` is what the guest's buffer has for the payload.
+    pub fn next_packet(
+        &mut self,
+        cx: &Context,
+        room: usize,
+        write: impl FnOnce(&[u8; HEADER_BYTES], &[u8]),
+    ) -> bool {
+        if let Some(reset) = self.resets.pop_front() {
+            write(&reset.encode(), &[]);
+            return true;
+        }
+        while let Some(id) = self.ready.pop_front() {
+            let Some(client) = self.clients.get_mut(&id) else {
+                continue;
+            };
+            client.queued = false;
+            let Stage::Connected(connection) = &mut client.stage else {
+                continue;
+            };
+            let room = room.min(self.buffer.len());
+            let Some(packet) = connection.next_packet(&mut self.buffer[..room]) else {
+                self.settle(cx, id);
+                continue;
+            };
+            let mut header = Header {
+                src_cid: HOST_CID,
+                dst_cid: self.guest_cid,
+                len: packet.len as u32, // at most MAX_PAYLOAD
+                kind: TYPE_STREAM,
+                op: packet.op.number(),
+                flags: packet.flags,
+                ..Header::default()
+            };
+            connection.stamp(&mut header);
+            write(&header.encode(), &self.buffer[..packet.len]);
+            // It may have more; the others come first.
+            if !connection.is_gone() && packet.op == Op::ReadWrite {
+                self.enqueue(id);
+            }
+            self.settle(cx, id);
+            return true;
+        }
+        false
+    }
+}
+
+/// Reads `CONNECT <port>\n`, and not a byte more: what follows is for the guest program. `line` is
+/// what has come so far; `None` if that is not all.
+fn greeting(stream: &UnixStream, line: &mut Vec<u8>) -> io::Result<Option<u32>> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidData);
+    let fd = stream.as_fd().as_raw_fd();
+    let mut bytes = [0; MAX_GREETING];
+    let len = match recv(fd, &mut bytes, MsgFlags::MSG_PEEK) {
+        Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(len) => len,
+        Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
+        Err(errno) => return Err(errno.into()),
+    };
+    let end = bytes[..len].iter().position(|byte| *byte == b'\n');
+    let taken = recv(
+        fd,
+        &mut bytes[..end.map_or(len, |at| at + 1)],
+        MsgFlags::empty(),
+    )?;
+    line.extend_from_slice(&bytes[..taken]);
+    if line.len() > MAX_GREETING {
+        return Err(invalid());
+    }
+    let Some(line) = line.strip_suffix(b"\n") else {
+        return Ok(None);
+    };
+    std::str::from_utf8(line)
+        .ok()
+        .and_then(|line| line.strip_prefix("CONNECT "))
+        .and_then(|port| port.parse().ok())
+        .map(Some)
+        .ok_or_else(invalid)
+}

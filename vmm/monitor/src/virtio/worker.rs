@@ -1,0 +1,366 @@
+//! The thread of one device, from its driver's "ready" to a pause or reset.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Device;
+use super::queue::VirtQueue;
+use crate::memory::GuestRam;
+
+/// A running device. [`Worker::stop`] gives it back.
+#[derive(Debug)]
+pub struct Worker {
+    stop: EventFd,
+    thread: JoinHandle<Parked>,
+}
+
+/// A device at rest with its queues.
+#[derive(Debug)]
+pub struct Parked {
+    /// The device.
+    pub device: Box<dyn Device>,
+    /// Its queues, where the device stopped.
+    pub queues: Vec<VirtQueue>,
+}
+
+/// What a device works with while it runs.
+#[derive(Debug)]
+pub struct Context {
+    /// The guest's memory.
+    pub ram: Arc<GuestRam>,
+    /// The device's queues.
+    pub queues: Vec<VirtQueue>,
+    /// What the driver accepted.
+    pub features: u64,
+    interrupt: Arc<Interrupt>,
+    epoll: Epoll,
+}
+
+/// What a watched descriptor is ready for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Ready {
+    /// There is something to read, or the end of it.
+    pub read: bool,
+    /// There is room to write.
+    pub write: bool,
+    /// The other side is gone altogether.
+    pub hang_up: bool,
+}
+
+/// The interrupt of one device: a line into KVM, and the reason in the device's status register.
+#[derive(Debug)]
+pub struct Interrupt {
+    status: AtomicU32,
+    line: EventFd,
+}
+
+/// A queue has something for the driver.
+const REASON_QUEUE: u32 = 1;
+/// The device's configuration or status changed.
+const REASON_CONFIG: u32 = 2;
+/// Tokens below are queues, and the stop event; devices use others.
+pub const FIRST_DEVICE_TOKEN: u64 = 0x100;
+const STOP_TOKEN: u64 = FIRST_DEVICE_TOKEN - 1;
+/// Enough for every descriptor of most devices in one call.
+const EVENTS_PER_WAIT: usize = 32;
+
+impl Worker {
+    /// Starts `parked` in a thread of its own.
+    pub fn spawn(
+        parked: Parked,
+        ram: Arc<GuestRam>,
+        features: u64,
+        interrupt: Arc<Interrupt>,
+    ) -> Result<Self, (io::Error, Box<Parked>)> {
+        let name = parked.device.kind().name();
+        let prepared = (|| {
+            let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+            let epoll = Epoll::new()?;
+            watch(
+                &epoll,
+                ControlOperation::Add,
+                stop.as_raw_fd(),
+                EventSet::IN,
+                STOP_TOKEN,
+            )?;
+            for (token, queue) in parked.queues.iter().enumerate() {
+                let fd = queue.kick().as_raw_fd();
+                watch(
+                    &epoll,
+                    ControlOperation::Add,
+                    fd,
+                    EventSet::IN,
+                    token as u64,
+                )?;
+            }
+            Ok((stop.try_clone()?, stop, epoll))
+        })();
+        let (stop, stopped, epoll) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => return Err((error, Box::new(parked))),
+        };
+        let Parked { device, queues } = parked;
+        let context = Context {
+            ram,
+            queues,
+            features,
+            interrupt,
+            epoll,
+        };
+        // The thread cannot give the device back if it does not start, so it is handed over inside.
+        let (send, receive) = std::sync::mpsc::sync_channel(1);
+        let thread = thread::Builder::new().name(name.into()).spawn(move || {
+            let (device, context): (Box<dyn Device>, Context) = receive
+                .recv()
+                .expect("the sender sends before it is dropped");
+            run(device, context, &stopped)
+        });
+        match thread {
+            Ok(thread) => {
+                // The receiver lives in the thread that has just been started.
+                let _ = send.send((device, context));
+                Ok(Self { stop, thread })
+            }
+            Err(error) => Err((
+                error,
+                Box::new(Parked {
+                    device,
+                    queues: context.queues,
+                }),
+            )),
+        }
+    }
+
+    /// Has the device finish what it is doing, and ends its thread. `None` after a panic of the
+    /// device, which the process's panic hook has reported.
+    pub fn stop(self) -> Option<Parked> {
+        // An eventfd that nobody has written to before takes a one.
+        let _ = self.stop.write(1);
+        self.thread.join().ok()
+    }
+}
+
+fn run(mut device: Box<dyn Device>, mut cx: Context, stop: &EventFd) -> Parked {
+    let kind = device.kind().name();
+    match device.start(&mut cx) {
+        Ok(()) => {
+            for index in 0..cx.queues.len() {
+                device.on_queue(&mut cx, index);
+            }
+            serve(&mut device, &mut cx);
+        }
+        Err(error) => {
+            tracing::error!(device = kind, %error, "cannot start; the guest sees it as hung");
+            wait_readable(stop);
+        }
+    }
+    device.stop(&mut cx);
+    Parked {
+        device,
+        queues: cx.queues,
+    }
+}
+
+fn serve(device: &mut Box<dyn Device>, cx: &mut Context) {
+    let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
+    loop {
+        let timeout = device.deadline().map_or(-1, millis_until);
+        let count = match cx.epoll.wait(timeout, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                // Only programming errors are left: a bad descriptor, a bad buffer.
+                panic!("epoll_wait: {error}");
+            }
+        };
+        for event in &events[..count] {
+            match event.data() {
+                STOP_TOKEN => return,
+                token if token < FIRST_DEVICE_TOKEN => {
+                    let index = token as usize; // one of the queues registered in `spawn`
+                    let _ = cx.queues[index].kick().read();
+                    device.on_queue(cx, index);
+                }
+                token => device.on_io(cx, token, event.event_set().into()),
+            }
+        }
+        if device
+            .deadline()
+            .is_some_and(|deadline| deadline <= Instant::now())
+        {
+            device.on_deadline(cx, Instant::now());
+        }
+    }
+}
+
+/// Rounded up, so that the deadline has passed when the wait ends.
+fn millis_until(deadline: Instant) -> i32 {
+    let left = deadline
+        .saturating_duration_since(Instant::now())
+        .as_millis()
+        + 1;
+    i32::try_from(left).unwrap_or(i32::MAX)
+}
+
+fn wait_readable(event: &EventFd) {
+    // SAFETY: the descriptor is open as long as `event` is borrowed.
+    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    let mut fds = [nix::poll::PollFd::new(fd, nix::poll::PollFlags::POLLIN)];
+    while nix::poll::poll(&mut fds, nix::poll::PollTimeout::NONE).is_err() {}
+}
+
+fn watch(
+    epoll: &Epoll,
+    operation: ControlOperation,
+    fd: i32,
+    events: EventSet,
+    token: u64,
+) -> io::Result<()> {
+    epoll.ctl(operation, fd, EpollEvent::new(events, token))
+}
+
+impl Context {
+    /// A context outside a worker, for a device's own tests.
+    #[cfg(test)]
+    pub fn for_test(ram: Arc<GuestRam>, queues: Vec<VirtQueue>, features: u64) -> Self {
+        Self {
+            ram,
+            queues,
+            features,
+            interrupt: Arc::new(Interrupt::new().unwrap()),
+            epoll: Epoll::new().unwrap(),
+        }
+    }
+
+    /// Whether the driver accepted this feature bit.
+    pub fn accepted(&self, bit: u32) -> bool {
+        self.features & 1 << bit != 0
+    }
+
+    /// Interrupts the driver, if it wants to hear of what was pushed to queue `index`.
+    pub fn interrupt(&mut self, index: usize) {
+        if self.queues[index].needs_interrupt(&self.ram) {
+            self.interrupt.raise_queue();
+        }
+    }
+
+    /// Has queue `index` looked at once more, after everything else that waits.
+    pub fn again(&self, index: usize) {
+        let _ = self.queues[index].kick().write(1);
+    }
+
+    /// Calls [`Device::on_io`] with `token` when `fd` is ready. A hang-up is always told.
+    pub fn watch(&self, fd: impl AsFd, token: u64, read: bool, write: bool) -> io::Result<()> {
+        let fd = fd.as_fd().as_raw_fd();
+        watch(
+            &self.epoll,
+            ControlOperation::Add,
+            fd,
+            interest(read, write),
+            token,
+        )
+    }
+
+    /// Changes what a watched `fd` is watched for.
+    pub fn rewatch(&self, fd: impl AsFd, token: u64, read: bool, write: bool) -> io::Result<()> {
+        let fd = fd.as_fd().as_raw_fd();
+        watch(
+            &self.epoll,
+            ControlOperation::Modify,
+            fd,
+            interest(read, write),
+            token,
+        )
+    }
+
+    /// Ends a watch. One that is not there is fine.
+    pub fn unwatch(&self, fd: impl AsFd) {
+        let fd = fd.as_fd().as_raw_fd();
+        let _ = watch(
+            &self.epoll,
+            ControlOperation::Delete,
+            fd,
+            EventSet::empty(),
+            0,
+        );
+    }
+}
+
+fn interest(read: bool, write: bool) -> EventSet {
+    let mut events = EventSet::empty();
+    events.set(EventSet::IN, read);
+    events.set(EventSet::OUT, write);
+    events
+}
+
+impl From<EventSet> for Ready {
+    fn from(events: EventSet) -> Self {
+        Self {
+            read: events.contains(EventSet::IN),
+            write: events.contains(EventSet::OUT),
+            hang_up: events.intersects(EventSet::HANG_UP | EventSet::ERROR),
+        }
+    }
+}
+
+impl Interrupt {
+    /// An interrupt that is not raised.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            status: AtomicU32::new(0),
+            line: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+        })
+    }
+
+    /// The event that KVM turns into an interrupt.
+    pub fn line(&self) -> &EventFd {
+        &self.line
+    }
+
+    /// The reasons not yet acknowledged.
+    pub fn status(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// Sets the reasons, from a snapshot or at a reset.
+    pub fn set_status(&self, status: u32) {
+        self.status
+            .store(status & (REASON_QUEUE | REASON_CONFIG), Ordering::SeqCst);
+    }
+
+    /// The driver has seen these reasons.
+    pub fn acknowledge(&self, reasons: u32) {
+        self.status.fetch_and(!reasons, Ordering::SeqCst);
+    }
+
+    /// A queue has something for the driver.
+    pub fn raise_queue(&self) {
+        self.raise(REASON_QUEUE);
+    }
+
+    /// The device's status has changed.
+    pub fn raise_config(&self) {
+        self.raise(REASON_CONFIG);
+    }
+
+    /// Raises once more what was not acknowledged: an interrupt may have been on its way when the
+    /// Machine was paused. One too many is harmless.
+    pub fn raise_pending(&self) {
+        if self.status() != 0 {
+            self.raise(0);
+        }
+    }
+
+    fn raise(&self, reason: u32) {
+        self.status.fetch_or(reason, Ordering::SeqCst);
+        // Fails only when 2^64 - 2 interrupts wait.
+        let _ = self.line.write(1);
+    }
+}
