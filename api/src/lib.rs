@@ -1,1 +1,35 @@
-//! The Machines-API compatible REST API and the image registry
+//! The REST API, compatible with Fly.io's Machines API, and the image registry on the same port.
+//!
+//! A call that changes a Machine writes what is wanted ([`tern_catalog::Machine::desired`]) and answers;
+//! the agent of the Machine's host makes it so, and `wait` tells when. What only that agent can do at
+//! once (exec, logs, signals) goes through [`HostGateway`].
+//!
+//! Calls that Fly.io keeps elsewhere (GraphQL, NATS) are here: organizations, WireGuard peers, tokens and
+//! logs. They are listed in `routes.rs`.
+
+mod apps;
+mod auth;
+mod certificates;
+mod error;
+mod gateway;
+mod logs;
+mod machines;
+mod number;
+mod orgs;
+mod peers;
+mod platform;
+mod registry;
+mod routes;
+mod server;
+mod tokens;
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use auth::token_hash;
+pub use error::ApiError;
+pub use gateway::{ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery};
+pub use registry::REGISTRY_NAME;
+pub use server::{ApiConfig, ApiServer};

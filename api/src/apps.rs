@@ -1,0 +1,191 @@
+//! Apps.
+
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use http::StatusCode;
+use jiff::Timestamp;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tern_catalog::{
+    App, AppName, Compare, Desired, DesiredState, Hostname, HostnameRoute, Machine, Op, OrgSlug,
+    Snapshot, StoreError, Transaction,
+};
+
+use crate::auth::Caller;
+use crate::error::ApiError;
+use crate::server::Shared;
+
+/// Both spellings of the name are in use.
+#[derive(Debug, Deserialize)]
+pub struct Create {
+    #[serde(alias = "name")]
+    app_name: String,
+    org_slug: String,
+    network: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct ListQuery {
+    org_slug: Option<OrgSlug>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub struct DestroyQuery {
+    #[serde(default)]
+    force: bool,
+}
+
+/// `GET /v1/apps`.
+pub async fn list(
+    State(shared): State<Shared>,
+    caller: Caller,
+    Query(query): Query<ListQuery>,
+) -> Json<Value> {
+    let snapshot = shared.view.snapshot();
+    let asked = |app: &&std::sync::Arc<App>| {
+        query
+            .org_slug
+            .as_ref()
+            .is_none_or(|org| *org == app.organization)
+    };
+    let apps: Vec<Value> = snapshot
+        .apps
+        .values()
+        .filter(|app| caller.may(&app.organization))
+        .filter(asked)
+        .map(|app| shape(&snapshot, app))
+        .collect();
+    Json(json!({"total_apps": apps.len(), "apps": apps}))
+}
+
+/// `POST /v1/apps`.
+pub async fn create(
+    State(shared): State<Shared>,
+    caller: Caller,
+    Json(create): Json<Create>,
+) -> Result<(StatusCode, Json<Value>), ApiError> {
+    let (name, org): (AppName, OrgSlug) = (create.app_name.parse()?, create.org_slug.parse()?);
+    caller.must(&org)?;
+    let snapshot = shared.view.snapshot();
+    let organization = snapshot.organizations.get(&org).ok_or_else(|| {
+        ApiError::invalid(format!("there is no organization {org}; see GET /v1/orgs"))
+    })?;
+    if create
+        .network
+        .is_some_and(|n| !n.is_empty() && n != "default")
+    {
+        return Err(ApiError::invalid(
+            "networks of an app's own are not supported yet; leave `network` out",
+        ));
+    }
+    let app = App {
+        name: name.clone(),
+        organization: org,
+        network: organization.default_network,
+        created_at: Timestamp::now(),
+    };
+    let mut transaction = Transaction {
+        compares: vec![Compare::absent(&app)],
+        ops: vec![Op::put(&app)],
+    };
+    if let Some(domain) = &shared.config.domain {
+        let hostname: Hostname = format!("{name}.{domain}").parse()?;
+        let route = HostnameRoute {
+            hostname,
+            app: name.clone(),
+            created_at: app.created_at,
+        };
+        transaction.compares.push(Compare::absent(&route));
+        transaction.ops.push(Op::put(&route));
+    }
+    match shared.catalog.store().commit(transaction).await {
+        Ok(revision) => shared.seen(revision).await,
+        Err(StoreError::Conflict { .. }) => {
+            return Err(ApiError::name_taken(format!("app name {name}")));
+        }
+        Err(other) => return Err(other.into()),
+    }
+    Ok((
+        StatusCode::CREATED,
+        Json(shape(&shared.view.snapshot(), &app)),
+    ))
+}
+
+/// `GET /v1/apps/{app}`.
+pub async fn get(
+    State(shared): State<Shared>,
+    caller: Caller,
+    Path(name): Path<AppName>,
+) -> Result<Json<Value>, ApiError> {
+    let snapshot = shared.view.snapshot();
+    let app = caller.app(&snapshot, &name)?;
+    Ok(Json(shape(&snapshot, app)))
+}
+
+/// `DELETE /v1/apps/{app}`: its Machines are destroyed by their hosts; its names are free at once.
+pub async fn destroy(
+    State(shared): State<Shared>,
+    caller: Caller,
+    Path(name): Path<AppName>,
+    Query(query): Query<DestroyQuery>,
+) -> Result<StatusCode, ApiError> {
+    let snapshot = shared.view.snapshot();
+    caller.app(&snapshot, &name)?;
+    let machines: Vec<_> = snapshot
+        .machines_of(&name)
+        .map(|(m, _)| m.id.clone())
+        .collect();
+    if !machines.is_empty() && !query.force {
+        let count = machines.len();
+        return Err(ApiError::conflict(format!(
+            "app {name} has {count} Machines; destroy them too with ?force=true"
+        )));
+    }
+    for id in machines {
+        let destroy = |machine: &mut Machine| {
+            let generation = machine.desired.generation + 1;
+            machine.desired = Desired {
+                state: DesiredState::Destroyed { force: true },
+                generation,
+            };
+            machine.updated_at = Timestamp::now();
+            Ok::<_, ApiError>(())
+        };
+        shared.catalog.update(id.as_str(), destroy).await??;
+    }
+    let mut ops = vec![Op::Delete {
+        key: tern_catalog::Record::key(
+            &**snapshot
+                .apps
+                .get(&name)
+                .ok_or_else(|| ApiError::not_found(&name))?,
+        ),
+    }];
+    ops.extend(
+        snapshot
+            .hostnames
+            .values()
+            .filter(|r| r.app == name)
+            .map(|r| Op::Delete {
+                key: tern_catalog::Record::key(&**r),
+            }),
+    );
+    let revision = shared.catalog.store().commit(Transaction::of(ops)).await?;
+    shared.seen(revision).await;
+    Ok(StatusCode::ACCEPTED)
+}
+
+fn shape(snapshot: &Snapshot, app: &App) -> Value {
+    let machines = snapshot.machines_of(&app.name).count();
+    let organization = snapshot.organizations.get(&app.organization);
+    json!({
+        "id": app.name,
+        "name": app.name,
+        "status": if machines == 0 { "pending" } else { "deployed" },
+        "machine_count": machines,
+        "volume_count": 0,
+        "network": organization.map(|_| "default"),
+        "organization": {"slug": app.organization, "name": organization.map(|o| &o.name)},
+        "created_at": app.created_at.as_millisecond(),
+    })
+}

@@ -1,0 +1,86 @@
+//! What the API asks of a Machine's host directly, because it must happen now and leaves no fact.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::stream::BoxStream;
+use serde::{Deserialize, Serialize};
+use tern_catalog::MachineId;
+use thiserror::Error;
+
+/// The way to the agents of hosts. `tern serve` implements it.
+#[async_trait]
+pub trait HostGateway: Send + Sync + 'static {
+    /// Runs a command in a running Machine and answers when it has ended.
+    async fn exec(
+        &self,
+        machine: &MachineId,
+        request: ExecRequest,
+    ) -> Result<ExecResult, GatewayError>;
+
+    /// Sends a signal to the app of a running Machine.
+    async fn signal(&self, machine: &MachineId, signal: i32) -> Result<(), GatewayError>;
+
+    /// The output of apps: what is kept, and with `follow` what comes, until the stream is dropped.
+    async fn logs(&self, query: LogQuery) -> Result<BoxStream<'static, LogLine>, GatewayError>;
+}
+
+/// A command to run.
+#[derive(Debug, Clone)]
+pub struct ExecRequest {
+    /// The command and its arguments.
+    pub command: Vec<String>,
+    /// Its input.
+    pub stdin: Vec<u8>,
+    /// Longest it may take.
+    pub timeout: Duration,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Default)]
+pub struct ExecResult {
+    /// Its exit code, where it exited.
+    pub exit_code: Option<i32>,
+    /// The signal that ended it, where one did.
+    pub exit_signal: Option<i32>,
+    /// Its output.
+    pub stdout: Vec<u8>,
+    /// Its error output.
+    pub stderr: Vec<u8>,
+}
+
+/// Whose output.
+#[derive(Debug, Clone)]
+pub struct LogQuery {
+    /// These Machines'.
+    pub machines: Vec<MachineId>,
+    /// Go on as more comes.
+    pub follow: bool,
+}
+
+/// A line of an app's output.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LogLine {
+    /// The Machine.
+    pub machine: MachineId,
+    /// Milliseconds since 1970.
+    pub unix_ms: i64,
+    /// `stdout`, `stderr`, or `tern` for the host's own words.
+    pub stream: String,
+    /// The line, without its end.
+    pub line: String,
+}
+
+/// Why a host did not do it.
+#[derive(Debug, Error)]
+pub enum GatewayError {
+    /// The Machine must run for that.
+    #[error("{0}")]
+    NotRunning(String),
+    /// It took too long.
+    #[error("{0}")]
+    Timeout(String),
+    /// Anything else.
+    #[error("{0}")]
+    Failed(String),
+}

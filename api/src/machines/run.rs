@@ -1,0 +1,84 @@
+//! What is done in a running Machine: commands and signals.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{At, SignalName, find};
+use crate::auth::Caller;
+use crate::error::ApiError;
+use crate::gateway::ExecRequest;
+use crate::server::Shared;
+
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
+const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// Both spellings of the command are in use: text, split at white space, and a list.
+#[derive(Debug, Deserialize)]
+pub struct Exec {
+    cmd: Option<String>,
+    command: Option<Vec<String>>,
+    #[serde(default)]
+    stdin: String,
+    /// Seconds.
+    timeout: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Signal {
+    signal: SignalName,
+}
+
+/// `POST …/exec`.
+pub async fn exec(
+    State(shared): State<Shared>,
+    caller: Caller,
+    Path(at): Path<At>,
+    Json(exec): Json<Exec>,
+) -> Result<Json<Value>, ApiError> {
+    find(&shared.view.snapshot(), &caller, &at)?;
+    let command = match (exec.command, exec.cmd) {
+        (Some(command), _) => command,
+        (None, Some(text)) => text.split_whitespace().map(str::to_owned).collect(),
+        (None, None) => Vec::new(),
+    };
+    if command.is_empty() {
+        return Err(ApiError::bad_request(
+            "give the command to run as `command`, a list of words",
+        ));
+    }
+    let timeout = exec
+        .timeout
+        .map_or(DEFAULT_TIMEOUT, Duration::from_secs)
+        .min(MAX_TIMEOUT);
+    let request = ExecRequest {
+        command,
+        stdin: exec.stdin.into_bytes(),
+        timeout,
+    };
+    let result = shared.gateway.exec(&at.id, request).await?;
+    Ok(Json(json!({
+        "exit_code": result.exit_code,
+        "exit_signal": result.exit_signal,
+        "stdout": String::from_utf8_lossy(&result.stdout),
+        "stderr": String::from_utf8_lossy(&result.stderr),
+    })))
+}
+
+/// `POST …/signal`.
+pub async fn signal(
+    State(shared): State<Shared>,
+    caller: Caller,
+    Path(at): Path<At>,
+    Json(signal): Json<Signal>,
+) -> Result<Json<Value>, ApiError> {
+    find(&shared.view.snapshot(), &caller, &at)?;
+    shared
+        .gateway
+        .signal(&at.id, signal.signal.number()?)
+        .await?;
+    Ok(super::ok())
+}

@@ -1,0 +1,91 @@
+//! Every path there is.
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{delete, get, post};
+use http::{HeaderName, HeaderValue, StatusCode};
+
+use crate::server::Shared;
+use crate::{apps, certificates, logs, machines, orgs, peers, platform, registry, tokens};
+
+/// Largest body of a call: a configuration with files in it. Images go to the registry, which streams.
+const MAX_BODY_BYTES: usize = 4 << 20;
+
+/// Tells a call in our log and the caller's.
+const REQUEST_ID: HeaderName = HeaderName::from_static("fly-request-id");
+
+pub fn router(shared: Shared) -> Router {
+    let machine = Router::new()
+        .route(
+            "/",
+            get(machines::get)
+                .post(machines::update)
+                .delete(machines::destroy),
+        )
+        .route("/start", post(machines::start))
+        .route("/stop", post(machines::stop))
+        .route("/restart", post(machines::restart))
+        .route("/suspend", post(machines::suspend))
+        .route("/signal", post(machines::signal))
+        .route("/exec", post(machines::exec))
+        .route("/wait", get(machines::wait))
+        .route("/events", get(machines::events))
+        .route("/metadata", get(machines::metadata))
+        .route("/cordon", post(machines::cordon))
+        .route("/uncordon", post(machines::uncordon))
+        .route(
+            "/lease",
+            get(machines::get_lease)
+                .post(machines::take_lease)
+                .delete(machines::release_lease),
+        );
+    let v1 = Router::new()
+        .route("/apps", get(apps::list).post(apps::create))
+        .route("/apps/{app}", get(apps::get).delete(apps::destroy))
+        .route(
+            "/apps/{app}/machines",
+            get(machines::list).post(machines::create),
+        )
+        .nest("/apps/{app}/machines/{id}", machine)
+        .route("/apps/{app}/certificates", get(certificates::list))
+        .route("/apps/{app}/certificates/acme", post(certificates::add))
+        .route(
+            "/apps/{app}/certificates/{hostname}",
+            get(certificates::get).delete(certificates::remove),
+        )
+        .route("/platform/regions", get(platform::regions))
+        // From here on: what Fly.io keeps outside its Machines API.
+        .route("/apps/{app}/logs", get(logs::stream))
+        .route("/orgs", get(orgs::list).post(orgs::create))
+        .route(
+            "/orgs/{org}/wireguard_peers",
+            get(peers::list).post(peers::create),
+        )
+        .route("/orgs/{org}/wireguard_peers/{name}", delete(peers::remove))
+        .route("/tokens", get(tokens::list).post(tokens::create))
+        .route("/tokens/{id}", delete(tokens::revoke))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES));
+    Router::new()
+        .nest("/v1", v1)
+        .merge(registry::router())
+        .route("/healthz", get(platform::health))
+        .fallback(|| async { (StatusCode::NOT_FOUND, "404 page not found\n").into_response() })
+        .layer(middleware::from_fn(tell))
+        .with_state(shared)
+}
+
+/// Gives every call an id, and tells of it when it is done.
+async fn tell(request: Request, next: Next) -> Response {
+    let id = hex::encode(rand::random::<[u8; 12]>());
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let begun = std::time::Instant::now();
+    let mut response = next.run(request).await;
+    let micros = begun.elapsed().as_micros();
+    tracing::debug!(%method, path, status = response.status().as_u16(), micros, id, "call");
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response
+}

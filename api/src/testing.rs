@@ -1,0 +1,274 @@
+//! An API on a fresh catalog, with an agent that does at once what is wanted.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use async_trait::async_trait;
+use axum::Router;
+use axum::body::Body;
+use bytes::Bytes;
+use futures::StreamExt as _;
+use futures::stream::{self, BoxStream};
+use http::{HeaderMap, Method, Request, StatusCode};
+use http_body_util::BodyExt as _;
+use jiff::Timestamp;
+use serde_json::Value;
+use tern_catalog::{
+    Catalog, DesiredState, Host, HostId, Machine, MachineId, MachineState, MachineStatus, Network,
+    NetworkId, Organization, SqliteStore, Store, Token, View,
+};
+use tower::ServiceExt as _;
+
+use crate::auth::token_hash;
+use crate::gateway::{ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery};
+use crate::registry::Registry;
+use crate::server::{ApiConfig, Shared};
+
+pub const ADMIN: &str = "tern_admin";
+pub const RIVAL: &str = "tern_rival";
+
+pub struct World {
+    router: Router,
+    pub catalog: Catalog,
+    pub gateway: Arc<FakeGateway>,
+    agent: tokio::task::JoinHandle<()>,
+    _files: tempfile::TempDir,
+}
+
+/// Remembers what it was asked.
+#[derive(Default)]
+pub struct FakeGateway {
+    pub signals: AtomicU32,
+}
+
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl World {
+    pub async fn new() -> Self {
+        let files = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> =
+            Arc::new(SqliteStore::open(&files.path().join("catalog.db")).unwrap());
+        let catalog = Catalog::new(Arc::clone(&store));
+        for (n, slug) in [(1, "personal"), (2, "rivals")] {
+            let network = Network {
+                id: NetworkId(n),
+                organization: slug.parse().unwrap(),
+                name: "default".into(),
+            };
+            catalog.create(&network).await.unwrap();
+            let organization = Organization {
+                slug: slug.parse().unwrap(),
+                name: slug.into(),
+                default_network: NetworkId(n),
+                created_at: Timestamp::now(),
+            };
+            catalog.create(&organization).await.unwrap();
+        }
+        for (token, org) in [(ADMIN, None), (RIVAL, Some("rivals"))] {
+            let organization = org.map(|o: &str| o.parse().unwrap());
+            let record = Token {
+                hash: token_hash(token),
+                name: token.into(),
+                organization,
+                created_at: Timestamp::now(),
+            };
+            catalog.create(&record).await.unwrap();
+        }
+        let host = Host {
+            id: HostId(1),
+            name: "one".into(),
+            region: "local".into(),
+            public_key: "key".into(),
+            endpoint: "192.0.2.1:51820".parse().unwrap(),
+            started_at: Timestamp::now(),
+        };
+        catalog.create(&host).await.unwrap();
+        let view = View::follow(store).await.unwrap();
+        let agent = tokio::spawn(agent(catalog.clone(), view.clone()));
+        let gateway = Arc::new(FakeGateway::default());
+        let registry_dir = files.path().join("registry");
+        let config = ApiConfig {
+            listen: "127.0.0.1:0".parse().unwrap(),
+            registry_dir: registry_dir.clone(),
+            region: "local".into(),
+            domain: Some("tern.test".into()),
+            internal_token: "internal".into(),
+        };
+        let shared = Shared {
+            config: Arc::new(config),
+            catalog: catalog.clone(),
+            view,
+            gateway: gateway.clone(),
+            registry: Arc::new(Registry::open(&registry_dir).unwrap()),
+        };
+        Self {
+            router: crate::routes::router(shared),
+            catalog,
+            gateway,
+            agent,
+            _files: files,
+        }
+    }
+
+    pub async fn send(&self, request: Request<Body>) -> Answer {
+        let response = self.router.clone().oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        Answer {
+            status: parts.status,
+            headers: parts.headers,
+            body,
+        }
+    }
+
+    pub async fn call(
+        &self,
+        token: &str,
+        method: Method,
+        path: &str,
+        body: impl Into<Body>,
+    ) -> Answer {
+        let request = Request::builder().method(method).uri(path);
+        let request = request.header("authorization", format!("Bearer {token}"));
+        self.send(
+            request
+                .header("content-type", "application/json")
+                .body(body.into())
+                .unwrap(),
+        )
+        .await
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        self.call(ADMIN, Method::GET, path, Body::empty()).await
+    }
+
+    pub async fn post(&self, path: &str, body: Value) -> Answer {
+        self.call(ADMIN, Method::POST, path, body.to_string()).await
+    }
+
+    pub async fn app(&self, name: &str) {
+        let answer = self
+            .post(
+                "/v1/apps",
+                serde_json::json!({"app_name": name, "org_slug": "personal"}),
+            )
+            .await;
+        assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
+    }
+
+    /// A Machine of an image that is not ours.
+    pub async fn machine(&self, app: &str) -> String {
+        let body = serde_json::json!({"config": {"image": "example.com/x:1"}});
+        let answer = self.post(&format!("/v1/apps/{app}/machines"), body).await;
+        answer.json()["id"].as_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.agent.abort();
+    }
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+}
+
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} {:?}",
+            self.status,
+            String::from_utf8_lossy(&self.body)
+        )
+    }
+}
+
+/// What a host's agent does, as far as the catalog shows it.
+async fn agent(catalog: Catalog, view: View) {
+    let mut changes = view.changes();
+    loop {
+        let snapshot = view.snapshot();
+        for machine in snapshot.machines.values() {
+            let seen = snapshot
+                .machine_status
+                .get(&machine.id)
+                .map(|s| s.generation);
+            if seen < Some(machine.desired.generation) {
+                obey(&catalog, machine).await;
+            }
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn obey(catalog: &Catalog, machine: &Machine) {
+    let state = match machine.desired.state {
+        DesiredState::Created => MachineState::Created,
+        DesiredState::Started | DesiredState::Restarted { .. } => MachineState::Started,
+        DesiredState::Stopped { .. } => MachineState::Stopped,
+        DesiredState::Suspended => MachineState::Suspended,
+        DesiredState::Destroyed { .. } => {
+            catalog
+                .delete::<MachineStatus>(machine.id.as_str())
+                .await
+                .unwrap();
+            catalog
+                .delete::<Machine>(machine.id.as_str())
+                .await
+                .unwrap();
+            return;
+        }
+    };
+    let status = MachineStatus {
+        id: machine.id.clone(),
+        state,
+        reason: None,
+        generation: machine.desired.generation,
+        instance_id: machine.instance_id.clone(),
+        image_digest: None,
+        events: Vec::new(),
+        checks: Vec::new(),
+        updated_at: Timestamp::now(),
+    };
+    catalog.put(&status).await.unwrap();
+}
+
+#[async_trait]
+impl HostGateway for FakeGateway {
+    async fn exec(&self, _: &MachineId, request: ExecRequest) -> Result<ExecResult, GatewayError> {
+        match request.command[0].as_str() {
+            "absent" => Err(GatewayError::NotRunning("it is not running".into())),
+            _ => Ok(ExecResult {
+                exit_code: Some(3),
+                stdout: request.command.join(" ").into(),
+                ..Default::default()
+            }),
+        }
+    }
+
+    async fn signal(&self, _: &MachineId, signal: i32) -> Result<(), GatewayError> {
+        self.signals.store(signal.unsigned_abs(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn logs(&self, query: LogQuery) -> Result<BoxStream<'static, LogLine>, GatewayError> {
+        let line = |machine| LogLine {
+            machine,
+            unix_ms: 1,
+            stream: "stdout".into(),
+            line: "hello".into(),
+        };
+        Ok(stream::iter(query.machines.into_iter().map(line)).boxed())
+    }
+}

@@ -1,0 +1,440 @@
+use std::sync::atomic::Ordering;
+
+use axum::body::Body;
+use http::{Method, Request, StatusCode};
+use serde_json::json;
+
+use crate::testing::{ADMIN, RIVAL, World};
+
+#[tokio::test]
+async fn nothing_is_told_without_a_good_token() {
+    let world = World::new().await;
+    for token in ["", "wrong", "tern_"] {
+        let answer = world
+            .call(token, Method::GET, "/v1/apps", Body::empty())
+            .await;
+        assert_eq!(answer.status, StatusCode::UNAUTHORIZED);
+        assert!(
+            answer.json()["error"]
+                .as_str()
+                .unwrap()
+                .starts_with("Authenticate")
+        );
+    }
+    let none = world
+        .send(Request::get("/v1/apps").body(Body::empty()).unwrap())
+        .await;
+    assert_eq!(none.status, StatusCode::UNAUTHORIZED);
+    assert!(none.headers.contains_key("fly-request-id"));
+    let unknown = world
+        .send(Request::get("/v1/nothing").body(Body::empty()).unwrap())
+        .await;
+    assert_eq!(
+        (unknown.status, &unknown.body[..]),
+        (StatusCode::NOT_FOUND, &b"404 page not found\n"[..])
+    );
+}
+
+#[tokio::test]
+async fn an_app_is_made_named_and_destroyed() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let again = world
+        .post("/v1/apps", json!({"name": "shop", "org_slug": "personal"}))
+        .await;
+    assert_eq!(
+        (again.status, &again.json()["status"]),
+        (StatusCode::UNPROCESSABLE_ENTITY, &json!("name_taken"))
+    );
+    assert_eq!(world.get("/v1/apps").await.json()["total_apps"], 1);
+    let certificates = world.get("/v1/apps/shop/certificates").await.json();
+    assert_eq!(
+        certificates["certificates"][0]["hostname"],
+        "shop.tern.test"
+    );
+    let machine = world.machine("shop").await;
+    let refused = world
+        .call(ADMIN, Method::DELETE, "/v1/apps/shop", Body::empty())
+        .await;
+    assert_eq!(refused.status, StatusCode::CONFLICT);
+    let gone = world
+        .call(
+            ADMIN,
+            Method::DELETE,
+            "/v1/apps/shop?force=true",
+            Body::empty(),
+        )
+        .await;
+    assert_eq!(gone.status, StatusCode::ACCEPTED);
+    assert_eq!(
+        world.get("/v1/apps/shop").await.status,
+        StatusCode::NOT_FOUND
+    );
+    let left = world
+        .catalog
+        .get::<tern_catalog::HostnameRoute>("shop.tern.test")
+        .await
+        .unwrap();
+    assert!(left.is_none(), "{machine}");
+}
+
+#[tokio::test]
+async fn names_that_are_paths_or_nonsense_are_refused() {
+    let world = World::new().await;
+    for name in ["../etc", "a/b", "", "UPPER", "a\u{0}b", &"x".repeat(5000)] {
+        let answer = world
+            .post(
+                "/v1/apps",
+                json!({"app_name": name, "org_slug": "personal"}),
+            )
+            .await;
+        assert_eq!(answer.status, StatusCode::UNPROCESSABLE_ENTITY, "{name:?}");
+    }
+    for path in [
+        "/v1/apps/..%2f..%2fetc",
+        "/v1/apps/a%00b/machines",
+        "/v1/apps/x/machines/..%2f1",
+    ] {
+        let answer = world.get(path).await;
+        assert!(answer.status.is_client_error(), "{path}: {answer:?}");
+    }
+}
+
+#[tokio::test]
+async fn malformed_and_huge_bodies_are_refused() {
+    let world = World::new().await;
+    for body in ["", "{", "[]", "null", "{\"app_name\": 7}", "\u{feff}{}"] {
+        let answer = world.call(ADMIN, Method::POST, "/v1/apps", body).await;
+        assert!(answer.status.is_client_error(), "{body}: {answer:?}");
+    }
+    let huge = world
+        .call(ADMIN, Method::POST, "/v1/apps", vec![b' '; 8 << 20])
+        .await;
+    assert_eq!(huge.status, StatusCode::PAYLOAD_TOO_LARGE);
+}
+
+#[tokio::test]
+async fn a_machine_goes_through_its_states() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{id}");
+    let wait = |state: &str| format!("{at}/wait?state={state}&timeout=20");
+    assert_eq!(world.get(&wait("started")).await.status, StatusCode::OK);
+    for (verb, state) in [
+        ("suspend", "suspended"),
+        ("start", "started"),
+        ("stop", "stopped"),
+        ("restart", "started"),
+    ] {
+        assert_eq!(
+            world.post(&format!("{at}/{verb}"), json!({})).await.status,
+            StatusCode::OK,
+            "{verb}"
+        );
+        assert_eq!(world.get(&wait(state)).await.json()["state"], state);
+        assert_eq!(world.get(&at).await.json()["state"], state);
+    }
+    let never = world
+        .get(&format!("{at}/wait?state=suspended&timeout=1"))
+        .await;
+    assert_eq!(never.status, StatusCode::REQUEST_TIMEOUT);
+    let running = world.call(ADMIN, Method::DELETE, &at, Body::empty()).await;
+    assert_eq!(running.status, StatusCode::PRECONDITION_FAILED);
+    let gone = world
+        .call(
+            ADMIN,
+            Method::DELETE,
+            &format!("{at}?kill=true"),
+            Body::empty(),
+        )
+        .await;
+    assert_eq!(gone.status, StatusCode::OK, "{gone:?}");
+    assert_eq!(world.get(&at).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(world.get(&wait("destroyed")).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_new_configuration_is_a_new_version() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{id}");
+    let first = world.get(&at).await.json();
+    let update = json!({"config": {"image": "example.com/x:2", "guest": {"memory_mb": 512}}});
+    let second = world.post(&at, update).await.json();
+    assert_ne!(first["instance_id"], second["instance_id"]);
+    assert_eq!(second["config"]["guest"]["memory_mb"], 512);
+    let stale = json!({"config": {"image": "x"}, "current_version": first["instance_id"]});
+    assert_eq!(
+        world.post(&at, stale).await.status,
+        StatusCode::PRECONDITION_FAILED
+    );
+}
+
+#[tokio::test]
+async fn configurations_that_cannot_run_are_refused_with_the_key() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let wrong = [
+        (json!({}), "image"),
+        (json!({"image": "x", "imgae": 1}), "imgae"),
+        (json!({"image": "x", "guest": {"cpus": 9}}), "cpus"),
+        (
+            json!({"image": "x", "guest": {"memory_mb": 1}}),
+            "memory_mb",
+        ),
+        (
+            json!({"image": "x", "stop_config": {"signal": "SIGNONE"}}),
+            "SIGNONE",
+        ),
+        (
+            json!({"image": "x", "files": [{"guest_path": "etc/x", "raw_value": ""}]}),
+            "absolute",
+        ),
+        (json!({"image": "registry.internal/shop:none"}), "push"),
+        (json!({"image": ""}), "image"),
+    ];
+    for (config, named) in wrong {
+        let answer = world
+            .post("/v1/apps/shop/machines", json!({"config": config}))
+            .await;
+        assert_eq!(answer.status, StatusCode::UNPROCESSABLE_ENTITY, "{config}");
+        assert!(
+            answer.json()["error"].as_str().unwrap().contains(named),
+            "{answer:?}"
+        );
+    }
+    let nowhere = json!({"config": {"image": "x"}, "region": "mars"});
+    let answer = world.post("/v1/apps/shop/machines", nowhere).await;
+    assert_eq!(answer.json()["status"], "insufficient_capacity");
+}
+
+#[tokio::test]
+async fn one_organization_does_not_see_or_touch_another() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    for (method, path) in [
+        (Method::GET, "/v1/apps/shop".to_owned()),
+        (Method::GET, "/v1/apps/shop/machines".to_owned()),
+        (Method::GET, "/v1/apps/shop/logs".to_owned()),
+        (Method::DELETE, "/v1/apps/shop?force=true".to_owned()),
+        (Method::POST, format!("/v1/apps/shop/machines/{id}/stop")),
+        (
+            Method::DELETE,
+            format!("/v1/apps/shop/machines/{id}?force=true"),
+        ),
+        (Method::GET, "/v1/orgs/personal/wireguard_peers".to_owned()),
+        (Method::POST, "/v1/orgs".to_owned()),
+        (Method::POST, "/v1/tokens".to_owned()),
+    ] {
+        let body = json!({"slug": "x", "name": "x"}).to_string();
+        let answer = world.call(RIVAL, method.clone(), &path, body).await;
+        assert!(
+            matches!(
+                answer.status,
+                StatusCode::FORBIDDEN | StatusCode::UNPROCESSABLE_ENTITY
+            ),
+            "{method} {path}: {answer:?}"
+        );
+    }
+    assert_eq!(
+        world
+            .call(RIVAL, Method::GET, "/v1/apps", Body::empty())
+            .await
+            .json()["total_apps"],
+        0
+    );
+    let orgs = world
+        .call(RIVAL, Method::GET, "/v1/orgs", Body::empty())
+        .await
+        .json();
+    assert_eq!(orgs["organizations"].as_array().unwrap().len(), 1);
+    assert_eq!(
+        world
+            .get(&format!("/v1/apps/shop/machines/{id}"))
+            .await
+            .status,
+        StatusCode::OK
+    );
+}
+
+#[tokio::test]
+async fn a_lease_keeps_others_out() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let at = format!("/v1/apps/shop/machines/{}", world.machine("shop").await);
+    let taken = world.post(&format!("{at}/lease"), json!({"ttl": 60})).await;
+    assert_eq!(taken.status, StatusCode::CREATED);
+    let nonce = taken.json()["data"]["nonce"].as_str().unwrap().to_owned();
+    assert_eq!(
+        world.post(&format!("{at}/lease"), json!({})).await.status,
+        StatusCode::CONFLICT
+    );
+    assert_eq!(
+        world.post(&format!("{at}/stop"), json!({})).await.status,
+        StatusCode::CONFLICT
+    );
+    assert!(world.get(&format!("{at}/lease")).await.json()["data"]["nonce"].is_null());
+    let with = |method: Method, path: String| {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("authorization", format!("Bearer {ADMIN}"));
+        request
+            .header("fly-machine-lease-nonce", &nonce)
+            .body(Body::empty())
+            .unwrap()
+    };
+    assert_eq!(
+        world
+            .send(with(Method::POST, format!("{at}/stop")))
+            .await
+            .status,
+        StatusCode::OK
+    );
+    assert_eq!(
+        world
+            .send(with(Method::DELETE, format!("{at}/lease")))
+            .await
+            .status,
+        StatusCode::OK
+    );
+    assert_eq!(
+        world.post(&format!("{at}/start"), json!({})).await.status,
+        StatusCode::OK
+    );
+    assert_eq!(
+        world.get(&format!("{at}/lease")).await.status,
+        StatusCode::NOT_FOUND
+    );
+}
+
+#[tokio::test]
+async fn commands_signals_and_logs_reach_the_host() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{id}");
+    let answer = world
+        .post(&format!("{at}/exec"), json!({"cmd": "echo a b"}))
+        .await
+        .json();
+    assert_eq!(
+        (&answer["exit_code"], &answer["stdout"]),
+        (&json!(3), &json!("echo a b"))
+    );
+    let list = world
+        .post(&format!("{at}/exec"), json!({"command": ["echo", "a b"]}))
+        .await
+        .json();
+    assert_eq!(list["stdout"], "echo a b");
+    assert_eq!(
+        world
+            .post(&format!("{at}/exec"), json!({"command": []}))
+            .await
+            .status,
+        StatusCode::BAD_REQUEST
+    );
+    let absent = world
+        .post(&format!("{at}/exec"), json!({"command": ["absent"]}))
+        .await;
+    assert_eq!(absent.status, StatusCode::PRECONDITION_FAILED);
+    for (given, number) in [(json!("SIGTERM"), 15), (json!("usr1"), 10), (json!(9), 9)] {
+        assert_eq!(
+            world
+                .post(&format!("{at}/signal"), json!({"signal": given}))
+                .await
+                .status,
+            StatusCode::OK
+        );
+        assert_eq!(world.gateway.signals.load(Ordering::Relaxed), number);
+    }
+    let logs = world.get("/v1/apps/shop/logs").await;
+    assert_eq!(logs.json()["machine"], id.as_str());
+}
+
+#[tokio::test]
+async fn numbers_in_a_network_are_never_the_same() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let key = "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw=";
+    let peer = world
+        .post(
+            "/v1/orgs/personal/wireguard_peers",
+            json!({"name": "lap", "public_key": key}),
+        )
+        .await;
+    assert_eq!(peer.status, StatusCode::CREATED, "{peer:?}");
+    let peer = peer.json();
+    assert_eq!(
+        (&peer["dns"], &peer["allowed_ips"]),
+        (&json!("fdaa:0:1::3"), &json!("fdaa:0:1::/48"))
+    );
+    let mut addresses = vec![
+        peer["address"]
+            .as_str()
+            .unwrap()
+            .split('/')
+            .next()
+            .unwrap()
+            .to_owned(),
+    ];
+    for _ in 0..5 {
+        let id = world.machine("shop").await;
+        let machine = world
+            .get(&format!("/v1/apps/shop/machines/{id}"))
+            .await
+            .json();
+        addresses.push(machine["private_ip"].as_str().unwrap().to_owned());
+    }
+    let count = addresses.len();
+    addresses.sort();
+    addresses.dedup();
+    assert_eq!(addresses.len(), count, "{addresses:?}");
+    for bad in ["", "short", "not base64!!"] {
+        let answer = world
+            .post(
+                "/v1/orgs/personal/wireguard_peers",
+                json!({"name": "x", "public_key": bad}),
+            )
+            .await;
+        assert_eq!(answer.status, StatusCode::UNPROCESSABLE_ENTITY);
+    }
+}
+
+#[tokio::test]
+async fn a_token_works_until_it_is_revoked() {
+    let world = World::new().await;
+    let made = world
+        .post("/v1/tokens", json!({"name": "ci", "org_slug": "personal"}))
+        .await
+        .json();
+    let token = made["token"].as_str().unwrap();
+    assert_eq!(
+        world
+            .call(token, Method::GET, "/v1/apps", Body::empty())
+            .await
+            .status,
+        StatusCode::OK
+    );
+    let stored =
+        serde_json::to_string(&world.catalog.list::<tern_catalog::Token>().await.unwrap()).unwrap();
+    assert!(!stored.contains(token), "only its hash is kept");
+    let path = format!("/v1/tokens/{}", made["id"].as_str().unwrap());
+    assert_eq!(
+        world
+            .call(ADMIN, Method::DELETE, &path, Body::empty())
+            .await
+            .status,
+        StatusCode::NO_CONTENT
+    );
+    assert_eq!(
+        world
+            .call(token, Method::GET, "/v1/apps", Body::empty())
+            .await
+            .status,
+        StatusCode::UNAUTHORIZED
+    );
+}
