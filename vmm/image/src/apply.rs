@@ -215,7 +215,10 @@ impl<'a> Applier<'a> {
                     Fault::Image(ImageError::io("write", "the image's temporary file")(error))
                 }
             })?),
-            Kind::Symlink(target) => Node::Symlink(target.into()),
+            Kind::Symlink(target) => {
+                entry.mode = 0o777; // all that Linux shows for any link
+                Node::Symlink(target.into())
+            }
             Kind::Device {
                 character,
                 major,

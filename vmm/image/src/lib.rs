@@ -30,6 +30,9 @@ mod source;
 mod spool;
 mod store;
 mod tar;
+#[cfg(test)]
+#[path = "../tests/it/support/layer.rs"]
+mod test_layer;
 mod tree;
 mod verify;
 

@@ -3,9 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::tar::Archive;
 
-#[path = "../../tests/support/layer.rs"]
-mod layer;
-use layer::Layer;
+use crate::test_layer::Layer;
 
 fn apply_with(layers: &[Vec<u8>], limits: &Limits) -> Result<Tree, Refusal> {
     let dir = std::env::temp_dir();

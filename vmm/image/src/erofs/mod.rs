@@ -2,7 +2,7 @@
 //!
 //! The disk is, in this order: a block with the superblock, the inodes (each followed by its
 //! extended attributes and, where it fits, the tail of its content), and the blocks of contents and
-//! directories. [`plan`] decides where everything goes before [`write`] writes it front to back.
+//! directories. [`plan`] decides where everything goes before [`mod@write`] writes it front to back.
 //! Nothing of it depends on time, chance or the machine.
 //!
 //! See [the kernel's documentation](https://docs.kernel.org/filesystems/erofs.html#on-disk-details).

@@ -6,9 +6,7 @@ use tar::EntryType;
 
 use super::*;
 
-#[path = "../../tests/support/layer.rs"]
-mod layer;
-use layer::Layer;
+use crate::test_layer::Layer;
 
 fn read(bytes: &[u8]) -> Result<Vec<(Entry, Vec<u8>)>, Error> {
     let mut archive = Archive::new(bytes, &Limits::default());

@@ -1,6 +1,8 @@
 //! Layers for tests, written with the `tar` crate. Names go into headers as they are, so that a
 //! layer can hold what no honest tool would write.
 
+#![allow(dead_code)] // each test module that includes this uses a part of it
+
 use tar::{Builder, EntryType, Header};
 
 /// A layer that is being written.

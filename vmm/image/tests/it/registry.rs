@@ -1,0 +1,487 @@
+//! A registry that can be made difficult.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use base64::Engine;
+use bytes::Bytes;
+use futures::{StreamExt, stream};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::header::{AUTHORIZATION, CONTENT_RANGE, LOCATION, RANGE, WWW_AUTHENTICATE};
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tern_image::{Credentials, Digest, ImageError, ImageStore, Reference, RegistryOptions, Source};
+use tokio::net::TcpListener;
+
+use crate::support::{Layer, TestImage, Workshop};
+
+#[derive(Clone, Copy, PartialEq)]
+enum Auth {
+    None,
+    Basic,
+    Token,
+}
+
+/// How the registry behaves.
+struct Behaviour {
+    auth: Auth,
+    /// Where blobs are redirected to.
+    elsewhere: Option<SocketAddr>,
+    /// Blobs are redirected to themselves.
+    circular: bool,
+    /// Bodies break off after so many bytes.
+    breaks_after: Option<usize>,
+    ranges: bool,
+    /// Says 503 so many times.
+    unavailable: Mutex<u32>,
+    tags: BTreeMap<String, Digest>,
+    blobs: BTreeMap<Digest, Vec<u8>>,
+}
+
+/// A server of test images; remembers what it was asked.
+#[derive(Clone)]
+struct Registry {
+    address: SocketAddr,
+    asked: Arc<Mutex<Vec<Asked>>>,
+}
+
+#[derive(Debug, Clone)]
+struct Asked {
+    path: String,
+    authorization: Option<String>,
+    range: Option<String>,
+}
+
+type Body = BoxBody<Bytes, std::io::Error>;
+
+impl Registry {
+    async fn start(change: impl FnOnce(&mut Behaviour)) -> Self {
+        let mut image = image();
+        let manifest: Digest = serde_json::from_value(image.manifest()["digest"].clone()).unwrap();
+        let mut behaviour = Behaviour {
+            auth: Auth::None,
+            elsewhere: None,
+            circular: false,
+            breaks_after: None,
+            ranges: true,
+            unavailable: Mutex::new(0),
+            tags: BTreeMap::from([("v1".to_owned(), manifest)]),
+            blobs: image.blobs,
+        };
+        change(&mut behaviour);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let registry = Self {
+            address: listener.local_addr().unwrap(),
+            asked: Arc::default(),
+        };
+        let behaviour = Arc::new(behaviour);
+        let server = registry.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (behaviour, server) = (Arc::clone(&behaviour), server.clone());
+                tokio::spawn(async move {
+                    let service = service_fn(|request| {
+                        let response = server.answer(&behaviour, &request);
+                        async { Ok::<_, Infallible>(response) }
+                    });
+                    let _ = hyper::server::conn::http1::Builder::new()
+                        .serve_connection(TokioIo::new(stream), service)
+                        .await;
+                });
+            }
+        });
+        registry
+    }
+
+    fn answer(&self, behaviour: &Behaviour, request: &Request<Incoming>) -> Response<Body> {
+        let header = |name| {
+            request
+                .headers()
+                .get(name)
+                .map(|value| value.to_str().unwrap().to_owned())
+        };
+        let asked = Asked {
+            path: request.uri().to_string(),
+            authorization: header(AUTHORIZATION),
+            range: header(RANGE),
+        };
+        self.asked.lock().unwrap().push(asked.clone());
+
+        let path = request.uri().path();
+        let basic = format!(
+            "Basic {}",
+            base64::prelude::BASE64_STANDARD.encode("me:secret")
+        );
+        if path == "/token" {
+            return if asked.authorization == Some(basic) {
+                text(StatusCode::OK, json!({"token": "t0ken"}).to_string())
+            } else {
+                text(StatusCode::UNAUTHORIZED, String::new())
+            };
+        }
+        let (challenge, wanted) = match behaviour.auth {
+            Auth::None => (String::new(), None),
+            Auth::Basic => ("Basic realm=\"x\"".to_owned(), Some(basic)),
+            Auth::Token => (
+                format!(
+                    r#"Bearer realm="http://{}/token",service="here",scope="repository:a/b:pull""#,
+                    self.address
+                ),
+                Some("Bearer t0ken".to_owned()),
+            ),
+        };
+        if wanted.is_some() && asked.authorization != wanted {
+            let mut response = text(StatusCode::UNAUTHORIZED, String::new());
+            response
+                .headers_mut()
+                .insert(WWW_AUTHENTICATE, challenge.parse().unwrap());
+            return response;
+        }
+        {
+            let mut unavailable = behaviour.unavailable.lock().unwrap();
+            if *unavailable > 0 {
+                *unavailable -= 1;
+                return text(StatusCode::SERVICE_UNAVAILABLE, String::new());
+            }
+        }
+        let elsewhere = behaviour
+            .elsewhere
+            .or(behaviour.circular.then_some(self.address));
+        if let (Some(elsewhere), true) = (elsewhere, path.contains("/blobs/")) {
+            let mut response = text(StatusCode::TEMPORARY_REDIRECT, String::new());
+            let to = format!("http://{elsewhere}{path}");
+            response.headers_mut().insert(LOCATION, to.parse().unwrap());
+            return response;
+        }
+        let blob = path.strip_prefix("/v2/a/b/").and_then(|rest| {
+            let name = rest.split('/').nth(1)?;
+            let digest = behaviour
+                .tags
+                .get(name)
+                .copied()
+                .or_else(|| name.parse().ok())?;
+            behaviour.blobs.get(&digest)
+        });
+        match blob {
+            Some(blob) => self.send(behaviour, blob, asked.range.as_deref()),
+            None => text(StatusCode::NOT_FOUND, json!({"errors": []}).to_string()),
+        }
+    }
+
+    fn send(&self, behaviour: &Behaviour, blob: &[u8], range: Option<&str>) -> Response<Body> {
+        let from: usize = match range.filter(|_| behaviour.ranges) {
+            Some(range) => range
+                .strip_prefix("bytes=")
+                .unwrap()
+                .strip_suffix('-')
+                .unwrap()
+                .parse()
+                .unwrap(),
+            None => 0,
+        };
+        let rest = &blob[from..];
+        let sent = behaviour.breaks_after.unwrap_or(usize::MAX).min(rest.len());
+        let data = Frame::data(Bytes::copy_from_slice(&rest[..sent]));
+        let breaks = sent < rest.len();
+        let broken = stream::once(async {
+            // The server sends what it has when there is nothing more to be had for now.
+            for _ in 0..8 {
+                tokio::task::yield_now().await;
+            }
+            Err(std::io::Error::other("broken on purpose"))
+        });
+        let frames = stream::iter([Ok(data)]).chain(broken.take(usize::from(breaks)));
+        let mut response = Response::new(BodyExt::boxed(StreamBody::new(frames)));
+        let length = rest.len().to_string();
+        response
+            .headers_mut()
+            .insert("content-length", length.parse().unwrap());
+        if from > 0 {
+            *response.status_mut() = StatusCode::PARTIAL_CONTENT;
+            let range = format!("bytes {from}-{}/{}", blob.len() - 1, blob.len());
+            response
+                .headers_mut()
+                .insert(CONTENT_RANGE, range.parse().unwrap());
+        }
+        response
+    }
+
+    fn asked(&self) -> Vec<Asked> {
+        self.asked.lock().unwrap().clone()
+    }
+
+    fn source(&self, name: &str, credentials: Option<(&str, &str)>) -> Source {
+        Source::Registry {
+            reference: format!("{}/{name}", self.address).parse().unwrap(),
+            options: RegistryOptions {
+                insecure: true,
+                credentials: credentials.map(|(username, password)| Credentials {
+                    username: username.to_owned(),
+                    password: password.to_owned(),
+                }),
+            },
+        }
+    }
+}
+
+fn text(status: StatusCode, text: String) -> Response<Body> {
+    let body = Full::new(Bytes::from(text))
+        .map_err(|never| match never {})
+        .boxed();
+    Response::builder().status(status).body(body).unwrap()
+}
+
+fn image() -> TestImage {
+    // Content that gzip cannot shrink: bodies are to be long.
+    let mut state = 1u64;
+    let noise: Vec<u8> = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    })
+    .take(500_000)
+    .collect();
+    TestImage::new([
+        Layer::new().file("a", "b"),
+        Layer::new().file("noise", noise),
+    ])
+}
+
+async fn ensure(workshop: &Workshop, source: &Source) -> Result<tern_image::Image, ImageError> {
+    workshop.store().ensure(source, |_| ()).await
+}
+
+/// Checks that what came is the image.
+async fn assert_comes_whole(source: &Source) {
+    let (workshop, local) = (Workshop::new(), Workshop::new());
+    let pulled = ensure(&workshop, source).await.unwrap();
+    let expected = local.convert(image()).await.unwrap();
+    assert_eq!(pulled.digest, expected.digest);
+    assert!(std::fs::read(pulled.disk).unwrap() == std::fs::read(expected.disk).unwrap());
+}
+
+#[tokio::test]
+async fn pulls_by_tag_and_by_digest() {
+    let registry = Registry::start(|_| ()).await;
+    let workshop = Workshop::new();
+    let by_tag = ensure(&workshop, &registry.source("a/b:v1", None))
+        .await
+        .unwrap();
+    let asked = registry.asked().len();
+    assert_eq!(
+        asked,
+        4,
+        "manifest, configuration, two layers: {:?}",
+        registry.asked()
+    );
+
+    // By digest there is nothing to ask for.
+    let pinned = registry.source(&format!("a/b@{}", by_tag.digest), None);
+    assert_eq!(ensure(&workshop, &pinned).await.unwrap(), by_tag);
+    assert_eq!(registry.asked().len(), asked);
+    // By tag it is only looked up.
+    assert_eq!(
+        ensure(&workshop, &registry.source("a/b:v1", None))
+            .await
+            .unwrap(),
+        by_tag
+    );
+    assert_eq!(registry.asked().len(), asked + 1);
+
+    assert_comes_whole(&pinned).await;
+}
+
+#[tokio::test]
+async fn what_does_not_exist_is_not_found() {
+    let registry = Registry::start(|_| ()).await;
+    for name in ["a/b:v2", "a/c:v1", &format!("a/b@{}", Digest::of(b"?"))] {
+        let error = ensure(&Workshop::new(), &registry.source(name, None))
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(error, ImageError::NotFound { .. }),
+            "{name}: {error}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn logs_in_with_a_password_or_for_a_token() {
+    for auth in [Auth::Basic, Auth::Token] {
+        let registry = Registry::start(|registry| registry.auth = auth).await;
+        assert_comes_whole(&registry.source("a/b:v1", Some(("me", "secret")))).await;
+        let asked = registry.asked();
+        if auth == Auth::Token {
+            assert_eq!(
+                asked[1].path,
+                "/token?service=here&scope=repository%3Aa%2Fb%3Apull"
+            );
+            assert_eq!(
+                asked
+                    .iter()
+                    .filter(|asked| asked.path.contains("/token"))
+                    .count(),
+                1
+            );
+        }
+        for credentials in [None, Some(("me", "wrong"))] {
+            let source = registry.source("a/b:v1", credentials);
+            let error = ensure(&Workshop::new(), &source).await.unwrap_err();
+            assert!(matches!(error, ImageError::Unauthorized { .. }), "{error}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn credentials_do_not_follow_a_redirect_to_another_server() {
+    let elsewhere = Registry::start(|_| ()).await;
+    let registry = Registry::start(|registry| {
+        registry.auth = Auth::Token;
+        registry.elsewhere = Some(elsewhere.address);
+    })
+    .await;
+    assert_comes_whole(&registry.source("a/b:v1", Some(("me", "secret")))).await;
+    assert_eq!(elsewhere.asked().len(), 3);
+    assert!(
+        elsewhere
+            .asked()
+            .iter()
+            .all(|asked| asked.authorization.is_none())
+    );
+}
+
+#[tokio::test]
+async fn redirects_in_a_circle_end() {
+    let registry = Registry::start(|registry| registry.circular = true).await;
+    let workshop = Workshop::new();
+    let message = workshop.refusal_of(&registry.source("a/b:v1", None)).await;
+    assert!(message.contains("redirects too often"), "{message}");
+}
+
+#[tokio::test]
+async fn a_download_that_breaks_off_goes_on_where_it_stopped() {
+    for ranges in [true, false] {
+        let registry = Registry::start(|registry| {
+            registry.breaks_after = Some(200_000);
+            registry.ranges = ranges;
+        })
+        .await;
+        let source = registry.source("a/b:v1", None);
+        if ranges {
+            assert_comes_whole(&source).await;
+            let ranges: Vec<String> = registry
+                .asked()
+                .into_iter()
+                .filter_map(|asked| asked.range)
+                .collect();
+            assert_eq!(ranges, ["bytes=200000-", "bytes=400000-"]);
+        } else {
+            // Without ranges it never gets beyond the same point: that must end.
+            let error = ensure(&Workshop::new(), &source).await.unwrap_err();
+            assert!(error.to_string().contains("broke off"), "{error}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_registry_that_is_busy_is_asked_again() {
+    let registry = Registry::start(|registry| registry.unavailable = Mutex::new(2)).await;
+    assert_comes_whole(&registry.source("a/b:v1", None)).await;
+
+    let registry = Registry::start(|registry| registry.unavailable = Mutex::new(1000)).await;
+    let error = ensure(&Workshop::new(), &registry.source("a/b:v1", None))
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("503"), "{error}");
+    assert!(registry.asked().len() < 10);
+}
+
+#[tokio::test]
+async fn wrong_content_is_refused() {
+    fn spoil(blobs: &mut BTreeMap<Digest, Vec<u8>>, chosen: impl Fn(&[u8]) -> bool) {
+        let blob = blobs.values_mut().find(|blob| chosen(blob)).unwrap();
+        let middle = blob.len() / 2;
+        blob[middle] ^= 1;
+    }
+    let is_layer = |blob: &[u8]| blob.len() > 100_000;
+    let registry = Registry::start(|registry| spoil(&mut registry.blobs, is_layer)).await;
+    let workshop = Workshop::new();
+    let message = workshop.refusal_of(&registry.source("a/b:v1", None)).await;
+    assert!(
+        message.starts_with("layer 2 (") && message.contains("damaged"),
+        "{message}"
+    );
+
+    // A manifest other than the one asked for.
+    let mut other = TestImage::new([]);
+    let wanted: Digest = serde_json::from_value(image().manifest()["digest"].clone()).unwrap();
+    other.manifest();
+    let registry = Registry::start(|registry| {
+        let manifest: Value = serde_json::from_slice(&registry.blobs[&wanted]).unwrap();
+        let text = serde_json::to_vec_pretty(&manifest).unwrap();
+        registry.blobs.insert(wanted, text);
+    })
+    .await;
+    let source = registry.source(&format!("a/b@{wanted}"), None);
+    assert!(
+        workshop
+            .refusal_of(&source)
+            .await
+            .contains("the manifest is damaged")
+    );
+
+    // A blob without an end.
+    let registry = Registry::start(|registry| {
+        let layer = registry
+            .blobs
+            .values_mut()
+            .find(|blob| is_layer(blob))
+            .unwrap();
+        layer.extend(vec![0; 1 << 20]);
+    })
+    .await;
+    let message = workshop.refusal_of(&registry.source("a/b:v1", None)).await;
+    assert!(message.contains("at least"), "{message}");
+}
+
+#[tokio::test]
+async fn a_registry_that_is_not_there_or_speaks_no_tls_is_named() {
+    let registry = Registry::start(|_| ()).await;
+    let reference: Reference = format!("{}/a/b:v1", registry.address).parse().unwrap();
+    let source = Source::Registry {
+        reference,
+        options: RegistryOptions::default(),
+    };
+    let workshop = Workshop::new();
+    let message = workshop.refusal_of(&source).await;
+    assert!(message.contains(&registry.address.to_string()), "{message}");
+    assert!(
+        registry.asked().is_empty(),
+        "plain http without being told to"
+    );
+}
+
+#[tokio::test]
+async fn a_dropped_store_leaves_no_download_behind() {
+    let registry = Registry::start(|_| ()).await;
+    let workshop = Workshop::new();
+    let store: ImageStore = workshop.store();
+    let source = registry.source("a/b:v1", None);
+    let mut task = Box::pin(store.ensure(&source, |_| ()));
+    // Let it get as far as its first request.
+    while registry.asked().is_empty() {
+        tokio::select! {
+            done = &mut task => { done.unwrap(); }
+            () = tokio::task::yield_now() => {}
+        }
+    }
+    drop(task);
+    assert!(ensure(&workshop, &source).await.is_ok());
+}
