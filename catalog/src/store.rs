@@ -1,7 +1,8 @@
 //! The contract of a store: small facts under text keys, with revisions.
 //!
-//! Every commit has a revision, one higher than the one before. A key remembers the revision that
-//! last wrote it; comparing that is the only concurrency control there is (optimistic, as in etcd).
+//! Every commit that changes anything has a revision, one higher than the one before. A key remembers
+//! the revision that last wrote it; comparing that is the only concurrency control there is
+//! (optimistic, as in etcd).
 
 use std::time::Duration;
 
@@ -99,7 +100,7 @@ pub struct WatchBatch {
 /// A running watch. Batches arrive in order and without gaps, until an error ends it.
 #[derive(Debug)]
 pub struct Watch {
-    pub(crate) batches: mpsc::Receiver<Result<WatchBatch, StoreError>>,
+    batches: mpsc::Receiver<Result<WatchBatch, StoreError>>,
 }
 
 /// What a store can answer instead of doing it.
@@ -139,10 +140,14 @@ pub trait Store: Send + Sync + 'static {
     /// The entries whose keys start with `prefix`, at one revision. The empty prefix is all.
     async fn list(&self, prefix: &str) -> Result<Listing, StoreError>;
 
-    /// Does a transaction and answers its revision. Once answered, it survives a crash.
+    /// Does a transaction and answers its revision; one that changes nothing answers the last.
+    ///
+    /// Once answered, it survives a crash. [`StoreError::Unavailable`] says that it may or may not
+    /// have happened; every other error, that it has not.
     async fn commit(&self, transaction: Transaction) -> Result<Revision, StoreError>;
 
-    /// The changes under `prefix` after revision `after`, those already past first.
+    /// The changes under `prefix` after revision `after`, those already past first. A watcher that
+    /// is so slow that what it has not read is forgotten is told [`StoreError::Compacted`].
     async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, StoreError>;
 
     /// Makes a lease that ends after `ttl` without a [`Store::keep_alive`]; its keys are deleted
@@ -167,6 +172,11 @@ impl Transaction {
 }
 
 impl Watch {
+    /// A watch that is fed through this channel; for those who make stores.
+    pub fn new(batches: mpsc::Receiver<Result<WatchBatch, StoreError>>) -> Self {
+        Self { batches }
+    }
+
     /// The next batch; `None` when the store has closed.
     pub async fn next(&mut self) -> Option<Result<WatchBatch, StoreError>> {
         self.batches.recv().await

@@ -2,7 +2,9 @@
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+use std::time::Duration;
 
 use rusqlite::{Connection, params};
 
@@ -20,10 +22,17 @@ const MAX_KEY_BYTES: usize = 1024;
 const MAX_VALUE_BYTES: usize = 1 << 20;
 /// Most operations of one transaction.
 const MAX_OPS: usize = 512;
+/// Longest values of one transaction, all together: a watch holds it in memory as one batch.
+const MAX_TRANSACTION_BYTES: usize = 4 << 20;
+/// A shorter lease would end before its holder hears of it.
+pub(super) const SHORTEST_LEASE: Duration = Duration::from_millis(1);
+/// A longer lease is none.
+pub(super) const LONGEST_LEASE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Longest a connection waits for the other's lock.
-const BUSY: std::time::Duration = std::time::Duration::from_secs(10);
+const BUSY: Duration = Duration::from_secs(10);
 
 const TABLES: &str = "
+    BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS entries (
         key TEXT PRIMARY KEY, value BLOB NOT NULL, revision INTEGER NOT NULL, lease INTEGER
@@ -35,6 +44,7 @@ const TABLES: &str = "
     ) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS leases (id INTEGER PRIMARY KEY, ttl_ms INTEGER NOT NULL);
     INSERT OR IGNORE INTO meta VALUES ('revision', 0), ('oldest', 0), ('version', 1);
+    COMMIT;
 ";
 
 /// Keeps a second process out for as long as it lives: two writers with caches of their own would each
@@ -48,6 +58,7 @@ pub(super) fn lock(path: &Path) -> Result<File, StoreError> {
         .create(true)
         .truncate(false)
         .write(true)
+        .mode(0o600)
         .open(&path)
         .map_err(|e| failed(&e))?;
     match file.try_lock() {
@@ -56,6 +67,18 @@ pub(super) fn lock(path: &Path) -> Result<File, StoreError> {
             &"another process has this catalog open; is `tern serve` running already?",
         )),
         Err(std::fs::TryLockError::Error(e)) => Err(failed(&e)),
+    }
+}
+
+/// Makes the file if there is none, readable by its owner alone: SQLite would make it readable by all.
+///
+/// Only under the [`lock`], for closing any descriptor of the file would end the locks that SQLite has
+/// on it in this process.
+pub(super) fn create(path: &Path) -> std::io::Result<()> {
+    let mut options = File::options();
+    match options.write(true).create_new(true).mode(0o600).open(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => Err(e),
+        _ => Ok(()),
     }
 }
 
@@ -77,14 +100,20 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<(), StoreE
             path.display()
         ))
     };
-    connection.execute_batch(TABLES).map_err(|e| wrong(&e))?;
-    let version = meta(connection, "version").map_err(|e| wrong(&e))?;
-    if version != VERSION {
-        return Err(wrong(&format!(
-            "it has layout {version}, this is {VERSION}"
-        )));
+    // Looked at first: the file of a newer version is left exactly as it is.
+    let sql = "SELECT count(*) FROM sqlite_schema WHERE name = 'meta'";
+    let tables: i64 = connection
+        .query_row(sql, [], |row| row.get(0))
+        .map_err(|e| wrong(&e))?;
+    if tables > 0 {
+        let version = meta(connection, "version").map_err(|e| wrong(&e))?;
+        if version != VERSION {
+            return Err(wrong(&format!(
+                "it has layout {version}, this version of tern reads layout {VERSION}"
+            )));
+        }
     }
-    Ok(())
+    connection.execute_batch(TABLES).map_err(|e| wrong(&e))
 }
 
 /// The revision of the last commit.
@@ -121,6 +150,7 @@ pub(super) fn check(transaction: &Transaction) -> Result<(), StoreError> {
         return invalid(format!("a transaction has 1 to {MAX_OPS} operations"));
     }
     let mut seen = HashSet::new();
+    let mut bytes = 0;
     for op in &transaction.ops {
         let (key, length) = match op {
             Op::Put { key, value, .. } => (key, value.len()),
@@ -132,6 +162,12 @@ pub(super) fn check(transaction: &Transaction) -> Result<(), StoreError> {
         if length > MAX_VALUE_BYTES {
             return invalid(format!(
                 "the value of {key} has {length} bytes; {MAX_VALUE_BYTES} are allowed"
+            ));
+        }
+        bytes += length;
+        if bytes > MAX_TRANSACTION_BYTES {
+            return invalid(format!(
+                "a transaction writes {MAX_TRANSACTION_BYTES} bytes at most"
             ));
         }
         if !seen.insert(key) {

@@ -1,17 +1,15 @@
 //! The thread that writes.
 
-use std::collections::HashMap;
 use std::fs::File;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension as _, Savepoint, TransactionBehavior, params};
-use tokio::sync::{mpsc, oneshot};
+use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 
+use super::leases::Leases;
 use super::schema;
-use super::watchers::Watchers;
-use crate::store::{
-    Change, Entry, LeaseId, Op, Revision, StoreError, Transaction, Watch, WatchBatch,
-};
+use crate::store::{LeaseId, Op, Revision, StoreError, Transaction};
 
 type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
 
@@ -20,11 +18,6 @@ pub(super) enum Job {
     Commit {
         transaction: Transaction,
         reply: Reply<Revision>,
-    },
-    Watch {
-        prefix: String,
-        after: Revision,
-        reply: Reply<Watch>,
     },
     Grant {
         ttl: Duration,
@@ -38,92 +31,97 @@ pub(super) enum Job {
         lease: LeaseId,
         reply: Reply<()>,
     },
-    /// Ends the lease if its time is over; else answers how long it still has.
-    Expire {
-        lease: LeaseId,
-        reply: Reply<Option<Duration>>,
-    },
 }
 
 /// Owns the writing connection.
 pub(super) struct Writer {
     connection: Connection,
-    watchers: Watchers,
-    /// When each lease ends. A lease of an earlier process has its whole time again, for nobody could
-    /// keep it alive meanwhile.
-    leases: HashMap<LeaseId, (Duration, Instant)>,
+    leases: Leases,
+    committed: watch::Sender<Revision>,
     history: Revision,
     _lock: File,
 }
 
-/// A commit that is done.
-struct Done {
-    revision: Revision,
-    changes: Vec<Change>,
-}
-
 /// Transactions that share one `fsync` at most: the first must not wait for ever.
 const GROUP: usize = 256;
+/// Until a lease is tried again that could not be ended because the disk failed.
+const RETRY: Duration = Duration::from_secs(1);
 
 impl Writer {
+    /// A writer, and where it tells the revision that is on disk.
     pub(super) fn new(
         connection: Connection,
         lock: File,
         history: Revision,
-    ) -> rusqlite::Result<Self> {
-        let leases = {
-            let mut statement = connection.prepare("SELECT id, ttl_ms FROM leases")?;
-            let now = Instant::now();
-            let row = |row: &rusqlite::Row<'_>| {
-                let ttl = Duration::from_millis(row.get::<_, i64>(1)?.unsigned_abs());
-                Ok((LeaseId(row.get(0)?), (ttl, now + ttl)))
-            };
-            statement.query_map([], row)?.collect::<Result<_, _>>()?
-        };
-        Ok(Self {
+    ) -> rusqlite::Result<(Self, watch::Receiver<Revision>)> {
+        let mut leases = Leases::default();
+        let now = Instant::now();
+        let mut statement = connection.prepare("SELECT id, ttl_ms FROM leases")?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            let ttl = Duration::from_millis(row.get::<_, i64>(1)?.unsigned_abs());
+            leases.add(LeaseId(row.get(0)?), ttl, now);
+        }
+        drop(rows);
+        drop(statement);
+        let (committed, told) = watch::channel(schema::revision(&connection)?);
+        let writer = Self {
             connection,
-            watchers: Watchers::default(),
             leases,
+            committed,
             history,
             _lock: lock,
-        })
+        };
+        Ok((writer, told))
     }
 
-    /// Serves the queue until the last store handle is gone.
-    pub(super) fn run(mut self, mut queue: mpsc::Receiver<Job>) {
-        while let Some(first) = queue.blocking_recv() {
-            let mut commits = Vec::new();
-            let mut next = Some(first);
-            while let Some(job) = next.take() {
-                match job {
-                    Job::Commit { transaction, reply } => commits.push((transaction, reply)),
-                    other => {
-                        // Order is kept: what came before is done before.
-                        self.commit_all(std::mem::take(&mut commits));
-                        self.other(other);
+    /// Serves the queue, and ends leases in time, until the last store handle is gone.
+    pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Job>) {
+        loop {
+            let first = match self.leases.next_end() {
+                Some(end) => match tokio::time::timeout_at(end, queue.recv()).await {
+                    Ok(job) => job,
+                    Err(_) => {
+                        self.end_leases();
+                        continue;
                     }
-                }
-                if commits.len() < GROUP {
-                    next = queue.try_recv().ok();
-                }
-            }
-            self.commit_all(commits);
+                },
+                None => queue.recv().await,
+            };
+            let Some(first) = first else { return };
+            self.serve(first, &mut queue);
+            // Also when the queue is never empty.
+            self.end_leases();
         }
     }
 
-    fn other(&mut self, job: Job) {
+    /// Does a job, and those that wait behind it, commits as one group.
+    fn serve(&mut self, first: Job, queue: &mut mpsc::Receiver<Job>) {
+        let mut commits = Vec::new();
+        let mut next = Some(first);
+        while let Some(job) = next.take() {
+            match job {
+                Job::Commit { transaction, reply } => commits.push((transaction, reply)),
+                other => {
+                    // Order is kept: what came before is done before.
+                    self.commit_all(std::mem::take(&mut commits));
+                    self.lease_job(other);
+                }
+            }
+            if commits.len() < GROUP {
+                next = queue.try_recv().ok();
+            }
+        }
+        self.commit_all(commits);
+    }
+
+    fn lease_job(&mut self, job: Job) {
         // A caller that has gone needs no answer.
         match job {
             Job::Commit { transaction, reply } => self.commit_all(vec![(transaction, reply)]),
-            Job::Watch {
-                prefix,
-                after,
-                reply,
-            } => drop(reply.send(self.watch(prefix, after))),
             Job::Grant { ttl, reply } => drop(reply.send(self.grant(ttl))),
             Job::KeepAlive { lease, reply } => drop(reply.send(self.keep_alive(lease))),
-            Job::Revoke { lease, reply } => drop(reply.send(self.end(lease))),
-            Job::Expire { lease, reply } => drop(reply.send(self.expire(lease))),
+            Job::Revoke { lease, reply } => drop(reply.send(self.revoke(lease))),
         }
     }
 
@@ -135,28 +133,27 @@ impl Writer {
         }
         let (transactions, replies): (Vec<_>, Vec<_>) = commits.into_iter().unzip();
         match self.group(&transactions) {
-            Ok(outcomes) => {
+            Ok((outcomes, revision)) => {
+                self.tell(revision);
                 for (outcome, reply) in outcomes.into_iter().zip(replies) {
-                    let answer = outcome.map(|done| {
-                        self.watchers.tell(done.revision, &done.changes);
-                        done.revision
-                    });
-                    let _ = reply.send(answer);
+                    let _ = reply.send(outcome);
                 }
             }
             // Nothing of the group happened, and each of it is told.
             Err(error) => {
+                tracing::error!(%error, "commits failed");
                 for reply in replies {
-                    let _ = reply.send(Err(StoreError::from_sqlite(&error)));
+                    let _ = reply.send(Err(StoreError::Unavailable(error.to_string())));
                 }
             }
         }
     }
 
+    /// Each transaction's outcome, and the revision after all of them.
     fn group(
         &mut self,
         transactions: &[Transaction],
-    ) -> rusqlite::Result<Vec<Result<Done, StoreError>>> {
+    ) -> rusqlite::Result<(Vec<Result<Revision, StoreError>>, Revision)> {
         let mut group = self
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -165,123 +162,106 @@ impl Writer {
         for transaction in transactions {
             // Dropped without a commit, a savepoint undoes just its own transaction.
             let savepoint = group.savepoint()?;
-            let outcome = apply(&savepoint, transaction, revision + 1, &self.leases);
+            let outcome = check(&savepoint, transaction, &self.leases)
+                .and_then(|()| Ok(apply(&savepoint, &transaction.ops, revision + 1)?));
             if outcome.is_ok() {
                 savepoint.commit()?;
-                revision += 1;
             } else {
                 drop(savepoint);
             }
-            outcomes.push(outcome.map(|changes| Done { revision, changes }));
+            outcomes.push(outcome.map(|changed| {
+                // What changes nothing is no commit: no watch would ever tell its revision.
+                revision += Revision::from(changed);
+                revision
+            }));
         }
         schema::set_meta(&group, "revision", revision)?;
         compact(&group, revision, self.history)?;
         group.commit()?;
-        Ok(outcomes)
+        Ok((outcomes, revision))
     }
 
-    fn watch(&mut self, prefix: String, after: Revision) -> Result<Watch, StoreError> {
-        let oldest = schema::oldest(&self.connection)?;
-        if after < oldest {
-            return Err(StoreError::Compacted {
-                wanted: after,
-                oldest,
-            });
-        }
-        let mut past: Vec<WatchBatch> = Vec::new();
-        let sql =
-            "SELECT revision, key, value FROM log WHERE revision > ?1 ORDER BY revision, position";
-        let mut statement = self.connection.prepare_cached(sql)?;
-        let mut rows = statement.query(params![after.cast_signed()])?;
-        while let Some(row) = rows.next()? {
-            let (revision, key) = (
-                row.get::<_, i64>(0)?.cast_unsigned(),
-                row.get::<_, String>(1)?,
-            );
-            if !key.starts_with(&prefix) {
-                continue;
-            }
-            let change = match row.get::<_, Option<Vec<u8>>>(2)? {
-                Some(value) => Change::Put(Entry {
-                    key,
-                    value,
-                    revision,
-                }),
-                None => Change::Delete { key },
-            };
-            match past.last_mut() {
-                Some(batch) if batch.revision == revision => batch.changes.push(change),
-                _ => past.push(WatchBatch {
-                    revision,
-                    changes: vec![change],
-                }),
-            }
-        }
-        drop(rows);
-        drop(statement);
-        Ok(self.watchers.add(prefix, past))
+    fn tell(&self, revision: Revision) {
+        self.committed
+            .send_if_modified(|told| std::mem::replace(told, revision) != revision);
     }
 
     fn grant(&mut self, ttl: Duration) -> Result<LeaseId, StoreError> {
-        let millis = i64::try_from(ttl.as_millis()).ok().filter(|m| *m > 0);
-        let millis =
-            millis.ok_or_else(|| StoreError::Invalid("a lease lasts at least 1 ms".to_owned()))?;
-        self.connection
-            .execute("INSERT INTO leases (ttl_ms) VALUES (?1)", params![millis])?;
-        let lease = LeaseId(self.connection.last_insert_rowid());
-        self.leases.insert(lease, (ttl, Instant::now() + ttl));
+        if !(schema::SHORTEST_LEASE..=schema::LONGEST_LEASE).contains(&ttl) {
+            return Err(StoreError::Invalid(format!(
+                "a lease lasts {:?} to {:?}, not {ttl:?}",
+                schema::SHORTEST_LEASE,
+                schema::LONGEST_LEASE
+            )));
+        }
+        let millis = i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX);
+        // Random: an id that is used again would let who held the old lease keep the new one alive.
+        let lease = LeaseId(rand::random_range(1..=i64::MAX));
+        self.connection.execute(
+            "INSERT INTO leases (id, ttl_ms) VALUES (?1, ?2)",
+            params![lease.0, millis],
+        )?;
+        self.leases.add(lease, ttl, Instant::now());
         Ok(lease)
     }
 
     fn keep_alive(&mut self, lease: LeaseId) -> Result<(), StoreError> {
-        let (ttl, end) = self
-            .leases
-            .get_mut(&lease)
-            .ok_or(StoreError::LeaseGone(lease))?;
-        *end = Instant::now() + *ttl;
-        Ok(())
-    }
-
-    fn expire(&mut self, lease: LeaseId) -> Result<Option<Duration>, StoreError> {
-        let Some((_, end)) = self.leases.get(&lease) else {
-            return Ok(None);
-        };
-        let left = end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            self.end(lease).map(|()| None)
+        // One whose time is over has ended, though its keys may be there for another moment.
+        self.end_leases();
+        if self.leases.keep_alive(lease, Instant::now()) {
+            Ok(())
         } else {
-            Ok(Some(left))
+            Err(StoreError::LeaseGone(lease))
         }
     }
 
-    fn end(&mut self, lease: LeaseId) -> Result<(), StoreError> {
-        if self.leases.remove(&lease).is_none() {
+    fn revoke(&mut self, lease: LeaseId) -> Result<(), StoreError> {
+        if !self.leases.contains(lease) {
             return Err(StoreError::LeaseGone(lease));
         }
-        let ops = {
-            let mut statement = self
-                .connection
-                .prepare_cached("SELECT key FROM entries WHERE lease = ?1")?;
+        Ok(self.end(lease)?)
+    }
+
+    fn end_leases(&mut self) {
+        let now = Instant::now();
+        for lease in self.leases.over(now) {
+            if let Err(error) = self.end(lease) {
+                tracing::error!(lease = lease.0, %error, "a lease that is over cannot be ended");
+                self.leases.postpone(lease, now + RETRY);
+            }
+        }
+    }
+
+    /// Deletes a lease and its keys in one commit.
+    fn end(&mut self, lease: LeaseId) -> rusqlite::Result<()> {
+        let ending = self
+            .connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let keys = {
+            let sql = "SELECT key FROM entries WHERE lease = ?1 ORDER BY key";
+            let mut statement = ending.prepare_cached(sql)?;
             let keys = statement.query_map(params![lease.0], |row| row.get(0))?;
             keys.map(|key| Ok(Op::Delete { key: key? }))
-                .collect::<Result<Vec<_>, rusqlite::Error>>()?
+                .collect::<rusqlite::Result<Vec<_>>>()?
         };
-        self.connection
-            .execute("DELETE FROM leases WHERE id = ?1", params![lease.0])?;
-        if !ops.is_empty() {
-            let (reply, _) = oneshot::channel();
-            self.commit_all(vec![(Transaction::of(ops), reply)]);
-        }
+        let mut revision = schema::revision(&ending)?;
+        revision += Revision::from(apply(&ending, &keys, revision + 1)?);
+        ending.execute("DELETE FROM leases WHERE id = ?1", params![lease.0])?;
+        schema::set_meta(&ending, "revision", revision)?;
+        compact(&ending, revision, self.history)?;
+        ending.commit()?;
+        self.leases.remove(lease);
+        self.tell(revision);
         Ok(())
     }
 }
 
-fn apply(
-    connection: &Savepoint<'_>,
+/// Whether a transaction may be done.
+fn check(
+    connection: &Connection,
     transaction: &Transaction,
-    revision: Revision,
-    leases: &HashMap<LeaseId, (Duration, Instant)>,
-) -> Result<Vec<Change>, StoreError> {
+    leases: &Leases,
+) -> Result<(), StoreError> {
     for compare in &transaction.compares {
         let mut statement =
             connection.prepare_cached("SELECT revision FROM entries WHERE key = ?1")?;
@@ -295,23 +275,30 @@ fn apply(
             });
         }
     }
-    let mut changes = Vec::with_capacity(transaction.ops.len());
-    for (position, op) in transaction.ops.iter().enumerate() {
+    for op in &transaction.ops {
+        if let Op::Put {
+            lease: Some(lease), ..
+        } = op
+            && !leases.contains(*lease)
+        {
+            return Err(StoreError::LeaseGone(*lease));
+        }
+    }
+    Ok(())
+}
+
+/// Does the ops, as this revision; answers whether anything has changed.
+fn apply(connection: &Connection, ops: &[Op], revision: Revision) -> rusqlite::Result<bool> {
+    let mut changed = false;
+    for (position, op) in ops.iter().enumerate() {
         let (key, value) = match op {
             Op::Put { key, value, lease } => {
-                if let Some(lease) = lease.filter(|l| !leases.contains_key(l)) {
-                    return Err(StoreError::LeaseGone(lease));
-                }
                 let sql =
                     "INSERT INTO entries (key, value, revision, lease) VALUES (?1, ?2, ?3, ?4)
                     ON CONFLICT (key) DO UPDATE SET value = ?2, revision = ?3, lease = ?4";
                 let mut statement = connection.prepare_cached(sql)?;
-                statement.execute(params![
-                    key,
-                    value,
-                    revision.cast_signed(),
-                    lease.map(|l| l.0)
-                ])?;
+                let lease = lease.map(|l| l.0);
+                statement.execute(params![key, value, revision.cast_signed(), lease])?;
                 (key, Some(value))
             }
             Op::Delete { key } => {
@@ -326,16 +313,9 @@ fn apply(
         let sql = "INSERT INTO log (revision, position, key, value) VALUES (?1, ?2, ?3, ?4)";
         let mut statement = connection.prepare_cached(sql)?;
         statement.execute(params![revision.cast_signed(), position as i64, key, value])?;
-        changes.push(match value {
-            Some(value) => Change::Put(Entry {
-                key: key.clone(),
-                value: value.clone(),
-                revision,
-            }),
-            None => Change::Delete { key: key.clone() },
-        });
+        changed = true;
     }
-    Ok(changes)
+    Ok(changed)
 }
 
 /// Forgets history beyond the bound, a quarter of it at a time so that not every commit pays.

@@ -107,8 +107,11 @@ async fn a_listing_has_exactly_what_is_under_the_prefix(fresh: Fresh) {
 
 async fn deleting_what_is_not_there_is_no_error(fresh: Fresh) {
     let store = &fresh.store;
-    commit(store, vec![delete("nothing")]).await;
-    assert_eq!(value(store, "nothing").await, None);
+    let last = commit(store, vec![put("k", "1")]).await;
+    // And no commit: a watch would never tell its revision, and who waits for that waits for ever.
+    assert_eq!(commit(store, vec![delete("nothing")]).await, last);
+    assert_eq!(store.list("").await.unwrap().revision, last);
+    assert_eq!(commit(store, vec![put("k", "2")]).await, last + 1);
 }
 
 async fn what_no_noun_would_ask_for_is_refused(fresh: Fresh) {

@@ -4,6 +4,7 @@
 //! that says where the store is.
 
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -25,7 +26,8 @@ fn child_writes_until_killed() {
         .build()
         .unwrap();
     runtime.block_on(async {
-        let store: std::sync::Arc<dyn Store> = std::sync::Arc::new(open(path.as_ref()).await);
+        let store: std::sync::Arc<dyn Store> =
+            std::sync::Arc::new(SqliteStore::open(path.as_ref()).unwrap());
         let first = store
             .get("left")
             .await
@@ -101,6 +103,32 @@ async fn a_second_process_is_kept_out() {
 }
 
 #[tokio::test]
+async fn the_last_handle_lets_go_of_the_file() {
+    let files = tempfile::tempdir().unwrap();
+    let path = files.path().join("catalog.db");
+    for n in 1..=20 {
+        let store: std::sync::Arc<dyn Store> =
+            std::sync::Arc::new(SqliteStore::open(&path).unwrap());
+        assert_eq!(commit(&store, vec![put("k", "v")]).await, n);
+    }
+    let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[tokio::test]
+async fn the_file_of_a_newer_version_is_refused_and_left_alone() {
+    let files = tempfile::tempdir().unwrap();
+    let path = files.path().join("catalog.db");
+    drop(SqliteStore::open(&path).unwrap());
+    let newer = rusqlite::Connection::open(&path).unwrap();
+    newer
+        .execute("UPDATE meta SET value = 99 WHERE name = 'version'", [])
+        .unwrap();
+    let error = SqliteStore::open(&path).err().unwrap().to_string();
+    assert!(error.contains("layout 99"), "{error}");
+}
+
+#[tokio::test]
 async fn a_file_that_is_no_catalog_is_refused_and_left_alone() {
     let files = tempfile::tempdir().unwrap();
     let path = files.path().join("catalog.db");
@@ -111,19 +139,6 @@ async fn a_file_that_is_no_catalog_is_refused_and_left_alone() {
             .unwrap()
             .starts_with("not a database")
     );
-}
-
-/// The parent's own store of the round before lets go of the file when its thread gets to it.
-async fn open(path: &std::path::Path) -> SqliteStore {
-    let mut left = 500;
-    loop {
-        match SqliteStore::open(path) {
-            Ok(store) => return store,
-            Err(error) if left == 0 => panic!("{error}"),
-            Err(_) => left -= 1,
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
 }
 
 fn number(value: &[u8]) -> u64 {

@@ -1,8 +1,9 @@
 //! Leases: keys that live as long as somebody says so.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tern_catalog::{Change, LeaseId, Op, StoreError, Transaction};
+use tern_catalog::{Change, LeaseId, Op, SqliteStore, Store, StoreError, Transaction};
 
 use crate::{Fresh, commit, put, value};
 
@@ -88,4 +89,23 @@ async fn an_unknown_lease_is_refused(fresh: Fresh) {
         .await;
     assert_eq!(outcome, Err(StoreError::LeaseGone(unknown)));
     assert!(store.grant(Duration::ZERO).await.is_err());
+}
+
+#[tokio::test]
+async fn a_lease_outlives_a_restart_and_then_ends() {
+    let files = tempfile::tempdir().unwrap();
+    let path = files.path().join("catalog.db");
+    let lease = {
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&path).unwrap());
+        let lease = store.grant(SHORT).await.unwrap();
+        commit(&store, vec![leased("a", lease)]).await;
+        lease
+    };
+    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&path).unwrap());
+    let mut watch = store.watch("", 1).await.unwrap();
+    let batch = tokio::time::timeout(LIMIT, watch.next()).await.unwrap();
+    assert_eq!(batch.unwrap().unwrap().revision, 2);
+    assert_eq!(value(&store, "a").await, None);
+    let again = store.grant(LIMIT).await.unwrap();
+    assert_ne!(again, lease, "an id is never used again");
 }

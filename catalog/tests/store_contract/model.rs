@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use tern_catalog::{Compare, Op, StoreError, Transaction};
+use tern_catalog::{Change, Compare, Op, StoreError, Transaction};
 
 use crate::sqlite;
 
@@ -28,7 +28,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Each step's outcome, the listing after it and what a watch told agree with a plain map.
+    /// Each step's outcome, the listing after it and what a watch tells in the end agree with a map.
     #[test]
     fn behaves_like_a_map(steps in steps()) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -56,7 +56,11 @@ proptest! {
                 let holds = compares.iter().all(|c| model.get(&c.key).map(|(_, r)| *r) == c.revision);
                 let outcome = fresh.store.commit(Transaction { compares, ops: ops.clone() }).await;
                 if holds {
-                    revision += 1;
+                    let changes = |op: &Op| match op {
+                        Op::Put { .. } => true,
+                        Op::Delete { key } => model.contains_key(key),
+                    };
+                    revision += u64::from(ops.iter().any(changes));
                     assert_eq!(outcome, Ok(revision));
                     for op in ops {
                         match op {
@@ -72,6 +76,19 @@ proptest! {
                     listing.entries.into_iter().map(|e| (e.key, (e.value, e.revision))).collect();
                 assert_eq!((listing.revision, &listed), (revision, &model));
             }
+            let mut watch = fresh.store.watch("", 0).await.unwrap();
+            let mut told = BTreeMap::new();
+            for expected in 1..=revision {
+                let batch = watch.next().await.unwrap().unwrap();
+                assert_eq!(batch.revision, expected);
+                for change in batch.changes {
+                    match change {
+                        Change::Put(e) => drop(told.insert(e.key, (e.value, e.revision))),
+                        Change::Delete { key } => drop(told.remove(&key)),
+                    }
+                }
+            }
+            assert_eq!(told, model);
         });
     }
 }

@@ -128,10 +128,10 @@ async fn history_that_is_gone_is_said_to_be() {
 }
 
 #[tokio::test]
-async fn a_watcher_that_does_not_read_costs_bounded_memory() {
-    let fresh = sqlite(100_000);
+async fn a_watcher_that_is_too_slow_is_told_so() {
+    let fresh = sqlite(100);
     let mut watch = fresh.store.watch("", 0).await.unwrap();
-    for n in 0..6000 {
+    for n in 0..3000 {
         commit(&fresh.store, vec![put("k", &n.to_string())]).await;
     }
     let mut told = 0;
@@ -139,7 +139,7 @@ async fn a_watcher_that_does_not_read_costs_bounded_memory() {
         match watch.next().await {
             Some(Ok(batch)) => {
                 told += 1;
-                assert_eq!(batch.revision, told);
+                assert_eq!(batch.revision, told, "no gap before the end");
             }
             other => break other,
         }
@@ -148,5 +148,29 @@ async fn a_watcher_that_does_not_read_costs_bounded_memory() {
         matches!(end, Some(Err(StoreError::Compacted { .. }))),
         "{end:?}"
     );
-    assert!(told < 6000);
+    assert!(told < 3000);
+    assert!(watch.next().await.is_none());
+}
+
+#[tokio::test]
+async fn a_long_past_is_told_in_order_and_whole() {
+    let fresh = sqlite(1000);
+    let large = "x".repeat(100_000);
+    for _ in 0..60 {
+        // Together several times as much as a page.
+        commit(&fresh.store, vec![put("a", &large), put("b", &large)]).await;
+    }
+    let mut watch = fresh.store.watch("", 0).await.unwrap();
+    for expected in 1..=60 {
+        let batch = next(&mut watch).await;
+        assert_eq!((batch.revision, batch.changes.len()), (expected, 2));
+    }
+}
+
+#[tokio::test]
+async fn a_watch_ends_with_its_store() {
+    let fresh = sqlite(10);
+    let mut watch = fresh.store.watch("", 0).await.unwrap();
+    drop(fresh);
+    assert!(watch.next().await.is_none());
 }
