@@ -14,6 +14,9 @@ struct Mount(PathBuf);
 impl Mount {
     fn new(disk: &Path, at: PathBuf) -> Self {
         std::fs::create_dir(&at).unwrap();
+        if !Path::new("/dev/loop-control").exists() {
+            run(Command::new("modprobe").arg("loop"));
+        }
         run(Command::new("mount")
             .args(["-t", "erofs", "-o", "loop,ro"])
             .arg(disk)

@@ -226,7 +226,7 @@ pub fn mode(disk: &Path, path: &str) -> u16 {
 pub fn run(command: &mut Command) -> Output {
     let output = command.output().unwrap_or_else(|error| {
         panic!(
-            "{command:?}: {error}. These tests need: apt-get install erofs-utils buildah tar mount"
+            "{command:?}: {error}. These tests need: apt-get install erofs-utils buildah tar mount kmod"
         )
     });
     assert!(
