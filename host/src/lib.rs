@@ -1,1 +1,43 @@
-//! The agent that makes Machines real on one server
+//! The agent that makes Machines real on one server.
+//!
+//! Desired state comes in through the catalog's [`View`](tern_catalog::View), observed state goes
+//! out as [`MachineStatus`](tern_catalog::MachineStatus), every transition an event. Between two
+//! wishes of the API the gate starts, suspends and stops Machines through an [`AgentHandle`].
+//!
+//! Each Machine is one monitor process (`tern-vmm`) that outlives the agent, one directory, one TAP
+//! device, and one task here. What is where:
+//!
+//! | module | what it does |
+//! |---|---|
+//! | `agent` | starts, adopts, follows the catalog, cleans up |
+//! | `machine` | decides: the state machine (`core`, without I/O) and the task that owns it |
+//! | `vm` | does: monitor, guest, disk and snapshot of one Machine |
+//! | `dir` | the files of one Machine, and which of them to believe after a crash |
+//! | `monitor`, `guest` | speaks to `tern-vmm`, and to init through it |
+//! | `network` | TAPs, addresses, routes, the packet filter |
+//! | `bundle`, `disk`, `host` | what a Machine boots with |
+//! | `checks`, `logs`, `metrics` | what is seen of it |
+
+mod agent;
+mod bundle;
+mod checks;
+mod config;
+mod dir;
+mod disk;
+mod guest;
+mod host;
+mod logs;
+mod machine;
+mod metrics;
+mod monitor;
+mod network;
+mod running;
+mod vm;
+
+pub use agent::{Agent, AgentError, AgentHandle};
+pub use config::{HostConfig, Registry};
+pub use guest::{Exec, ExecInputs, ExecOutput, ExecOutputs, GuestError};
+pub use logs::{LogItem, LogLine, LogReader};
+pub use machine::{CommandError, Source, StopRequest};
+pub use metrics::{Counter, Metrics};
+pub use network::{NetworkError, remove_all as remove_network};

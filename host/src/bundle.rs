@@ -1,0 +1,295 @@
+//! What a Machine boots with: its run configuration and the monitor's `vm.json`.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use tern_catalog::{Machine, RESOLVER};
+use tern_guest::RunConfig;
+use tern_guest::config::{
+    DnsConfig, FileConfig, HostsEntry, InterfaceConfig, ProcessConfig, StopConfig,
+};
+use tern_guest::signal::parse_signal;
+use tern_image::ImageConfig;
+use thiserror::Error;
+
+use crate::config::HostConfig;
+use crate::dir::MachineDir;
+use crate::monitor::config::{Disk, Net, VmConfig, Vsock};
+use crate::network::{GATEWAY, Slot};
+
+/// A config that cannot be run, whatever is tried.
+#[derive(Debug, Error)]
+pub(crate) enum BundleError {
+    #[error("the file {path} has a raw_value that is not base64: {source}")]
+    File {
+        path: String,
+        source: base64::DecodeError,
+    },
+    #[error("\"{0}\" is not a signal")]
+    Signal(String),
+    #[error("neither the image nor the config says what to run")]
+    NoCommand,
+    #[error(transparent)]
+    Archive(#[from] tern_guest::archive::ArchiveError),
+}
+
+/// What init is told.
+pub(crate) fn run_config(
+    machine: &Machine,
+    image: &ImageConfig,
+    slot: Slot,
+) -> Result<RunConfig, BundleError> {
+    let config = &machine.config;
+    let id = machine.id.to_string();
+    let init = &config.init;
+    // An entrypoint of one's own makes the image's arguments meaningless, as in OCI runtimes.
+    let cmd = match (&init.cmd, &init.entrypoint) {
+        (Some(cmd), _) => cmd.clone(),
+        (None, Some(_)) => Vec::new(),
+        (None, None) => image.cmd.clone(),
+    };
+    let process = ProcessConfig {
+        entrypoint: init
+            .entrypoint
+            .clone()
+            .unwrap_or_else(|| image.entrypoint.clone()),
+        cmd,
+        exec: init.exec.clone().unwrap_or_default(),
+        env: environment(machine, image),
+        working_dir: image.working_dir.clone(),
+        user: image.user.clone(),
+        tty: init.tty,
+    };
+    if process.argv().is_empty() {
+        return Err(BundleError::NoCommand);
+    }
+    let files = config.files.iter().map(|file| {
+        Ok(FileConfig {
+            guest_path: file.guest_path.clone(),
+            content: BASE64
+                .decode(&file.raw_value)
+                .map_err(|source| BundleError::File {
+                    path: file.guest_path.clone(),
+                    source,
+                })?,
+            mode: file.mode.unwrap_or(0o644),
+        })
+    });
+    let own = IpNet::V6(net6(machine));
+    let v4 = IpNet::V4(Ipv4Net::new(slot.guest_v4(), 30).expect("30 is at most 32"));
+    Ok(RunConfig {
+        machine_id: id.clone(),
+        hostname: id.clone(),
+        process,
+        stop: stop(machine, image)?,
+        files: files.collect::<Result<_, BundleError>>()?,
+        interfaces: vec![InterfaceConfig {
+            mac: Some(slot.guest_mac().to_string()),
+            addresses: vec![own, v4],
+            gateway_v4: Some(slot.host_v4()),
+            gateway_v6: Some(GATEWAY),
+            ..InterfaceConfig::default()
+        }],
+        dns: DnsConfig {
+            nameservers: vec![IpAddr::V6(RESOLVER)],
+            searches: Vec::new(),
+        },
+        hosts: vec![HostsEntry {
+            ip: IpAddr::V6(machine.private_ip),
+            names: vec![
+                "fly-local-6pn".to_owned(),
+                format!("{id}.vm.{}.internal", machine.app),
+            ],
+        }],
+        ..RunConfig::default()
+    })
+}
+
+/// What the monitor is told.
+pub(crate) fn vm_config(
+    host: &HostConfig,
+    machine: &Machine,
+    dir: &MachineDir,
+    image: &std::path::Path,
+    slot: Slot,
+) -> VmConfig {
+    VmConfig {
+        id: machine.id.to_string(),
+        vcpus: machine.config.guest.cpus,
+        memory_mib: machine.config.guest.memory_mb,
+        kernel: host.kernel.clone(),
+        initramfs: vec![host.initramfs.clone(), dir.run_cpio()],
+        cmdline: host.cmdline.clone(),
+        disks: vec![
+            Disk {
+                path: image.to_owned(),
+                read_only: true,
+            },
+            Disk {
+                path: dir.disk(),
+                read_only: false,
+            },
+        ],
+        net: vec![Net {
+            tap: slot.tap(),
+            mac: slot.guest_mac().to_string(),
+        }],
+        vsock: Vsock {
+            cid: slot.cid(),
+            path: dir.vsock(),
+        },
+        control: dir.control(),
+        pid_file: dir.pid_file(),
+        serial_log: dir.serial_log(),
+        snapshot_dir: dir.snapshot(),
+        exit_file: dir.exit_file(),
+    }
+}
+
+/// The image's, then the Machine's own, then what tells the app where it is.
+fn environment(machine: &Machine, image: &ImageConfig) -> Vec<(String, String)> {
+    let config = &machine.config;
+    let pair = |name: &str, value: String| (name.to_owned(), value);
+    let mut env: Vec<_> = image
+        .env
+        .iter()
+        .filter_map(|word| word.split_once('='))
+        .filter(|(name, _)| !name.is_empty())
+        .map(|(name, value)| pair(name, value.to_owned()))
+        .collect();
+    if !config.env.contains_key("PRIMARY_REGION") {
+        env.push(pair("PRIMARY_REGION", machine.region.clone()));
+    }
+    env.extend(config.env.iter().map(|(n, v)| pair(n, v.clone())));
+    let id = machine.id.to_string();
+    env.push(pair("FLY_APP_NAME", machine.app.to_string()));
+    env.push(pair("FLY_MACHINE_ID", id.clone()));
+    env.push(pair("FLY_ALLOC_ID", id));
+    env.push(pair("FLY_REGION", machine.region.clone()));
+    env.push(pair("FLY_IMAGE_REF", config.image.clone()));
+    env.push(pair("FLY_MACHINE_VERSION", machine.instance_id.clone()));
+    env.push(pair("FLY_PRIVATE_IP", machine.private_ip.to_string()));
+    env.push(pair("FLY_VM_MEMORY_MB", config.guest.memory_mb.to_string()));
+    if let Some(group) = config.metadata.get("fly_process_group") {
+        env.push(pair("FLY_PROCESS_GROUP", group.clone()));
+    }
+    env
+}
+
+/// The signal is the config's, else the image's, else `SIGINT`.
+fn stop(machine: &Machine, image: &ImageConfig) -> Result<StopConfig, BundleError> {
+    let config = &machine.config.stop_config;
+    let default = StopConfig::default();
+    let signal = match (&config.signal, &image.stop_signal) {
+        (Some(name), _) => parse_signal(name).ok_or_else(|| BundleError::Signal(name.clone()))?,
+        // An image's nonsense is not worth a failed start.
+        (None, Some(name)) => parse_signal(name).unwrap_or(default.signal),
+        (None, None) => default.signal,
+    };
+    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    Ok(StopConfig {
+        signal,
+        timeout_ms: config.timeout.map_or(default.timeout_ms, |t| millis(t.0)),
+    })
+}
+
+fn net6(machine: &Machine) -> Ipv6Net {
+    Ipv6Net::new(machine.private_ip, 112).expect("112 is at most 128")
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use tern_catalog::{
+        Desired, DesiredState, HostId, MachineConfig, MachineId, MachineNumber, NetworkId,
+        PrivateAddress,
+    };
+
+    pub(crate) fn machine(config: &str) -> Machine {
+        let config: MachineConfig = serde_json::from_str(config).unwrap();
+        let (network, host, number) = (NetworkId(7), HostId(1), MachineNumber(3));
+        Machine {
+            id: MachineId::random(),
+            name: "calm-fox".into(),
+            app: "hello".parse().unwrap(),
+            network,
+            host,
+            region: "ams".into(),
+            number,
+            private_ip: PrivateAddress::of_machine(network, host, number),
+            config,
+            instance_id: "01A".into(),
+            version: 1,
+            desired: Desired {
+                state: DesiredState::Started,
+                generation: 1,
+            },
+            cordoned: false,
+            created_at: jiff::Timestamp::UNIX_EPOCH,
+            updated_at: jiff::Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    fn image() -> ImageConfig {
+        ImageConfig {
+            entrypoint: vec!["/entry".into()],
+            cmd: vec!["serve".into()],
+            env: vec!["A=image".into(), "PATH=/opt/bin".into(), "rubbish".into()],
+            stop_signal: Some("SIGQUIT".into()),
+            ..ImageConfig::default()
+        }
+    }
+
+    #[test]
+    fn the_config_overrides_the_image_and_the_host_has_the_last_word() {
+        let machine = machine(
+            r#"{"image":"registry.internal/hello:1","env":{"A":"own","FLY_APP_NAME":"lie"},
+                "metadata":{"fly_process_group":"web"}}"#,
+        );
+        let run = run_config(&machine, &image(), Slot::new(5).unwrap()).unwrap();
+        run.check().unwrap();
+        let env = run.process.merged_env();
+        let get = |name: &str| env.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str());
+        assert_eq!(get("A"), Some("own"));
+        assert_eq!(get("PATH"), Some("/opt/bin"));
+        assert_eq!(get("FLY_APP_NAME"), Some("hello"));
+        assert_eq!(get("FLY_PRIVATE_IP"), Some("fdaa:0:7:0:1:0:3:2"));
+        assert_eq!(get("FLY_PROCESS_GROUP"), Some("web"));
+        assert_eq!(get("PRIMARY_REGION"), Some("ams"));
+        assert_eq!(run.stop.signal, 3);
+        assert_eq!(run.process.argv(), ["/entry", "serve"]);
+        let addresses: Vec<_> = run.interfaces[0]
+            .addresses
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(addresses, ["fdaa:0:7:0:1:0:3:2/112", "172.19.0.22/30"]);
+    }
+
+    #[test]
+    fn an_entrypoint_of_ones_own_drops_the_images_arguments() {
+        let machine = machine(r#"{"image":"x","init":{"entrypoint":["/mine"]}}"#);
+        let run = run_config(&machine, &image(), Slot::new(0).unwrap()).unwrap();
+        assert_eq!(run.process.argv(), ["/mine"]);
+    }
+
+    #[test]
+    fn what_cannot_run_is_refused_before_a_boot() {
+        let slot = Slot::new(0).unwrap();
+        let nothing = run_config(&machine(r#"{"image":"x"}"#), &ImageConfig::default(), slot);
+        assert!(matches!(nothing, Err(BundleError::NoCommand)));
+        let signal = machine(r#"{"image":"x","stop_config":{"signal":"SIGNOPE"}}"#);
+        assert!(matches!(
+            run_config(&signal, &image(), slot),
+            Err(BundleError::Signal(_))
+        ));
+        let file = machine(r#"{"image":"x","files":[{"guest_path":"/a","raw_value":"%"}]}"#);
+        assert!(matches!(
+            run_config(&file, &image(), slot),
+            Err(BundleError::File { .. })
+        ));
+    }
+}

@@ -1,0 +1,365 @@
+//! Health checks of a started Machine.
+//!
+//! One task per check, from the start of the app until the Machine leaves the state `started`. A
+//! check never wakes a Machine: while one sleeps, nobody looks at it, and what was last seen stays.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::Empty;
+use hyper::Request;
+use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
+use tern_catalog::{Check, CheckKind, CheckState, CheckStatus, Machine};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::metrics::Metrics;
+
+/// The health checks of one Machine.
+pub(crate) struct Checks {
+    metrics: Arc<Metrics>,
+    /// The config that `results` speak of.
+    instance: String,
+    results: Vec<CheckStatus>,
+    tasks: JoinSet<()>,
+    news: (
+        mpsc::UnboundedSender<(usize, Outcome)>,
+        mpsc::UnboundedReceiver<(usize, Outcome)>,
+    ),
+}
+
+/// What one check has seen: whether it may be believed already, and what there was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Outcome {
+    status: CheckState,
+    output: String,
+}
+
+/// One check, with all that was left open filled in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Plan {
+    name: String,
+    kind: CheckKind,
+    target: SocketAddr,
+    interval: Duration,
+    timeout: Duration,
+    grace: Duration,
+    method: String,
+    path: String,
+}
+
+impl Checks {
+    pub(crate) fn new(metrics: Arc<Metrics>) -> Self {
+        Self {
+            metrics,
+            instance: String::new(),
+            results: Vec::new(),
+            tasks: JoinSet::new(),
+            news: mpsc::unbounded_channel(),
+        }
+    }
+
+    /// Begins to check a Machine that has started. Does nothing where that has begun already.
+    pub(crate) fn run(&mut self, machine: &Machine) {
+        if !self.tasks.is_empty() {
+            return;
+        }
+        let plans = plans(machine);
+        let names = plans.iter().map(|p| &p.name);
+        if self.instance != machine.instance_id || !names.eq(self.results.iter().map(|r| &r.name)) {
+            self.instance.clone_from(&machine.instance_id);
+            self.results = plans.iter().map(unknown).collect();
+        }
+        for (index, plan) in plans.into_iter().enumerate() {
+            let (news, metrics) = (self.news.0.clone(), Arc::clone(&self.metrics));
+            let passed = self.results[index].status == CheckState::Passing;
+            self.tasks
+                .spawn(check_for_ever(plan, passed, index, news, metrics));
+        }
+    }
+
+    /// Stops checking.
+    pub(crate) fn stop(&mut self) {
+        if !self.tasks.is_empty() {
+            self.tasks = JoinSet::new();
+            // What they have told since is of a Machine that is no more.
+            self.news = mpsc::unbounded_channel();
+        }
+    }
+
+    /// Forgets what was seen: the app is a new process.
+    pub(crate) fn reset(&mut self) {
+        self.stop();
+        self.instance.clear();
+        self.results.clear();
+    }
+
+    /// What is to be shown.
+    pub(crate) fn current(&self) -> &[CheckStatus] {
+        &self.results
+    }
+
+    /// Waits until something is to be shown differently.
+    pub(crate) async fn changed(&mut self) {
+        loop {
+            let Some((index, outcome)) = self.news.1.recv().await else {
+                return std::future::pending().await;
+            };
+            let Some(result) = self.results.get_mut(index) else {
+                continue;
+            };
+            if (result.status, &result.output) != (outcome.status, &outcome.output) {
+                result.status = outcome.status;
+                result.output = outcome.output;
+                result.updated_at = Timestamp::now();
+                return;
+            }
+        }
+    }
+}
+
+fn unknown(plan: &Plan) -> CheckStatus {
+    CheckStatus {
+        name: plan.name.clone(),
+        status: CheckState::Warning,
+        output: "not checked yet".to_owned(),
+        updated_at: Timestamp::now(),
+    }
+}
+
+fn plans(machine: &Machine) -> Vec<Plan> {
+    let config = &machine.config;
+    let named = config
+        .checks
+        .iter()
+        .map(|(name, check)| (name.clone(), check, None));
+    let of_services = config.services.iter().enumerate().flat_map(|(n, service)| {
+        service.checks.iter().map(move |check| {
+            let port = check.port.unwrap_or(service.internal_port);
+            let kind = match check.kind {
+                CheckKind::Tcp => "tcp",
+                CheckKind::Http => "http",
+            };
+            let name = format!("servicecheck-{n:02}-{kind}-{port}");
+            (name, check, Some(service.internal_port))
+        })
+    });
+    let mut plans: Vec<Plan> = named
+        .chain(of_services)
+        .filter_map(|(name, check, port)| plan(machine, name, check, port))
+        .collect();
+    plans.sort_by(|a, b| a.name.cmp(&b.name));
+    plans
+}
+
+fn plan(machine: &Machine, name: String, check: &Check, service: Option<u16>) -> Option<Plan> {
+    // Without a port of its own a check looks at the app's first service.
+    let first = || machine.config.services.first().map(|s| s.internal_port);
+    let port = check.port.or(service).or_else(first)?;
+    let time = |given: Option<tern_catalog::GoDuration>, default| given.map_or(default, |t| t.0);
+    Some(Plan {
+        name,
+        kind: check.kind,
+        target: SocketAddr::new(IpAddr::V6(machine.private_ip), port),
+        interval: time(check.interval, INTERVAL).max(SHORTEST),
+        timeout: time(check.timeout, TIMEOUT).clamp(SHORTEST, LONGEST),
+        grace: time(check.grace_period, GRACE),
+        method: check.method.clone().unwrap_or_else(|| "GET".to_owned()),
+        path: check.path.clone().unwrap_or_else(|| "/".to_owned()),
+    })
+}
+
+async fn check_for_ever(
+    plan: Plan,
+    mut passed: bool,
+    index: usize,
+    news: mpsc::UnboundedSender<(usize, Outcome)>,
+    metrics: Arc<Metrics>,
+) {
+    let began = Instant::now();
+    loop {
+        let seen = match tokio::time::timeout(plan.timeout, look(&plan)).await {
+            Ok(seen) => seen,
+            Err(_) => Err(format!("no answer within {} ms", plan.timeout.as_millis())),
+        };
+        metrics.checks.add(1);
+        let (status, output) = match seen {
+            Ok(output) => (CheckState::Passing, output),
+            Err(output) if !passed && began.elapsed() < plan.grace => (CheckState::Warning, output),
+            Err(output) => (CheckState::Critical, output),
+        };
+        if status == CheckState::Passing {
+            passed = true;
+        } else {
+            metrics.failed_checks.add(1);
+        }
+        if news.send((index, Outcome { status, output })).is_err() {
+            return;
+        }
+        // A deploy waits for the first success: it is not to wait for a long interval as well.
+        let pause = if passed {
+            plan.interval
+        } else {
+            plan.interval.min(EAGER)
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+async fn look(plan: &Plan) -> Result<String, String> {
+    let stream = TcpStream::connect(plan.target)
+        .await
+        .map_err(|e| format!("port {}: {e}", plan.target.port()))?;
+    if plan.kind == CheckKind::Tcp {
+        return Ok("connected".to_owned());
+    }
+    let told = |e: &dyn std::fmt::Display| format!("port {}: {e}", plan.target.port());
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|e| told(&e))?;
+    let request = Request::builder()
+        .method(plan.method.as_str())
+        .uri(&plan.path)
+        .header("host", plan.target.to_string())
+        .header("user-agent", "tern-health-check")
+        .header("connection", "close")
+        .body(Empty::<Bytes>::new())
+        .map_err(|e| told(&e))?;
+    let answer = async {
+        tokio::select! {
+            answer = sender.send_request(request) => answer,
+            // It only ends by itself before the answer where there is none to come.
+            ended = connection => match ended {
+                Err(error) => Err(error),
+                Ok(()) => std::future::pending().await,
+            },
+        }
+    };
+    let status = answer.await.map_err(|e| told(&e))?.status();
+    if status.is_success() {
+        Ok(status.to_string())
+    } else {
+        Err(status.to_string())
+    }
+}
+
+/// Between two checks, where the config does not say: as on Fly.io.
+const INTERVAL: Duration = Duration::from_secs(15);
+/// For one check.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// After a start.
+const GRACE: Duration = Duration::from_secs(5);
+/// A Machine is not to be busied by being looked at.
+const SHORTEST: Duration = Duration::from_millis(100);
+const LONGEST: Duration = Duration::from_secs(60);
+/// Until the first success.
+const EAGER: Duration = Duration::from_millis(500);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::tests::machine;
+    use std::net::Ipv6Addr;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    /// Answers every connection with this, and says where it listens.
+    async fn server(answer: &'static str) -> u16 {
+        let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut request = [0; 1024];
+                let _ = stream.read(&mut request).await;
+                let _ = stream.write_all(answer.as_bytes()).await;
+            }
+        });
+        port
+    }
+
+    async fn until(checks: &mut Checks, status: CheckState) -> String {
+        let wait = async {
+            while checks.current()[0].status != status {
+                checks.changed().await;
+            }
+        };
+        let outcome = tokio::time::timeout(Duration::from_secs(10), wait).await;
+        assert!(outcome.is_ok(), "{:?}", checks.current());
+        checks.current()[0].output.clone()
+    }
+
+    fn checked(check: &str) -> Machine {
+        let mut machine = machine(&format!(r#"{{"image":"x","checks":{{"up":{check}}}}}"#));
+        machine.private_ip = Ipv6Addr::LOCALHOST;
+        machine
+    }
+
+    #[tokio::test]
+    async fn an_answer_passes_and_an_error_does_not() {
+        let good = server("HTTP/1.1 204 No Content\r\n\r\n").await;
+        let bad = server("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n").await;
+        let mut checks = Checks::new(Arc::default());
+        checks.run(&checked(&format!(r#"{{"type":"http","port":{good}}}"#)));
+        assert_eq!(checks.current()[0].status, CheckState::Warning);
+        assert_eq!(
+            until(&mut checks, CheckState::Passing).await,
+            "204 No Content"
+        );
+        checks.reset();
+        let config = format!(r#"{{"type":"http","port":{bad},"grace_period":"0s"}}"#);
+        checks.run(&checked(&config));
+        let output = until(&mut checks, CheckState::Critical).await;
+        assert_eq!(output, "503 Service Unavailable");
+    }
+
+    #[tokio::test]
+    async fn failures_do_not_count_in_the_grace_period() {
+        let free = {
+            let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).await.unwrap();
+            listener.local_addr().unwrap().port()
+        };
+        let mut checks = Checks::new(Arc::default());
+        let config = format!(r#"{{"type":"tcp","port":{free},"grace_period":"1s"}}"#);
+        checks.run(&checked(&config));
+        checks.changed().await;
+        let first = &checks.current()[0];
+        assert!(first.output.contains("refused"), "{first:?}");
+        assert_eq!(first.status, CheckState::Warning);
+        until(&mut checks, CheckState::Critical).await;
+    }
+
+    #[tokio::test]
+    async fn what_was_seen_outlasts_a_sleep_and_nobody_looks_meanwhile() {
+        let port = server("x").await;
+        let metrics = Arc::new(Metrics::default());
+        let mut checks = Checks::new(Arc::clone(&metrics));
+        let machine = checked(&format!(
+            r#"{{"type":"tcp","port":{port},"interval":"100ms"}}"#
+        ));
+        checks.run(&machine);
+        until(&mut checks, CheckState::Passing).await;
+        checks.stop();
+        let counted = metrics.checks.get();
+        let silence = tokio::time::timeout(Duration::from_millis(300), checks.changed()).await;
+        assert!(silence.is_err());
+        assert_eq!(metrics.checks.get(), counted);
+        checks.run(&machine);
+        assert_eq!(checks.current()[0].status, CheckState::Passing);
+    }
+
+    #[test]
+    fn a_check_of_a_service_looks_at_its_port() {
+        let machine = machine(
+            r#"{"image":"x","checks":{"a":{"type":"tcp"}},
+                "services":[{"internal_port":8080,"checks":[{"type":"http","path":"/up"}]}]}"#,
+        );
+        let plans = plans(&machine);
+        assert_eq!(plans[0].target.port(), 8080);
+        assert_eq!(plans[1].name, "servicecheck-00-http-8080");
+        assert_eq!(plans[1].path, "/up");
+    }
+}

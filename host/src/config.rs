@@ -1,0 +1,88 @@
+//! What the agent of one server is given.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tern_catalog::HostId;
+
+/// What the agent of one server is given.
+#[derive(Debug, Clone)]
+pub struct HostConfig {
+    /// This host: the agent looks after its Machines and no others.
+    pub host: HostId,
+    /// Where Machines (`machines/`), converted images (`images/`) and blank disks are kept. Paths
+    /// under it must stay short: a Unix socket's has 108 bytes.
+    pub data_dir: PathBuf,
+    /// The monitor, `tern-vmm`.
+    pub vmm_binary: PathBuf,
+    /// The guests' kernel.
+    pub kernel: PathBuf,
+    /// The common initramfs, with init.
+    pub initramfs: PathBuf,
+    /// Registries by the host name that image references use.
+    pub registries: BTreeMap<String, Registry>,
+    /// Whether Machines reach the outside over IPv4.
+    pub nat: bool,
+    /// The size of a Machine's own disk, in bytes. It is sparse: only what is written takes space.
+    pub disk_size: u64,
+    /// How long a cold start may take, from the monitor's start to the app's.
+    pub boot_timeout: Duration,
+    /// How long a wake may take before it counts as failed.
+    pub wake_timeout: Duration,
+    /// Words added to the guests' kernel command line.
+    pub cmdline: String,
+}
+
+/// How the images of one registry are reached.
+#[derive(Clone, Default)]
+pub struct Registry {
+    /// `host[:port]` to speak to instead of the name in the reference; empty is that name itself.
+    pub address: String,
+    /// User name and password.
+    pub credentials: Option<(String, String)>,
+    /// Plain HTTP.
+    pub insecure: bool,
+}
+
+impl HostConfig {
+    /// Defaults for everything but what only the caller knows.
+    pub fn new(host: HostId, data_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            host,
+            data_dir: data_dir.into(),
+            vmm_binary: "tern-vmm".into(),
+            kernel: "vmlinux".into(),
+            initramfs: "initramfs.cpio".into(),
+            registries: BTreeMap::new(),
+            nat: true,
+            disk_size: DISK_SIZE,
+            boot_timeout: BOOT_TIMEOUT,
+            wake_timeout: WAKE_TIMEOUT,
+            cmdline: String::new(),
+        }
+    }
+
+    /// Where Machines are kept.
+    pub fn machines_dir(&self) -> PathBuf {
+        self.data_dir.join("machines")
+    }
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registry")
+            .field("address", &self.address)
+            .field("user", &self.credentials.as_ref().map(|(user, _)| user))
+            .field("insecure", &self.insecure)
+            .finish()
+    }
+}
+
+/// As large as an image's root file system may grow on Fly.io.
+const DISK_SIZE: u64 = 8 << 30;
+/// A kernel boots in a second on hardware and in ten in an emulated host under load.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+/// A wake that takes longer than a cold start is none.
+const WAKE_TIMEOUT: Duration = Duration::from_secs(20);

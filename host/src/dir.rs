@@ -1,0 +1,350 @@
+//! Everything of one Machine on disk, and when which of it is true.
+//!
+//! Most files belong to the monitor (see `ARCHITECTURE.md`). The agent's own are:
+//!
+//! - `agent.json` ([`Memo`]): the slot, which config the disk belongs to, which image that is.
+//!   Written whole, by rename.
+//! - `suspended.json` ([`Seal`]): the snapshot beside it is good. **Without it a snapshot is
+//!   rubbish.** A wake removes it before the monitor starts, so that no snapshot is ever resumed
+//!   twice against a disk that has moved on.
+//!
+//! # A crash at any step
+//!
+//! *Suspending*: an old `snapshot/` is removed; the monitor is paused; it writes `snapshot/`; the
+//! seal is written; the monitor is stopped. Whoever comes after a crash finds the monitor alive
+//! until the last step, and a living monitor wins: the seal is removed, then the vCPUs run on. A
+//! monitor that died before the seal was written leaves a crashed Machine.
+//!
+//! *Waking*: the seal is removed; the monitor starts from `snapshot/`; the guest is told the time;
+//! `snapshot/` is removed. A crash after the first step leaves either a monitor to adopt or a
+//! Machine that starts cold from its disk.
+//!
+//! *Losing power* in these moments: a removed seal must not come back once the guest has written to
+//! its disk, so its directory is synced, while the monitor loads its memory and before anybody's
+//! request reaches the guest. And the snapshot may be only half on disk though its seal is whole;
+//! therefore a seal names the boot of the host that it was written in, and is good in that boot
+//! alone, until the snapshot has been synced in the background and the seal is written anew.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tern_catalog::MachineId;
+
+/// The directory of one Machine.
+#[derive(Debug, Clone)]
+pub(crate) struct MachineDir {
+    path: PathBuf,
+}
+
+/// What the agent must remember of a Machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Memo {
+    /// Its place in the host's network.
+    pub(crate) slot: u16,
+    /// The config that the disk belongs to.
+    #[serde(default)]
+    pub(crate) instance_id: Option<String>,
+    /// The image of that config.
+    #[serde(default)]
+    pub(crate) image_digest: Option<String>,
+    /// Counts cold starts; a guest's log lines are numbered anew with each.
+    #[serde(default)]
+    pub(crate) boots: u64,
+}
+
+/// Says that the snapshot is good.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Seal {
+    /// The config that was suspended.
+    pub(crate) instance_id: String,
+    /// The boot of the host in which it is good; `None` once the snapshot is safe on disk.
+    pub(crate) boot_id: Option<String>,
+}
+
+/// What a monitor leaves when it ends.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(crate) struct ExitFile {
+    pub(crate) reason: String,
+    #[serde(default)]
+    pub(crate) message: String,
+}
+
+impl MachineDir {
+    /// The directory of this Machine, whether or not it exists.
+    pub(crate) fn new(machines: &Path, id: &MachineId) -> Self {
+        Self {
+            path: machines.join(id.as_str()),
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn vm_json(&self) -> PathBuf {
+        self.path.join("vm.json")
+    }
+
+    pub(crate) fn run_cpio(&self) -> PathBuf {
+        self.path.join("run.cpio")
+    }
+
+    pub(crate) fn disk(&self) -> PathBuf {
+        self.path.join("disk.ext4")
+    }
+
+    pub(crate) fn pid_file(&self) -> PathBuf {
+        self.path.join("vmm.pid")
+    }
+
+    pub(crate) fn control(&self) -> PathBuf {
+        self.path.join("vmm.sock")
+    }
+
+    pub(crate) fn vsock(&self) -> PathBuf {
+        self.path.join("vsock.sock")
+    }
+
+    pub(crate) fn serial_log(&self) -> PathBuf {
+        self.path.join("serial.log")
+    }
+
+    pub(crate) fn vmm_log(&self) -> PathBuf {
+        self.path.join("vmm.log")
+    }
+
+    pub(crate) fn exit_file(&self) -> PathBuf {
+        self.path.join("exit.json")
+    }
+
+    pub(crate) fn snapshot(&self) -> PathBuf {
+        self.path.join("snapshot")
+    }
+
+    pub(crate) fn console_log(&self) -> PathBuf {
+        self.path.join("console.log")
+    }
+
+    fn seal_file(&self) -> PathBuf {
+        self.path.join("suspended.json")
+    }
+
+    fn memo_file(&self) -> PathBuf {
+        self.path.join("agent.json")
+    }
+
+    /// What is remembered; `None` where there is nothing, or nothing that can be read.
+    pub(crate) fn memo(&self) -> io::Result<Option<Memo>> {
+        read_json(&self.memo_file())
+    }
+
+    /// Remembers.
+    pub(crate) fn set_memo(&self, memo: &Memo) -> io::Result<()> {
+        write_json(&self.memo_file(), memo, Durability::Synced)
+    }
+
+    /// The seal of a snapshot that is good now, in this boot of the host.
+    pub(crate) fn seal(&self, boot_id: &str) -> io::Result<Option<Seal>> {
+        let seal: Option<Seal> = read_json(&self.seal_file())?;
+        Ok(seal.filter(|s| s.boot_id.as_deref().is_none_or(|b| b == boot_id)))
+    }
+
+    /// Says that the snapshot is good.
+    pub(crate) fn write_seal(&self, seal: &Seal, durability: Durability) -> io::Result<()> {
+        write_json(&self.seal_file(), seal, durability)
+    }
+
+    /// Writes a seal durably to one side; what is returned puts it in place at once.
+    pub(crate) fn prepare_seal(&self, seal: &Seal) -> io::Result<impl FnOnce() -> io::Result<()>> {
+        let (path, aside) = (self.seal_file(), self.path.join("suspended.next"));
+        write_json(&aside, seal, Durability::Synced)?;
+        Ok(move || fs::rename(aside, path))
+    }
+
+    /// Takes that back. [`Self::sync`] makes it outlast a loss of power.
+    pub(crate) fn break_seal(&self) -> io::Result<()> {
+        absent_is_fine(fs::remove_file(self.seal_file()))
+    }
+
+    /// Makes what was created, renamed and removed here outlast a loss of power.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        File::open(&self.path)?.sync_all()
+    }
+
+    /// Makes the snapshot outlast a loss of power.
+    pub(crate) fn sync_snapshot(&self) -> io::Result<()> {
+        let dir = self.snapshot();
+        for entry in fs::read_dir(&dir)? {
+            File::open(entry?.path())?.sync_all()?;
+        }
+        File::open(&dir)?.sync_all()?;
+        self.sync()
+    }
+
+    /// Removes the snapshot, whose seal must be broken.
+    pub(crate) fn remove_snapshot(&self) -> io::Result<()> {
+        absent_is_fine(fs::remove_dir_all(self.snapshot()))
+    }
+
+    /// Removes what a monitor that has ended would leave in the way of the next.
+    pub(crate) fn prepare_for_monitor(&self) -> io::Result<()> {
+        for path in [self.control(), self.vsock(), self.exit_file()] {
+            absent_is_fine(fs::remove_file(path))?;
+        }
+        Ok(())
+    }
+
+    /// How the last monitor ended, if it said.
+    pub(crate) fn exit(&self) -> io::Result<Option<ExitFile>> {
+        read_json(&self.exit_file())
+    }
+
+    /// The end of a log file, for a reason that a person can act on.
+    pub(crate) fn tail(path: &Path) -> String {
+        let read = || -> io::Result<Vec<u8>> {
+            use std::io::Seek as _;
+            let mut file = File::open(path)?;
+            let length = file.metadata()?.len();
+            file.seek(io::SeekFrom::Start(length.saturating_sub(TAIL)))?;
+            let mut bytes = Vec::new();
+            file.take(TAIL).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        let bytes = read().unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        let printable = |c: char| if c.is_control() { ' ' } else { c };
+        let lines: Vec<String> = text
+            .lines()
+            .map(|l| l.trim().chars().map(printable).collect())
+            .filter(|l: &String| !l.is_empty())
+            .collect();
+        lines[lines.len().saturating_sub(TAIL_LINES)..].join(" | ")
+    }
+}
+
+/// Whether a write is to outlast a loss of power.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Durability {
+    Synced,
+    Unsynced,
+}
+
+/// The boot of this host, as the kernel numbers it.
+pub(crate) fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?
+        .trim()
+        .to_owned())
+}
+
+/// No file is there: no error.
+pub(crate) fn absent_is_fine(outcome: io::Result<()>) -> io::Result<()> {
+    match outcome {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Replaces a file whole.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8], durability: Durability) -> io::Result<()> {
+    let temporary = path.with_extension("tmp");
+    let mut file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        // Configurations hold apps' secrets.
+        .mode(0o600)
+        .open(&temporary)?;
+    file.write_all(bytes)?;
+    if durability == Durability::Synced {
+        file.sync_all()?;
+    }
+    fs::rename(&temporary, path)?;
+    if durability == Durability::Synced
+        && let Some(parent) = path.parent()
+    {
+        File::open(parent)?.sync_all()?;
+    }
+    Ok(())
+}
+
+fn write_json<T: Serialize>(path: &Path, value: &T, durability: Durability) -> io::Result<()> {
+    write_whole(path, &serde_json::to_vec(value)?, durability)
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    let mut bytes = Vec::new();
+    match File::open(path) {
+        Ok(file) => file.take(MAX_JSON).read_to_end(&mut bytes)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    match serde_json::from_slice(&bytes) {
+        Ok(value) => Ok(Some(value)),
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "a file cannot be understood and is ignored");
+            Ok(None)
+        }
+    }
+}
+
+/// These files are some hundred bytes long.
+const MAX_JSON: u64 = 64 * 1024;
+/// As much of a log as fits into an event without filling it.
+const TAIL: u64 = 2048;
+const TAIL_LINES: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dir() -> (tempfile::TempDir, MachineDir) {
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = MachineDir::new(temporary.path(), &MachineId::random());
+        fs::create_dir(dir.path()).unwrap();
+        (temporary, dir)
+    }
+
+    #[test]
+    fn a_seal_is_good_in_its_own_boot_until_the_snapshot_is_safe() {
+        let (_guard, dir) = dir();
+        assert_eq!(dir.seal("now").unwrap(), None);
+        let mut seal = Seal {
+            instance_id: "01".into(),
+            boot_id: Some("now".into()),
+        };
+        dir.write_seal(&seal, Durability::Unsynced).unwrap();
+        assert_eq!(dir.seal("now").unwrap(), Some(seal.clone()));
+        assert_eq!(dir.seal("after a loss of power").unwrap(), None);
+        seal.boot_id = None;
+        dir.write_seal(&seal, Durability::Synced).unwrap();
+        assert_eq!(dir.seal("after a loss of power").unwrap(), Some(seal));
+        dir.break_seal().unwrap();
+        dir.break_seal().unwrap();
+        assert_eq!(dir.seal("now").unwrap(), None);
+    }
+
+    #[test]
+    fn what_cannot_be_understood_is_as_good_as_absent() {
+        let (_guard, dir) = dir();
+        fs::write(dir.memo_file(), b"{\"slot\": \"many\"}").unwrap();
+        assert_eq!(dir.memo().unwrap(), None);
+        fs::write(dir.exit_file(), b"").unwrap();
+        assert_eq!(dir.exit().unwrap(), None);
+    }
+
+    #[test]
+    fn a_tail_is_short_and_printable() {
+        let (_guard, dir) = dir();
+        let mut log = vec![b'x'; 10_000];
+        log.extend_from_slice(b"\r\n\x1b[31mpanic\xff\n\n  no root\n");
+        fs::write(dir.serial_log(), log).unwrap();
+        let tail = MachineDir::tail(&dir.serial_log());
+        assert!(tail.ends_with("| no root") && tail.len() < 3000, "{tail}");
+        assert!(!tail.contains('\x1b'));
+        assert_eq!(MachineDir::tail(Path::new("/nonexistent")), "");
+    }
+}

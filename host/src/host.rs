@@ -1,0 +1,79 @@
+//! What all Machines of a host share.
+
+use std::sync::Arc;
+
+use tern_catalog::{Machine, MachineId, View};
+use tern_image::{
+    Credentials, Digest, Image, ImageError, ImageStore, Reference, RegistryOptions, Source,
+};
+
+use crate::config::HostConfig;
+use crate::disk::Blank;
+use crate::machine::core::BootFailure;
+use crate::metrics::Metrics;
+use crate::network::Network;
+
+/// What all Machines of a host share.
+pub(crate) struct Host {
+    pub(crate) config: HostConfig,
+    pub(crate) view: View,
+    pub(crate) images: ImageStore,
+    pub(crate) network: Network,
+    pub(crate) blank: Blank,
+    pub(crate) metrics: Arc<Metrics>,
+    /// The boot of the host's kernel.
+    pub(crate) boot_id: String,
+}
+
+impl Host {
+    /// What is wanted of a Machine.
+    pub(crate) fn machine(&self, id: &MachineId) -> Option<Arc<Machine>> {
+        self.view.snapshot().machines.get(id).cloned()
+    }
+
+    /// The image with this name, or with the digest that the name stood for before.
+    pub(crate) async fn image(
+        &self,
+        name: &str,
+        known: Option<&str>,
+    ) -> Result<Image, BootFailure> {
+        let failed = |error: &ImageError, lasting| BootFailure {
+            reason: format!("the image {name} cannot be had: {error}"),
+            exit: None,
+            lasting,
+        };
+        let known: Option<Digest> = known.and_then(|digest| digest.parse().ok());
+        if let Some(digest) = known
+            && let Some(image) = self.images.get(&digest).map_err(|e| failed(&e, false))?
+        {
+            return Ok(image);
+        }
+        let source = self.source(name, known).map_err(|e| failed(&e, true))?;
+        let named = name.to_owned();
+        let progress = move |progress| tracing::info!(image = named, ?progress, "image");
+        let image = self.images.ensure(&source, progress).await;
+        image.map_err(|e| failed(&e, false))
+    }
+
+    /// Where an image is, by the registries that this host knows.
+    fn source(&self, name: &str, known: Option<Digest>) -> Result<Source, ImageError> {
+        let mut reference: Reference = name.parse()?;
+        let mut options = RegistryOptions::default();
+        if let Some(registry) = self.config.registries.get(reference.host()) {
+            options.insecure = registry.insecure;
+            options.credentials = registry
+                .credentials
+                .clone()
+                .map(|(username, password)| Credentials { username, password });
+            if !registry.address.is_empty() {
+                let whole = reference.to_string();
+                let rest = &whole[reference.host().len()..];
+                reference = format!("{}{rest}", registry.address).parse()?;
+            }
+        }
+        if let Some(digest) = known {
+            reference = reference.with_digest(digest);
+        }
+        Ok(Source::Registry { reference, options })
+    }
+}

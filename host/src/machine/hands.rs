@@ -1,0 +1,62 @@
+//! What a Machine's task can do to the world.
+//!
+//! The contract between [`task`](super::task), which calls, and [`Vm`](crate::vm), which does it.
+//! A test puts a simulation in its place.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tern_catalog::Machine;
+use tern_guest::message::ExitStatus;
+
+use super::core::{BootFailure, End, Epoch};
+
+/// What a Machine's task can do to the world.
+///
+/// The task calls one of [`boot`](Self::boot), [`wake`](Self::wake), [`sleep`](Self::sleep) and
+/// [`remove`](Self::remove) at a time. [`watch`](Self::watch) runs from a successful start until
+/// the monitor's end, beside [`sleep`](Self::sleep) and [`ask`](Self::ask). [`kill`](Self::kill)
+/// may come at any time and ends whatever runs. Futures are never dropped half-way, save when the
+/// agent shuts down, and that leaves the monitor running.
+#[async_trait]
+pub(crate) trait Hands: Send + Sync + 'static {
+    /// Starts cold, and returns the image's digest once the app runs. On failure no monitor is left.
+    async fn boot(
+        &self,
+        epoch: Epoch,
+        machine: Arc<Machine>,
+        reset_disk: bool,
+    ) -> Result<String, BootFailure>;
+
+    /// Starts from the snapshot, which is void from then on, whatever comes. On failure no monitor
+    /// is left.
+    async fn wake(&self, epoch: Epoch) -> Result<(), String>;
+
+    /// Writes the snapshot and ends the monitor. On failure says whether the Machine runs on.
+    async fn sleep(&self) -> Result<(), SleepFailure>;
+
+    /// Tells how the app ends, and returns how the monitor has.
+    async fn watch(&self, app_exited: Box<dyn Fn(ExitStatus) + Send + Sync>) -> End;
+
+    /// Asks the app to stop.
+    async fn ask(&self, signal: Option<i32>, timeout: Duration) -> Result<(), String>;
+
+    /// Ends the monitor of this epoch, or its start, even one that has not begun yet. Returns at
+    /// once; the operation under way and [`watch`](Self::watch) tell of the end.
+    fn kill(&self, epoch: Epoch);
+
+    /// Throws the snapshot away.
+    async fn discard(&self);
+
+    /// Removes everything of the Machine but its records.
+    async fn remove(&self) -> Result<(), String>;
+}
+
+/// Why a snapshot could not be written.
+#[derive(Debug)]
+pub(crate) struct SleepFailure {
+    pub(crate) reason: String,
+    /// The Machine runs on.
+    pub(crate) alive: bool,
+}

@@ -1,0 +1,293 @@
+//! The task that owns one Machine.
+//!
+//! It takes inputs one after the other, asks the [core](super::core) what they lead to, and has the
+//! [hands](super::hands) do it. Every operation runs beside it and comes back as an input, so the
+//! task itself never waits for anything but the next input.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use tern_catalog::{Machine, MachineState};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::core::{Action, Core, Epoch, Event, Input, Order, Waiter};
+use super::hands::Hands;
+use super::recorder::Recorder;
+use super::{CommandError, Source};
+use crate::checks::Checks;
+use crate::metrics::Metrics;
+
+/// What a task is told by others.
+pub(crate) enum Message {
+    /// The record in the catalog.
+    Wanted(Arc<Machine>),
+    /// There is no record any more.
+    Gone,
+    /// A command, and where its outcome goes.
+    Command(Source, Order, oneshot::Sender<Result<(), CommandError>>),
+}
+
+/// The task that owns one Machine.
+pub(crate) struct Task {
+    core: Core,
+    hands: Arc<dyn Hands>,
+    recorder: Recorder,
+    checks: Checks,
+    metrics: Arc<Metrics>,
+    messages: mpsc::UnboundedReceiver<Message>,
+    /// What watches of monitors tell between their beginning and their end.
+    told: (mpsc::UnboundedSender<Input>, mpsc::UnboundedReceiver<Input>),
+    operations: FuturesUnordered<Operation>,
+    waiting: HashMap<Waiter, oneshot::Sender<Result<(), CommandError>>>,
+    next_waiter: Waiter,
+    state: watch::Sender<MachineState>,
+}
+
+type Operation = Pin<Box<dyn Future<Output = Input> + Send>>;
+
+/// What a task begins with.
+pub(crate) struct Beginning {
+    pub(crate) core: (Core, Vec<Action>),
+    pub(crate) hands: Arc<dyn Hands>,
+    pub(crate) recorder: Recorder,
+    pub(crate) checks: Checks,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) messages: mpsc::UnboundedReceiver<Message>,
+    pub(crate) state: watch::Sender<MachineState>,
+}
+
+impl Task {
+    /// Runs until the Machine is destroyed, or nobody can send messages any more. Returns whether
+    /// it was destroyed.
+    pub(crate) async fn run(beginning: Beginning) -> bool {
+        let (core, actions) = beginning.core;
+        let mut task = Self {
+            core,
+            hands: beginning.hands,
+            recorder: beginning.recorder,
+            checks: beginning.checks,
+            metrics: beginning.metrics,
+            messages: beginning.messages,
+            told: mpsc::unbounded_channel(),
+            operations: FuturesUnordered::new(),
+            waiting: HashMap::new(),
+            next_waiter: 0,
+            state: beginning.state,
+        };
+        if task.core.state() == MachineState::Started {
+            // Adopted: it was found running.
+            task.watch(task.core.epoch());
+        }
+        task.act(actions);
+        task.state.send_replace(task.core.state());
+        while task.core.state() != MachineState::Destroyed {
+            let Some(input) = task.next().await else {
+                break;
+            };
+            let before = task.core.state();
+            if let Input::Up { epoch, .. } | Input::Woken { epoch, .. } = input {
+                // Even if nobody wants it any more: then its end is waited for.
+                task.watch(epoch);
+            }
+            if matches!(input, Input::Up { .. }) {
+                task.checks.reset();
+            }
+            let actions = task.core.step(input, Instant::now());
+            task.act(actions);
+            let now = task.core.state();
+            if now != before {
+                task.state.send_replace(now);
+            }
+        }
+        let destroyed = task.core.state() == MachineState::Destroyed;
+        for (_, waiting) in task.waiting.drain() {
+            // Who has gone away does not hear it.
+            let _ = waiting.send(Err(CommandError::ShuttingDown));
+        }
+        drop(task.operations);
+        task.recorder.finish().await;
+        destroyed
+    }
+
+    /// The next input; `None` when the agent shuts down.
+    async fn next(&mut self) -> Option<Input> {
+        loop {
+            let deadline = self.core.deadline();
+            let tick = async {
+                match deadline {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                message = self.messages.recv() => match message? {
+                    Message::Wanted(machine) => return Some(Input::Wanted(machine)),
+                    Message::Gone => return Some(Input::Gone),
+                    Message::Command(source, order, reply) => {
+                        let waiter = self.next_waiter;
+                        self.next_waiter += 1;
+                        self.waiting.insert(waiter, reply);
+                        return Some(Input::Command { waiter, source, order });
+                    }
+                },
+                Some(input) = self.operations.next() => return Some(input),
+                Some(input) = self.told.1.recv() => return Some(input),
+                () = self.checks.changed() => self.record(None),
+                () = tick => return Some(Input::Tick),
+            }
+        }
+    }
+
+    fn act(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            self.act_one(action);
+        }
+        if self.core.state() == MachineState::Started {
+            self.checks.run(self.core.wanted());
+        } else {
+            self.checks.stop();
+        }
+    }
+
+    fn act_one(&mut self, action: Action) {
+        let hands = Arc::clone(&self.hands);
+        let metrics = Arc::clone(&self.metrics);
+        let since = Instant::now();
+        match action {
+            Action::Boot {
+                epoch,
+                machine,
+                reset_disk,
+            } => {
+                metrics.cold_starts.add(1);
+                self.begin(async move {
+                    match hands.boot(epoch, machine, reset_disk).await {
+                        Ok(digest) => Input::Up {
+                            epoch,
+                            digest,
+                            took: since.elapsed(),
+                        },
+                        Err(failure) => {
+                            metrics.failed_starts.add(1);
+                            Input::BootFailed { epoch, failure }
+                        }
+                    }
+                });
+            }
+            Action::Wake { epoch } => {
+                metrics.wakes.add(1);
+                self.begin(async move {
+                    match hands.wake(epoch).await {
+                        Ok(()) => {
+                            let took = since.elapsed();
+                            metrics
+                                .wake_micros
+                                .add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+                            Input::Woken { epoch, took }
+                        }
+                        Err(reason) => {
+                            metrics.refused_wakes.add(1);
+                            Input::WakeRefused { epoch, reason }
+                        }
+                    }
+                });
+            }
+            Action::Sleep { epoch } => {
+                metrics.suspends.add(1);
+                self.begin(async move {
+                    match hands.sleep().await {
+                        Ok(()) => Input::Slept {
+                            epoch,
+                            took: since.elapsed(),
+                        },
+                        Err(failure) => {
+                            metrics.failed_suspends.add(1);
+                            Input::SleepFailed {
+                                epoch,
+                                reason: failure.reason,
+                                alive: failure.alive,
+                            }
+                        }
+                    }
+                });
+            }
+            Action::Ask {
+                epoch,
+                signal,
+                timeout,
+            } => {
+                metrics.stops.add(1);
+                self.begin(async move {
+                    match hands.ask(signal, timeout).await {
+                        // The deadline is running already.
+                        Ok(()) => Input::Tick,
+                        Err(reason) => {
+                            tracing::warn!(reason, "the guest cannot be asked to stop");
+                            Input::AskFailed { epoch }
+                        }
+                    }
+                });
+            }
+            Action::Kill { epoch } => {
+                metrics.kills.add(1);
+                hands.kill(epoch);
+            }
+            Action::Discard => self.begin(async move {
+                hands.discard().await;
+                Input::Tick
+            }),
+            Action::Remove => self.begin(async move {
+                match hands.remove().await {
+                    Ok(()) => Input::Removed,
+                    Err(reason) => Input::RemoveFailed { reason },
+                }
+            }),
+            Action::Forget => {
+                metrics.destroyed.add(1);
+                self.recorder.forget();
+            }
+            Action::Record(event) => {
+                if let Some(event) = &event
+                    && event.kind == "exit"
+                {
+                    metrics.exits.add(1);
+                }
+                self.record(event);
+            }
+            Action::Answer { waiter, outcome } => {
+                if let Some(waiting) = self.waiting.remove(&waiter) {
+                    // Who has gone away does not need the answer.
+                    let _ = waiting.send(outcome);
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, operation: impl Future<Output = Input> + Send + 'static) {
+        self.operations.push(Box::pin(operation));
+    }
+    /// Follows a monitor to its end.
+    fn watch(&mut self, epoch: Epoch) {
+        let hands = Arc::clone(&self.hands);
+        let told = self.told.0.clone();
+        self.begin(async move {
+            let exited = Box::new(move |exit| {
+                // Its receiver is this task's own.
+                let _ = told.send(Input::AppExited { epoch, exit });
+            });
+            let end = hands.watch(exited).await;
+            Input::MonitorExited { epoch, end }
+        });
+    }
+
+    fn record(&mut self, event: Option<Event>) {
+        self.recorder
+            .record(&self.core, event, self.checks.current().to_vec());
+    }
+}

@@ -1,0 +1,155 @@
+//! A monitor that runs, and what its guest has told.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tern_guest::message::{Event, ExitStatus};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::guest::{Attached, Guest, GuestError};
+use crate::logs::Logs;
+use crate::machine::core::Epoch;
+use crate::monitor::Monitor;
+
+/// A monitor that runs, and what its guest has told.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) epoch: Epoch,
+    pub(crate) monitor: Monitor,
+    news: watch::Sender<News>,
+    collector: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct News {
+    started: bool,
+    exited: Option<ExitStatus>,
+    /// Nothing more will be told.
+    over: bool,
+}
+
+impl Running {
+    pub(crate) fn new(epoch: Epoch, monitor: Monitor) -> Arc<Self> {
+        Arc::new(Self {
+            epoch,
+            monitor,
+            news: watch::channel(News::default()).0,
+            collector: Mutex::default(),
+        })
+    }
+
+    /// Collects what the guest tells, until the monitor ends or the app has. `boot` numbers the
+    /// guest's cold start.
+    pub(crate) fn attend(self: &Arc<Self>, guest: Guest, logs: Arc<Logs>, boot: u64) {
+        let running = Arc::clone(self);
+        let collector = tokio::spawn(async move {
+            running.collect(&guest, &logs, boot).await;
+            running.news.send_modify(|news| news.over = true);
+        });
+        *self.collector.lock() = Some(collector);
+    }
+
+    /// Waits for the app: that it runs, or how it ended instead.
+    pub(crate) async fn app_started(&self) -> Result<(), ExitStatus> {
+        let mut news = self.news.subscribe();
+        match news
+            .wait_for(|n| n.started || n.exited.is_some())
+            .await
+            .map(|n| *n)
+        {
+            // One that has started and ended at once has started.
+            Ok(News { started: true, .. }) => Ok(()),
+            Ok(News {
+                exited: Some(exit), ..
+            }) => Err(exit),
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Waits for the app's end.
+    pub(crate) async fn app_exited(&self) -> ExitStatus {
+        let mut news = self.news.subscribe();
+        match news
+            .wait_for(|n| n.exited.is_some())
+            .await
+            .map(|n| n.exited)
+        {
+            Ok(Some(exit)) => exit,
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// How the app ended, if that has been told.
+    pub(crate) fn exited(&self) -> Option<ExitStatus> {
+        self.news.borrow().exited
+    }
+
+    /// After the monitor's end: waits until all that it had passed on has been read.
+    pub(crate) async fn news_settled(&self) {
+        if self.collector.lock().is_none() {
+            return;
+        }
+        let mut news = self.news.subscribe();
+        let settled = news.wait_for(|n| n.over);
+        let _ = tokio::time::timeout(LAST_WORDS, settled).await;
+    }
+
+    async fn collect(&self, guest: &Guest, logs: &Logs, boot: u64) {
+        let mut pause = FIRST_PAUSE;
+        while !self.monitor.has_ended() {
+            let attached = guest.attach(logs.wanted_from(boot)).await;
+            let outcome = match attached {
+                Ok(attached) => {
+                    pause = FIRST_PAUSE;
+                    self.read(attached, logs, boot).await
+                }
+                Err(error) => Err(error),
+            };
+            match outcome {
+                Ok(true) => return,
+                // It broke off: an init that restarts its connections, or the monitor's end.
+                Ok(false) => {}
+                Err(error) => tracing::trace!(%error, "not attached"),
+            }
+            tokio::select! {
+                _ = self.monitor.ended() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Returns whether everything has been told.
+    async fn read(
+        &self,
+        mut attached: Attached,
+        logs: &Logs,
+        boot: u64,
+    ) -> Result<bool, GuestError> {
+        while let Some(event) = attached.next().await? {
+            match event {
+                Event::Log {
+                    seq,
+                    stream,
+                    unix_ms,
+                    line,
+                } => logs.push(boot, seq, stream, unix_ms, line),
+                Event::Started { .. } => self.news.send_modify(|news| news.started = true),
+                Event::Exited(exit) => {
+                    self.news.send_modify(|news| news.exited = Some(exit));
+                    // Closing tells init that the news has arrived.
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Between two attempts to attach to a guest that boots.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// What a dead monitor has left in its sockets is read in no time.
+const LAST_WORDS: Duration = Duration::from_secs(2);
