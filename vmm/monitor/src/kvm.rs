@@ -30,7 +30,7 @@ pub struct Vm {
 }
 
 /// The part of a snapshot that is the VM's own: interrupt controllers, timer, clock.
-#[derive(Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 pub struct VmState {
     irqchips: [kvm_irqchip; 3],
     pit: kvm_pit_state2,

@@ -352,3 +352,6 @@ fn replace(temporary: &Path, dir: &Path) -> io::Result<()> {
         Err(errno) => Err(errno.into()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -61,11 +61,7 @@ impl VcpuState {
         // extended feature is enabled by `arch_prctl` after start.
         unsafe { fd.get_xsave2(&mut xsave) }.map_err(call("KVM_GET_XSAVE2"))?;
         Ok(Self {
-            cpuid: fd
-                .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-                .map_err(call("KVM_GET_CPUID2"))?
-                .as_slice()
-                .to_vec(),
+            cpuid: save_cpuid(fd)?,
             // Zero where the host's TSC is unstable; then there is nothing to keep.
             tsc_khz: fd.get_tsc_khz().unwrap_or(0),
             mp_state,
@@ -197,6 +193,18 @@ fn new_xsave(extra: usize) -> Result<Xsave, KvmError> {
         call: "KVM_GET_XSAVE2",
         source: kvm_ioctls::Error::new(libc::E2BIG),
     })
+}
+
+fn save_cpuid(fd: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
+    let cpuid = fd
+        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+        .map_err(call("KVM_GET_CPUID2"))?;
+    let mut entries = cpuid.as_slice().to_vec();
+    // Some kernels do not say how many entries they filled in; the others stay as they were made.
+    while entries.last() == Some(&kvm_cpuid_entry2::default()) {
+        entries.pop();
+    }
+    Ok(entries)
 }
 
 fn save_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {

@@ -23,14 +23,14 @@ pub struct VirtQueue {
 /// A queue's part of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VirtQueueState {
-    next_avail: u16,
-    next_used: u16,
-    event_idx: bool,
-    size: u16,
-    ready: bool,
-    desc_table: u64,
-    avail_ring: u64,
-    used_ring: u64,
+    pub(super) next_avail: u16,
+    pub(super) next_used: u16,
+    pub(super) event_idx: bool,
+    pub(super) size: u16,
+    pub(super) ready: bool,
+    pub(super) desc_table: u64,
+    pub(super) avail_ring: u64,
+    pub(super) used_ring: u64,
 }
 
 impl VirtQueue {

@@ -239,6 +239,12 @@ impl Context {
         }
     }
 
+    /// What the worker would be told now.
+    #[cfg(test)]
+    pub fn poll_for_test(&self, events: &mut [EpollEvent]) -> usize {
+        self.epoll.wait(0, events).unwrap()
+    }
+
     /// Whether the driver accepted this feature bit.
     pub fn accepted(&self, bit: u32) -> bool {
         self.features & 1 << bit != 0

@@ -278,3 +278,6 @@ impl Device for Vsock {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

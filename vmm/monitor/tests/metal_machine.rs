@@ -1,0 +1,380 @@
+//! Real guests under true KVM: start, devices, end, suspend and resume.
+//!
+//! Run by `make test` inside metal; elsewhere each fails and says so.
+
+mod support;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::json;
+use support::{ECHO_PORT, Guest, SHELL_PORT};
+
+#[test]
+fn metal_boots_with_all_its_devices() {
+    let guest = Guest::new().booted();
+    assert_eq!(guest.sh("head -c 14 /dev/vda"), "read-only disk");
+    assert_eq!(guest.sh("cat /sys/block/vda/ro /sys/block/vdb/ro"), "1\n0");
+    assert_eq!(guest.sh("cat /sys/block/vdb/serial"), "tern-disk-1");
+    assert_eq!(
+        guest.sh("cat /sys/class/net/eth0/address"),
+        "02:00:00:00:00:01"
+    );
+    assert_eq!(guest.sh("head -c 32 /dev/hwrng | wc -c"), "32");
+    assert_eq!(
+        guest.sh("cat /sys/devices/system/clocksource/clocksource0/current_clocksource"),
+        "kvm-clock"
+    );
+    let description = guest.describe();
+    assert_eq!(description["state"], "running");
+    assert_eq!(description["pid"], guest.pid());
+    assert!(
+        description["boot"]["first_vcpu_run_us"].as_u64().unwrap() > 0,
+        "{description}"
+    );
+    println!("{description}");
+}
+
+#[test]
+fn metal_writes_reach_the_disk_file() {
+    let guest = Guest::new().booted();
+    guest.sh("printf written | dd of=/dev/vdb bs=512 seek=3 conv=sync,fsync 2>/dev/null");
+    let disk = fs::read(guest.path("rw.img")).unwrap();
+    assert_eq!(&disk[3 * 512..3 * 512 + 7], b"written");
+    assert_ne!(guest.sh("echo x > /dev/vda 2>/dev/null; echo $?"), "0");
+    // More than one request in flight, and more than fits one of them.
+    guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=4 2>/dev/null; dd if=/tmp/data of=/dev/vdb bs=1M conv=fsync 2>/dev/null");
+    let sum = guest.sh("md5sum < /tmp/data");
+    assert_eq!(
+        guest.sh("echo 3 > /proc/sys/vm/drop_caches; head -c 4194304 /dev/vdb | md5sum"),
+        sum
+    );
+}
+
+#[test]
+fn metal_network_carries_packets_both_ways() {
+    let guest = Guest::new().booted();
+    assert_eq!(
+        guest.sh("ping -c 3 -i 0.2 -W 5 192.0.2.1 > /tmp/ping && echo yes || cat /tmp/ping"),
+        "yes"
+    );
+    // A stream long enough for segmentation offload, with its checksum compared at both ends.
+    let listener = std::net::TcpListener::bind("192.0.2.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let host = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        bytes
+    });
+    let sum = guest.sh(&format!(
+        "dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null; nc 192.0.2.1 {port} < /tmp/data; md5sum < /tmp/data"
+    ));
+    let bytes = host.join().unwrap();
+    assert_eq!(bytes.len(), 8 << 20);
+    fs::write(guest.path("got"), &bytes).unwrap();
+    let output = Command::new("md5sum")
+        .stdin(fs::File::open(guest.path("got")).unwrap())
+        .output();
+    assert_eq!(
+        String::from_utf8(output.unwrap().stdout).unwrap().trim(),
+        sum
+    );
+}
+
+#[test]
+fn metal_vsock_streams_at_the_same_time_and_half_closed() {
+    let guest = Guest::new().booted();
+    thread::scope(|scope| {
+        for number in 0..20_u8 {
+            let guest = &guest;
+            scope.spawn(move || {
+                let bytes: Vec<u8> = (0..300_000_usize).map(|i| (i * 7) as u8 ^ number).collect();
+                let mut stream = guest.connect(ECHO_PORT);
+                let mut writer = stream.try_clone().unwrap();
+                let sent = bytes.clone();
+                let writing = thread::spawn(move || {
+                    writer.write_all(&sent).unwrap();
+                    writer.shutdown(Shutdown::Write).unwrap();
+                });
+                let mut back = Vec::new();
+                stream.read_to_end(&mut back).unwrap();
+                writing.join().unwrap();
+                assert!(
+                    back == bytes,
+                    "stream {number}: {} of {}",
+                    back.len(),
+                    bytes.len()
+                );
+            });
+        }
+    });
+    assert!(guest.try_connect(4242).is_none(), "nobody listens there");
+}
+
+#[test]
+fn metal_guest_reaches_host_listeners_only() {
+    let guest = Guest::new().booted();
+    let listener = std::os::unix::net::UnixListener::bind(guest.path("vsock.sock_77")).unwrap();
+    let host = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    });
+    guest.sh("echo from the guest | socat -u - VSOCK-CONNECT:2:77");
+    assert_eq!(host.join().unwrap(), "from the guest\n");
+    let refused =
+        guest.sh("socat -u /dev/null VSOCK-CONNECT:2:78 2>&1 | grep -o 'Connection reset'");
+    assert_eq!(refused, "Connection reset");
+}
+
+#[test]
+fn metal_several_processors_run() {
+    let guest = Guest::new()
+        .with("vcpus", json!(4))
+        .with("memory_mib", json!(256))
+        .booted();
+    assert_eq!(guest.sh("nproc"), "4");
+    assert_eq!(guest.sh("grep -c '^processor' /proc/cpuinfo"), "4");
+}
+
+#[test]
+fn metal_a_bzimage_boots_too() {
+    let kernel = support::guest_file("vmlinuz");
+    let guest = Guest::new()
+        .with("kernel", json!(kernel))
+        .with("memory_mib", json!(256))
+        .booted();
+    assert_eq!(guest.sh("echo up"), "up");
+}
+
+#[test]
+fn metal_every_end_has_its_reason() {
+    for (script, reason) in [
+        ("reboot -f", "guest_reset"),
+        ("poweroff -f", "guest_shutdown"),
+        ("echo c > /proc/sysrq-trigger", "guest_reset"),
+    ] {
+        let mut guest = Guest::new().booted();
+        let mut stream = guest.connect(SHELL_PORT);
+        stream.write_all(script.as_bytes()).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(guest.exit(), (0, reason.into()), "{script}");
+        assert!(!guest.path("vmm.sock").exists());
+    }
+    let mut guest = Guest::new().booted();
+    guest.signal("-TERM");
+    assert_eq!(guest.exit(), (0, "stopped".into()));
+    let mut guest = Guest::new().with("kernel", json!("/dev/null"));
+    guest.start(&[]);
+    assert_eq!(guest.exit(), (1, "error".into()));
+    assert!(
+        guest.exit_message().contains("/dev/null"),
+        "{}",
+        guest.exit_message()
+    );
+}
+
+#[test]
+fn metal_a_second_monitor_changes_nothing() {
+    let guest = Guest::new().booted();
+    let output = Command::new(env!("CARGO_BIN_EXE_tern-vmm"))
+        .args(["run", "--config"])
+        .arg(guest.path("vm.json"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("another monitor"), "{error}");
+    assert!(!guest.path("exit.json").exists());
+    assert_eq!(guest.sh("echo alive"), "alive");
+    assert_eq!(guest.describe()["state"], "running");
+}
+
+#[test]
+fn metal_the_api_refuses_what_makes_no_sense() {
+    let guest = Guest::new().booted();
+    assert_eq!(guest.api("POST", "/v1/vm/snapshot").0, 409);
+    assert_eq!(guest.api("GET", "/v1/vm/pause").0, 405);
+    let (status, body) = guest.api("GET", "/v2");
+    assert_eq!(
+        (status, body.as_str()),
+        (404, r#"{"error":"no such path"}"#)
+    );
+    guest.post("resume");
+    guest.post("pause");
+    guest.post("pause");
+    assert_eq!(guest.describe()["state"], "paused");
+    guest.post("resume");
+    assert_eq!(guest.sh("echo on"), "on");
+}
+
+#[test]
+fn metal_a_paused_guest_stands_still_and_keeps_its_connections() {
+    let guest = Guest::new().booted();
+    let mut stream = guest.connect(SHELL_PORT);
+    stream
+        .write_all(b"i=0; while :; do i=$((i+1)); echo $i > /tmp/i; read -t 0.01 x; done\n")
+        .unwrap();
+    guest.until("the counter", || {
+        (guest.sh("cat /tmp/i").parse::<u64>().ok()? > 5).then_some(())
+    });
+    let before = fs::metadata(guest.path("rw.img"))
+        .unwrap()
+        .modified()
+        .unwrap();
+    guest.post("pause");
+    thread::sleep(Duration::from_millis(300)); // time for anything that still moves
+    assert_eq!(
+        fs::metadata(guest.path("rw.img"))
+            .unwrap()
+            .modified()
+            .unwrap(),
+        before
+    );
+    guest.post("resume");
+    let one: u64 = guest.sh("cat /tmp/i").parse().unwrap();
+    guest.until("more counting", || {
+        (guest.sh("cat /tmp/i").parse::<u64>().ok()? > one).then_some(())
+    });
+    stream.write_all(b"echo still here\n").unwrap();
+}
+
+#[test]
+fn metal_memory_disk_clock_and_network_survive_suspend() {
+    let mut guest = Guest::new().with("vcpus", json!(2)).booted();
+    guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null; printf before | dd of=/dev/vdb conv=sync 2>/dev/null; (i=0; while :; do i=$((i+1)); echo $i > /tmp/i; sleep 0.02; done) > /dev/null 2>&1 &");
+    let sum = guest.sh("md5sum < /tmp/data");
+    let mut counter: u64 = guest.sh("sleep 0.3; cat /tmp/i").parse().unwrap();
+    for round in 0..3 {
+        guest.suspend();
+        thread::sleep(Duration::from_secs(2)); // asleep: the clock must have gone on
+        guest.restore();
+        assert_eq!(guest.sh("md5sum < /tmp/data"), sum, "round {round}");
+        let now: u64 = guest.sh("sleep 0.3; cat /tmp/i").parse().unwrap();
+        assert!(
+            now > counter && now < counter + 2000,
+            "round {round}: {counter} -> {now}"
+        );
+        counter = now;
+        let lag = wall_clock_lag(&guest);
+        assert!(
+            lag.abs() < 0.01,
+            "round {round}: the guest's clock is {lag} s off"
+        );
+        assert_eq!(
+            guest.sh("ping -c 2 -i 0.2 -W 5 192.0.2.1 > /tmp/ping && echo yes || cat /tmp/ping"),
+            "yes"
+        );
+        assert_eq!(
+            guest.sh("echo 3 > /proc/sys/vm/drop_caches; head -c 6 /dev/vdb"),
+            "before"
+        );
+        assert_eq!(guest.sh("nproc; head -c 8 /dev/hwrng | wc -c"), "2\n8");
+        println!("round {round}: clock {lag:+.3} s, {}", guest.describe());
+    }
+    assert_eq!(guest.sh("dmesg | grep -ciE 'stall|lockup|BUG:|hung'"), "0");
+}
+
+/// The guest's clock less the host's, in seconds, by the quickest of some questions.
+fn wall_clock_lag(guest: &Guest) -> f64 {
+    let host = || {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap()
+            .as_secs_f64()
+    };
+    let mut shell = BufReader::new(guest.connect(SHELL_PORT));
+    let mut best = (f64::INFINITY, 0.0);
+    for _ in 0..10 {
+        let before = host();
+        shell.get_mut().write_all(b"adjtimex | awk '/tv_sec/{s=$2} /tv_usec/{u=$2} END{printf \"%d.%06d\\n\", s, u}'\n").unwrap();
+        let mut line = String::new();
+        shell.read_line(&mut line).unwrap();
+        let (after, guest_time): (_, f64) = (host(), line.trim().parse().unwrap());
+        // A clock that lies between question and answer may be right.
+        let lag = (guest_time - after).max(0.0) - (before - guest_time).max(0.0);
+        if after - before < best.0 {
+            best = (after - before, lag);
+        }
+    }
+    println!("clock asked within {:.3} s", best.0);
+    best.1
+}
+
+#[test]
+fn metal_a_resume_ends_the_guests_old_connections() {
+    let mut guest = Guest::new().booted();
+    let mut stream = guest.connect(SHELL_PORT);
+    stream.write_all(b"exec cat > /tmp/sink\n").unwrap();
+    assert_eq!(
+        guest.sh("sleep 0.2; pidof cat > /dev/null && echo runs"),
+        "runs"
+    );
+    guest.suspend();
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).unwrap();
+    guest.restore();
+    guest.until("the end of the old stream", || {
+        (guest.sh("pidof cat > /dev/null || echo gone") == "gone").then_some(())
+    });
+}
+
+#[test]
+fn metal_damaged_and_foreign_snapshots_are_refused() {
+    use std::os::unix::fs::FileExt;
+    let mut guest = Guest::new().booted();
+    guest.suspend();
+    let state = fs::read(guest.path("snapshot/state")).unwrap();
+    let memory = guest.path("snapshot/memory");
+    let refused = |guest: &mut Guest, word: &str| {
+        guest.restore();
+        assert_eq!(guest.exit(), (4, "snapshot_refused".into()), "{word}");
+        let message = guest.exit_message();
+        assert!(message.contains(word), "{word}: {message}");
+    };
+    // The state file: truncated, and one bit flipped.
+    fs::write(guest.path("snapshot/state"), &state[..state.len() / 2]).unwrap();
+    refused(&mut guest, "truncated");
+    let mut flipped = state.clone();
+    flipped[state.len() / 2] ^= 4;
+    fs::write(guest.path("snapshot/state"), flipped).unwrap();
+    refused(&mut guest, "damaged");
+    fs::write(guest.path("snapshot/state"), &state).unwrap();
+    // The memory file.
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&memory)
+        .unwrap();
+    let len = file.metadata().unwrap().len();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 0x120_0000).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 0x120_0000).unwrap();
+    refused(&mut guest, "damaged");
+    file.write_all_at(&byte, 0x120_0000).unwrap();
+    let mut last_page = vec![0; 4096];
+    file.read_exact_at(&mut last_page, len - 4096).unwrap();
+    file.set_len(len - 4096).unwrap();
+    refused(&mut guest, "truncated");
+    file.write_all_at(&last_page, len - 4096).unwrap();
+    // Another Machine, or this one with something else about it.
+    for (key, value, word) in [
+        ("id", json!("other"), "other"),
+        ("vcpus", json!(2), "2 vCPUs"),
+        ("memory_mib", json!(64), "64 MiB"),
+        ("net", json!([]), "devices"),
+    ] {
+        let before = guest.set(key, value);
+        refused(&mut guest, word);
+        guest.set(key, before);
+    }
+    // Whole again, it runs.
+    guest.restore();
+    assert_eq!(guest.sh("echo back"), "back");
+}
