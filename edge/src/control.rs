@@ -1,0 +1,27 @@
+//! What the gate asks of the agent of its host.
+
+use async_trait::async_trait;
+use tern_catalog::MachineId;
+use thiserror::Error;
+
+/// The way to the agent. `tern serve` implements it over `tern-host`.
+#[async_trait]
+pub trait MachineControl: Send + Sync + 'static {
+    /// Makes a Machine run: resumes or boots it, and answers when its app's process runs. Idempotent: a
+    /// Machine that runs is left alone; one that is being put to sleep is woken when it is.
+    async fn start(&self, machine: &MachineId) -> Result<(), StartError>;
+
+    /// Writes a Machine's memory to disk and frees it.
+    async fn suspend(&self, machine: &MachineId) -> Result<(), String>;
+
+    /// Stops a Machine: its next start is cold.
+    async fn stop(&self, machine: &MachineId) -> Result<(), String>;
+}
+
+/// Why a Machine could not be started.
+#[derive(Debug, Clone, Error)]
+#[error("{text}")]
+pub struct StartError {
+    /// For the operator; callers are told less.
+    pub text: String,
+}

@@ -1,0 +1,429 @@
+//! The gate of one host: counts, admits, wakes.
+//!
+//! What a Machine is believed to be, and what changes the belief:
+//!
+//! ```text
+//!            view says started          wake asked for
+//!   Unknown ◄──────────────── Asleep ◄──────┐ ┌──────────► Waking
+//!      │  view says it sleeps    ▲          │ │               │ done
+//!      └─────────────────────────┘    put to sleep,           ▼
+//!                                   or a connection failed ─ Ready
+//! ```
+//!
+//! Being wrong is cheap on purpose: a Machine wrongly believed asleep is asked to start, which it answers
+//! at once; one wrongly believed awake fails to connect, and is asked to start then.
+
+mod choose;
+mod ready;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use parking_lot::Mutex;
+use tern_catalog::{
+    AppName, Machine, MachineId, MachineState, MachineStatus, Service, Snapshot, View,
+};
+use thiserror::Error;
+use tokio::sync::{Notify, watch};
+
+use crate::control::{MachineControl, StartError};
+use crate::metrics::Metrics;
+use choose::{Candidate, Choice, choose};
+
+/// The gate. Clones share it.
+#[derive(Clone)]
+pub struct Gate(Arc<Inner>);
+
+struct Inner {
+    view: View,
+    control: Arc<dyn MachineControl>,
+    metrics: Arc<Metrics>,
+    wake_timeout: Duration,
+    machines: Mutex<HashMap<MachineId, Entry>>,
+    /// Told whenever a request ends.
+    room: Notify,
+}
+
+struct Entry {
+    belief: Belief,
+    in_flight: u32,
+    last_active: Instant,
+    /// Counts wakes: connections of an earlier life are not used again.
+    epoch: u64,
+}
+
+enum Belief {
+    Unknown,
+    Ready { since: Timestamp },
+    Asleep { since: Timestamp },
+    Waking(watch::Receiver<Option<Result<(), StartError>>>),
+}
+
+/// A place at a Machine; given back when dropped.
+pub struct Admission {
+    gate: Gate,
+    /// The Machine.
+    pub machine: MachineId,
+    /// Where its app listens.
+    pub address: SocketAddr,
+    /// Connections are only used again within one epoch.
+    pub epoch: u64,
+}
+
+/// Why a request was not admitted.
+#[derive(Debug, Clone, Error)]
+pub enum Refused {
+    /// Nobody to send it to.
+    #[error("the app has no Machine that runs or may be started")]
+    Nobody,
+    /// All are full, and stayed so.
+    #[error("all Machines of the app are at their limit")]
+    AtCapacity,
+    /// None could be started; the last one's reason.
+    #[error("no Machine of the app could be started: {0}")]
+    NotStarted(StartError),
+}
+
+/// Requests that may wait for room at once; more are refused at once.
+const MAX_WAITING: u32 = 10_000;
+
+impl Gate {
+    /// A gate that admits to the Machines of this view.
+    pub fn new(
+        view: View,
+        control: Arc<dyn MachineControl>,
+        metrics: Arc<Metrics>,
+        wake_timeout: Duration,
+    ) -> Self {
+        let machines = Mutex::default();
+        Self(Arc::new(Inner {
+            view,
+            control,
+            metrics,
+            wake_timeout,
+            machines,
+            room: Notify::new(),
+        }))
+    }
+
+    /// A place at a Machine of the app, for its service on this internal port. Waits for room and for a
+    /// start, up to the wake timeout.
+    pub async fn admit(&self, app: &AppName, port: u16) -> Result<Admission, Refused> {
+        let deadline = tokio::time::Instant::now() + self.0.wake_timeout;
+        let mut failed: Vec<MachineId> = Vec::new();
+        let mut last = Refused::Nobody;
+        loop {
+            let room = self.0.room.notified();
+            tokio::pin!(room);
+            // Registered before looking, so that room made in between is not missed.
+            room.as_mut().enable();
+            let mut changes = self.0.view.changes();
+            changes.mark_unchanged();
+            match self.take(&self.0.view.snapshot(), app, port, &failed) {
+                Taken::Admitted(admission) => return Ok(admission),
+                Taken::MustWake(mut admission) => {
+                    match tokio::time::timeout_at(
+                        deadline,
+                        self.wake(&admission.machine, admission.address),
+                    )
+                    .await
+                    {
+                        Ok(Ok(epoch)) => {
+                            admission.epoch = epoch;
+                            return Ok(admission);
+                        }
+                        Ok(Err(error)) => last = Refused::NotStarted(error),
+                        Err(_) => {
+                            let text =
+                                format!("it took longer than {} s", self.0.wake_timeout.as_secs());
+                            return Err(Refused::NotStarted(StartError { text }));
+                        }
+                    }
+                    failed.push(admission.machine.clone());
+                }
+                Taken::Full => {
+                    let waiting = async {
+                        tokio::select! {
+                            () = room => {}
+                            _ = changes.changed() => {}
+                        }
+                    };
+                    if tokio::time::timeout_at(deadline, waiting).await.is_err() {
+                        self.0.metrics.at_capacity.add();
+                        return Err(Refused::AtCapacity);
+                    }
+                }
+                Taken::Nobody => return Err(last),
+            }
+        }
+    }
+
+    /// A connection to the Machine failed: it may not be what it was believed to be.
+    pub fn doubt(&self, machine: &MachineId) {
+        if let Some(entry) = self.0.machines.lock().get_mut(machine)
+            && !matches!(entry.belief, Belief::Waking(_))
+        {
+            entry.belief = Belief::Asleep {
+                since: Timestamp::now(),
+            };
+        }
+    }
+
+    fn take(&self, snapshot: &Snapshot, app: &AppName, port: u16, failed: &[MachineId]) -> Taken {
+        let mut machines = self.0.machines.lock();
+        let mut addresses = HashMap::new();
+        let mut candidates = Vec::new();
+        let mut waiting = 0u32;
+        for (machine, status) in snapshot.machines_of(app) {
+            let Some(service) = service_of(machine, port).filter(|_| eligible(machine, status))
+            else {
+                continue;
+            };
+            if failed.contains(&machine.id) {
+                continue;
+            }
+            let entry = machines
+                .entry(machine.id.clone())
+                .or_insert_with(Entry::new);
+            waiting = waiting.saturating_add(entry.in_flight);
+            addresses.insert(
+                machine.id.clone(),
+                SocketAddr::new(IpAddr::V6(machine.private_ip), port),
+            );
+            candidates.push(Candidate {
+                id: machine.id.clone(),
+                awake: entry.is_awake(status.map(|s| &**s)),
+                autostart: service.autostart,
+                in_flight: entry.in_flight,
+                soft: service.concurrency.soft(),
+                hard: service.concurrency.hard_limit,
+            });
+        }
+        let choice = choose(&candidates);
+        let (Choice::Admit(id) | Choice::Wake(id)) = &choice else {
+            let wait = choice == Choice::Wait && waiting < MAX_WAITING;
+            return if wait { Taken::Full } else { Taken::Nobody };
+        };
+        let (Some(entry), Some(&address)) = (machines.get_mut(id), addresses.get(id)) else {
+            return Taken::Nobody;
+        };
+        // Those that wait for a start count too: the Machine will have them all at once.
+        entry.in_flight += 1;
+        entry.last_active = Instant::now();
+        let admission = Admission {
+            gate: self.clone(),
+            machine: id.clone(),
+            address,
+            epoch: entry.epoch,
+        };
+        if matches!(choice, Choice::Admit(_)) {
+            Taken::Admitted(admission)
+        } else {
+            Taken::MustWake(admission)
+        }
+    }
+
+    /// Starts a Machine, once however many ask, and waits until its app accepts connections.
+    async fn wake(&self, id: &MachineId, address: SocketAddr) -> Result<u64, StartError> {
+        let mut outcome = {
+            let mut machines = self.0.machines.lock();
+            let entry = machines.entry(id.clone()).or_insert_with(Entry::new);
+            match &entry.belief {
+                Belief::Waking(outcome) => outcome.clone(),
+                _ => {
+                    let (tell, outcome) = watch::channel(None);
+                    entry.belief = Belief::Waking(outcome.clone());
+                    // In a task of its own: whoever asked first may go away before it is done.
+                    tokio::spawn(self.clone().start(id.clone(), address, tell));
+                    outcome
+                }
+            }
+        };
+        let ended = outcome.wait_for(Option::is_some).await;
+        let broken = || StartError {
+            text: "the start was given up".to_owned(),
+        };
+        ended.map_err(|_| broken())?.clone().ok_or_else(broken)??;
+        Ok(self.0.machines.lock().get(id).map_or(0, |e| e.epoch))
+    }
+
+    async fn start(
+        self,
+        id: MachineId,
+        address: SocketAddr,
+        tell: watch::Sender<Option<Result<(), StartError>>>,
+    ) {
+        let inner = &self.0;
+        inner.metrics.wakes.add();
+        let begun = Instant::now();
+        let started = async {
+            inner.control.start(&id).await?;
+            ready::accepts(address).await;
+            Ok(())
+        };
+        let outcome = tokio::time::timeout(inner.wake_timeout, started)
+            .await
+            .unwrap_or_else(|_| {
+                let text = format!(
+                    "its app did not accept connections on {address} within {} s",
+                    inner.wake_timeout.as_secs()
+                );
+                Err(StartError { text })
+            });
+        match &outcome {
+            Ok(()) => tracing::debug!(machine = %id, millis = begun.elapsed().as_millis(), "woken"),
+            Err(error) => {
+                inner.metrics.wake_failures.add();
+                tracing::warn!(machine = %id, %error, "not woken");
+            }
+        }
+        if let Some(entry) = inner.machines.lock().get_mut(&id) {
+            let since = Timestamp::now();
+            entry.epoch += u64::from(outcome.is_ok());
+            entry.last_active = Instant::now();
+            entry.belief = if outcome.is_ok() {
+                Belief::Ready { since }
+            } else {
+                Belief::Asleep { since }
+            };
+        }
+        tell.send_replace(Some(outcome));
+    }
+
+    /// Machines without a request for `idle`, with what their services say to do. A Machine named here is
+    /// believed asleep from now on: the next request waits for its start. `taken` says which to leave.
+    pub(crate) fn lay_down(&self, id: &MachineId, idle: Duration, status: &MachineStatus) -> bool {
+        let mut machines = self.0.machines.lock();
+        let entry = machines.entry(id.clone()).or_insert_with(Entry::new);
+        let quiet = entry.in_flight == 0
+            && entry.last_active.elapsed() >= idle
+            && entry.is_awake(Some(status));
+        if quiet {
+            entry.belief = Belief::Asleep {
+                since: Timestamp::now(),
+            };
+        }
+        quiet
+    }
+
+    /// Putting it to sleep ended: it sleeps from now on, or is not known to.
+    pub(crate) fn laid_down(&self, id: &MachineId, sleeps: bool) {
+        if let Some(entry) = self.0.machines.lock().get_mut(id)
+            && matches!(entry.belief, Belief::Asleep { .. })
+        {
+            entry.last_active = Instant::now();
+            entry.belief = if sleeps {
+                Belief::Asleep {
+                    since: Timestamp::now(),
+                }
+            } else {
+                Belief::Unknown
+            };
+        }
+    }
+
+    /// Whether the Machine is believed to run, and how many requests it has.
+    pub(crate) fn load(&self, id: &MachineId, status: Option<&MachineStatus>) -> (bool, u32) {
+        let mut machines = self.0.machines.lock();
+        let entry = machines.entry(id.clone()).or_insert_with(Entry::new);
+        (entry.is_awake(status), entry.in_flight)
+    }
+
+    /// Forgets Machines that are no more.
+    pub(crate) fn forget_others(&self, snapshot: &Snapshot) {
+        self.0
+            .machines
+            .lock()
+            .retain(|id, entry| entry.in_flight > 0 || snapshot.machines.contains_key(id));
+    }
+
+    pub(crate) fn control(&self) -> &Arc<dyn MachineControl> {
+        &self.0.control
+    }
+
+    pub(crate) fn view(&self) -> &View {
+        &self.0.view
+    }
+
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.0.metrics
+    }
+}
+
+enum Taken {
+    Admitted(Admission),
+    MustWake(Admission),
+    Full,
+    Nobody,
+}
+
+impl Entry {
+    fn new() -> Self {
+        Self {
+            belief: Belief::Unknown,
+            in_flight: 0,
+            last_active: Instant::now(),
+            epoch: 0,
+        }
+    }
+
+    /// Whether it runs, by what we did ourselves and what its host says since.
+    fn is_awake(&mut self, status: Option<&MachineStatus>) -> bool {
+        let started = status.is_some_and(|s| s.state == MachineState::Started);
+        let news = |since: &Timestamp| status.filter(|s| s.updated_at > *since);
+        match &self.belief {
+            Belief::Unknown => started,
+            Belief::Waking(_) => false,
+            Belief::Ready { since } => {
+                if news(since).is_some_and(|s| sleeps(s.state)) {
+                    self.belief = Belief::Unknown;
+                    return false;
+                }
+                true
+            }
+            Belief::Asleep { since } => {
+                if news(since).is_some_and(|s| s.state == MachineState::Started) {
+                    self.belief = Belief::Unknown;
+                    return true;
+                }
+                false
+            }
+        }
+    }
+}
+
+fn sleeps(state: MachineState) -> bool {
+    use MachineState::{Created, Failed, Stopped, Stopping, Suspended, Suspending};
+    matches!(
+        state,
+        Created | Stopping | Stopped | Suspending | Suspended | Failed
+    )
+}
+
+fn eligible(machine: &Machine, status: Option<&Arc<MachineStatus>>) -> bool {
+    use tern_catalog::DesiredState::{Created, Destroyed};
+    let wanted = !matches!(machine.desired.state, Destroyed { .. } | Created);
+    wanted && !machine.cordoned && status.is_none_or(|s| s.state.can_serve())
+}
+
+/// A Machine's service on this internal port.
+pub(crate) fn service_of(machine: &Machine, port: u16) -> Option<&Service> {
+    machine
+        .config
+        .services
+        .iter()
+        .find(|s| s.internal_port == port)
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        if let Some(entry) = self.gate.0.machines.lock().get_mut(&self.machine) {
+            entry.in_flight = entry.in_flight.saturating_sub(1);
+            entry.last_active = Instant::now();
+        }
+        self.gate.0.room.notify_one();
+    }
+}

@@ -1,0 +1,95 @@
+//! Puts Machines to sleep that nobody calls.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tern_catalog::{AppName, Autostop, MachineId, MachineState};
+use tokio_util::sync::CancellationToken;
+
+use crate::gate::Gate;
+
+/// Looks at all Machines of this host now and then, until told to end.
+pub async fn run(gate: Gate, host: tern_catalog::HostId, idle: Duration, end: CancellationToken) {
+    let mut tick = tokio::time::interval((idle / 4).clamp(SHORTEST, LONGEST));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = end.cancelled() => return,
+        }
+        look(&gate, host, idle);
+    }
+}
+
+/// Between two looks. A Machine sleeps at most this much later than it could.
+const SHORTEST: Duration = Duration::from_millis(250);
+const LONGEST: Duration = Duration::from_secs(15);
+
+fn look(gate: &Gate, host: tern_catalog::HostId, idle: Duration) {
+    let snapshot = gate.view().snapshot();
+    gate.forget_others(&snapshot);
+    let mut running: HashMap<&AppName, u32> = HashMap::new();
+    for machine in snapshot.machines.values() {
+        let status = snapshot.machine_status.get(&machine.id).map(|s| &**s);
+        let (awake, in_flight) = gate.load(&machine.id, status);
+        *running.entry(&machine.app).or_default() += u32::from(awake);
+        // Somebody put it to sleep while it had requests: they wait for it.
+        let asleep = status.is_some_and(|s| matches!(s.state, MachineState::Suspended));
+        if machine.host == host && in_flight > 0 && asleep && !awake {
+            rouse(gate.clone(), machine.id.clone());
+        }
+    }
+    for machine in snapshot
+        .machines
+        .values()
+        .filter(|m| m.host == host && !m.cordoned)
+    {
+        let services = &machine.config.services;
+        let Some(service) = services.iter().find(|s| s.autostop != Autostop::Off) else {
+            continue;
+        };
+        let Some(status) = snapshot.machine_status.get(&machine.id) else {
+            continue;
+        };
+        let least = services
+            .iter()
+            .map(|s| s.min_machines_running)
+            .max()
+            .unwrap_or(0);
+        let Some(count) = running
+            .get_mut(&machine.app)
+            .filter(|count| **count > least)
+        else {
+            continue;
+        };
+        if gate.lay_down(&machine.id, idle, status) {
+            *count -= 1;
+            tokio::spawn(put_to_sleep(
+                gate.clone(),
+                machine.id.clone(),
+                service.autostop,
+            ));
+        }
+    }
+}
+
+async fn put_to_sleep(gate: Gate, id: MachineId, how: Autostop) {
+    let outcome = match how {
+        Autostop::Suspend => gate.control().suspend(&id).await,
+        _ => gate.control().stop(&id).await,
+    };
+    if let Err(error) = &outcome {
+        tracing::warn!(machine = %id, error, "not put to sleep");
+    } else {
+        gate.metrics().put_to_sleep.add();
+    }
+    gate.laid_down(&id, outcome.is_ok());
+}
+
+fn rouse(gate: Gate, id: MachineId) {
+    tokio::spawn(async move {
+        if let Err(error) = gate.control().start(&id).await {
+            tracing::warn!(machine = %id, %error, "not woken for the requests it has");
+        }
+    });
+}

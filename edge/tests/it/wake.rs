@@ -1,0 +1,131 @@
+//! Sleeping and waking.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::world::{HOST, World};
+
+const NEVER: Duration = Duration::from_secs(3600);
+
+/// One plain request on a connection of its own.
+async fn request(world: &World, path: &str) -> String {
+    let mut stream = TcpStream::connect(world.http).await.unwrap();
+    let head = format!("GET {path} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply).await.unwrap();
+    reply
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_requests_at_once_cause_one_start() {
+    let world = World::new(r#""concurrency": {"soft_limit": 2000},"#, NEVER).await;
+    let replies = join_all((0..1000).map(|_| request(&world, "/many")))
+        .await
+        .into_iter()
+        .collect::<Vec<_>>();
+    let good = replies
+        .iter()
+        .filter(|r| r.starts_with("HTTP/1.1 200"))
+        .count();
+    assert_eq!(
+        good,
+        1000,
+        "{:?}",
+        replies.iter().find(|r| !r.starts_with("HTTP/1.1 200"))
+    );
+    assert_eq!(world.agent.starts.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn a_hard_limit_makes_requests_wait_their_turn() {
+    let world = World::new(
+        r#""concurrency": {"soft_limit": 1, "hard_limit": 2},"#,
+        NEVER,
+    )
+    .await;
+    let begun = std::time::Instant::now();
+    let replies = join_all((0..6).map(|_| request(&world, "/slow/100"))).await;
+    assert!(
+        replies.iter().all(|r| r.starts_with("HTTP/1.1 200")),
+        "{replies:?}"
+    );
+    // Two at a time: at least three turns of 100 ms.
+    assert!(begun.elapsed() >= Duration::from_millis(300));
+}
+
+#[tokio::test]
+async fn an_idle_machine_sleeps_and_the_next_request_wakes_it() {
+    let world = World::new(r#""autostop": "suspend","#, Duration::from_millis(300)).await;
+    for round in 1..=3 {
+        assert!(request(&world, "/").await.starts_with("HTTP/1.1 200"));
+        assert_eq!(world.agent.starts.load(Ordering::SeqCst), round);
+        let asleep = async {
+            while world.agent.sleeps.load(Ordering::SeqCst) < round {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), asleep)
+            .await
+            .expect("it falls asleep");
+    }
+}
+
+#[tokio::test]
+async fn a_machine_with_a_request_does_not_sleep() {
+    let world = World::new(r#""autostop": "suspend","#, Duration::from_millis(200)).await;
+    assert!(
+        request(&world, "/slow/1500")
+            .await
+            .starts_with("HTTP/1.1 200")
+    );
+    assert_eq!(world.agent.sleeps.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn the_last_machines_asked_for_keep_running() {
+    let service = r#""autostop": "stop", "min_machines_running": 1,"#;
+    let world = World::new(service, Duration::from_millis(200)).await;
+    request(&world, "/").await;
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(world.agent.sleeps.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn a_machine_that_died_unseen_is_started_again() {
+    let world = World::new("", NEVER).await;
+    assert!(request(&world, "/").await.starts_with("HTTP/1.1 200"));
+    world.agent.crash().await;
+    // A POST, which must not be sent twice: nothing of it had been sent when the connection failed.
+    let reply = world.text("/", &["--data", "x"]).await;
+    assert!(reply.contains("POST /"), "{reply}");
+    assert_eq!(world.agent.starts.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_start_that_fails_is_told_and_tried_again_by_the_next_request() {
+    let world = World::new("", NEVER).await;
+    world.agent.broken.store(true, Ordering::SeqCst);
+    let reply = request(&world, "/").await;
+    assert!(
+        reply.starts_with("HTTP/1.1 503") && reply.contains("retry-after"),
+        "{reply}"
+    );
+    assert!(
+        !reply.contains("out of order"),
+        "the reason is for the owner: {reply}"
+    );
+    world.agent.broken.store(false, Ordering::SeqCst);
+    assert!(request(&world, "/").await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn a_machine_that_may_not_be_started_is_not() {
+    let world = World::new(r#""autostart": false,"#, NEVER).await;
+    assert!(request(&world, "/").await.starts_with("HTTP/1.1 503"));
+    assert_eq!(world.agent.starts.load(Ordering::SeqCst), 0);
+}

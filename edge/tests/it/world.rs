@@ -1,0 +1,274 @@
+//! A catalog with one app, an agent that "starts" it, and an edge with a certificate of its own making.
+
+use std::convert::Infallible;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::process::Output;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
+use rustls::pki_types::PrivateKeyDer;
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use tern_catalog::{
+    Catalog, Desired, DesiredState, HostId, HostnameRoute, Machine, MachineConfig, MachineId,
+    MachineNumber, MachineState, MachineStatus, NetworkId, SqliteStore, Store, View,
+};
+use tern_edge::{Edge, EdgeConfig, MachineControl, StartError};
+use tokio::net::TcpListener;
+
+pub const HOST: &str = "shop.tern.test";
+
+pub struct World {
+    pub catalog: Catalog,
+    pub view: View,
+    pub agent: Arc<Agent>,
+    pub edge: Edge,
+    pub http: SocketAddr,
+    pub https: SocketAddr,
+    files: tempfile::TempDir,
+}
+
+/// Starts and stops the one Machine: a server on loopback that is there or not.
+pub struct Agent {
+    catalog: Catalog,
+    machine: Machine,
+    pub starts: AtomicU32,
+    pub sleeps: AtomicU32,
+    /// Starts fail while this is set.
+    pub broken: AtomicBool,
+    app: OnceLock<SocketAddr>,
+    server: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+struct OneCertificate(Arc<CertifiedKey>);
+
+impl std::fmt::Debug for OneCertificate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OneCertificate")
+    }
+}
+
+impl ResolvesServerCert for OneCertificate {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.0))
+    }
+}
+
+impl World {
+    /// The app's Machine sleeps; its service is given as JSON beside the port.
+    pub async fn new(service: &str, idle: Duration) -> Self {
+        let files = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> =
+            Arc::new(SqliteStore::open(&files.path().join("catalog.db")).unwrap());
+        let catalog = Catalog::new(Arc::clone(&store));
+        let view = View::follow(store).await.unwrap();
+        // The port of an app that is not there yet: bound once to be free.
+        let free = TcpListener::bind("[::1]:0")
+            .await
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let config = format!(
+            r#"{{"image": "x", "services": [{{"internal_port": {port}, {service}
+                "ports": [{{"port": 80, "handlers": ["http"]}}, {{"port": 443, "handlers": ["tls", "http"]}}]}}]}}"#,
+            port = free.port()
+        );
+        let machine = machine(serde_json::from_str(&config).unwrap());
+        let route = HostnameRoute {
+            hostname: HOST.parse().unwrap(),
+            app: machine.app.clone(),
+            created_at: Timestamp::now(),
+        };
+        catalog.create(&route).await.unwrap();
+        catalog.create(&machine).await.unwrap();
+        let agent = Arc::new(Agent {
+            catalog: catalog.clone(),
+            machine: machine.clone(),
+            starts: AtomicU32::new(0),
+            sleeps: AtomicU32::new(0),
+            broken: AtomicBool::new(false),
+            app: OnceLock::from(free),
+            server: tokio::sync::Mutex::new(None),
+        });
+        agent.tell(MachineState::Suspended).await;
+        view.wait_for(|s| s.machine_status.contains_key(&machine.id).then_some(()))
+            .await;
+
+        let made = rcgen::generate_simple_self_signed(vec![HOST.to_owned()]).unwrap();
+        std::fs::write(files.path().join("ca.pem"), made.cert.pem()).unwrap();
+        let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+        let key = rustls::crypto::ring::sign::any_supported_type(&key).unwrap();
+        let certificate = Arc::new(CertifiedKey::new(vec![made.cert.der().clone()], key));
+        let config = EdgeConfig {
+            http: vec!["127.0.0.1:0".parse().unwrap()],
+            https: vec!["127.0.0.1:0".parse().unwrap()],
+            region: "ams".into(),
+            host: HostId(1),
+            autostop_after: idle,
+            wake_timeout: Duration::from_secs(20),
+        };
+        let resolver = Arc::new(OneCertificate(certificate));
+        let edge = Edge::start(config, view.clone(), resolver, agent.clone())
+            .await
+            .unwrap();
+        let (http, https) = (edge.addresses()[0], edge.addresses()[1]);
+        Self {
+            catalog,
+            view,
+            agent,
+            edge,
+            http,
+            https,
+            files,
+        }
+    }
+
+    /// `curl https://shop.tern.test<path>` with more arguments.
+    pub async fn curl(&self, path: &str, more: &[&str]) -> Output {
+        self.curl_to(&format!("https://{HOST}:{}{path}", self.https.port()), more)
+            .await
+    }
+
+    /// `curl` to an address of ours.
+    pub async fn curl_to(&self, url: &str, more: &[&str]) -> Output {
+        let mut command = tokio::process::Command::new("curl");
+        command
+            .args(["-sS", "-i", "--max-time", "30", "--cacert"])
+            .arg(self.files.path().join("ca.pem"));
+        for port in [self.http.port(), self.https.port()] {
+            command
+                .arg("--resolve")
+                .arg(format!("{HOST}:{port}:127.0.0.1"));
+        }
+        command
+            .args(more)
+            .arg(url)
+            .output()
+            .await
+            .expect("curl is needed: apt-get install curl")
+    }
+
+    pub async fn text(&self, path: &str, more: &[&str]) -> String {
+        String::from_utf8_lossy(&self.curl(path, more).await.stdout).into_owned()
+    }
+
+    pub fn plain(&self, path: &str) -> String {
+        format!("http://{HOST}:{}{path}", self.http.port())
+    }
+}
+
+impl Agent {
+    async fn tell(&self, state: MachineState) {
+        let status = MachineStatus {
+            id: self.machine.id.clone(),
+            state,
+            reason: None,
+            generation: 1,
+            instance_id: self.machine.instance_id.clone(),
+            image_digest: None,
+            events: Vec::new(),
+            checks: Vec::new(),
+            updated_at: Timestamp::now(),
+        };
+        self.catalog.put(&status).await.unwrap();
+    }
+
+    /// Ends the app as a crash would: nobody is told.
+    pub async fn crash(&self) {
+        if let Some(server) = self.server.lock().await.take() {
+            server.abort();
+            let _ = server.await;
+        }
+    }
+}
+
+#[async_trait]
+impl MachineControl for Agent {
+    async fn start(&self, _: &MachineId) -> Result<(), StartError> {
+        let mut server = self.server.lock().await;
+        if server.is_some() {
+            return Ok(());
+        }
+        self.starts.fetch_add(1, Ordering::SeqCst);
+        if self.broken.load(Ordering::SeqCst) {
+            return Err(StartError {
+                text: "out of order".into(),
+            });
+        }
+        let address = *self.app.get().unwrap();
+        // The app listens a while after its process runs, as apps do.
+        *server = Some(tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(150)).await;
+            serve(TcpListener::bind(address).await.unwrap()).await;
+        }));
+        drop(server);
+        self.tell(MachineState::Started).await;
+        Ok(())
+    }
+
+    async fn suspend(&self, _: &MachineId) -> Result<(), String> {
+        self.crash().await;
+        self.sleeps.fetch_add(1, Ordering::SeqCst);
+        self.tell(MachineState::Suspended).await;
+        Ok(())
+    }
+
+    async fn stop(&self, id: &MachineId) -> Result<(), String> {
+        self.suspend(id).await
+    }
+}
+
+/// Answers with the request it got, headers a line each.
+async fn serve(listener: TcpListener) {
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        let answer = service_fn(|request: Request<Incoming>| async move {
+            if let Some(millis) = request.uri().path().strip_prefix("/slow/") {
+                tokio::time::sleep(Duration::from_millis(millis.parse().unwrap_or(0))).await;
+            }
+            let mut text = format!("{} {}\n", request.method(), request.uri());
+            for (name, value) in request.headers() {
+                text.push_str(&format!("got-{name}: {}\n", value.to_str().unwrap_or("?")));
+            }
+            Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(text))))
+        });
+        connections.spawn(async move {
+            let _ = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), answer)
+                .await;
+        });
+    }
+}
+
+fn machine(config: MachineConfig) -> Machine {
+    Machine {
+        id: MachineId::random(),
+        name: String::new(),
+        app: "shop".parse().unwrap(),
+        network: NetworkId(1),
+        host: HostId(1),
+        region: "ams".into(),
+        number: MachineNumber(1),
+        private_ip: Ipv6Addr::LOCALHOST,
+        config,
+        instance_id: "1".into(),
+        version: 1,
+        desired: Desired {
+            state: DesiredState::Started,
+            generation: 1,
+        },
+        cordoned: false,
+        created_at: Timestamp::now(),
+        updated_at: Timestamp::now(),
+    }
+}
