@@ -11,7 +11,7 @@ pub fn info(message: &str) {
 
 /// Says something that belongs on the serial console too, even a quiet one.
 pub fn error(message: &str) {
-    write(3, message);
+    write(2, message);
 }
 
 fn write(level: u8, message: &str) {
