@@ -39,8 +39,8 @@ pub enum Outcome {
     TimedOut,
     /// It did not end in time after this signal, and was killed.
     Forced(Signal),
-    /// The host went away under it.
-    HostEnded,
+    /// The host went away under it, for this reason.
+    Lost(String),
 }
 
 impl Outcome {
@@ -52,7 +52,7 @@ impl Outcome {
             Self::NotStarted(_, code) => *code,
             Self::TimedOut => TIMED_OUT,
             Self::Forced(signal) => signal_code(*signal as i32),
-            Self::HostEnded => FAILED,
+            Self::Lost(_) => FAILED,
         }
     }
 }
@@ -152,7 +152,8 @@ fn converse(
                 return Ok(Outcome::NotStarted(failure.message, failure.code));
             }
             Event::Frame(other) => bail!("the agent said something odd: {other:?}"),
-            Event::Disconnected | Event::HostEnded => return Ok(Outcome::HostEnded),
+            Event::Disconnected(reason) => return Ok(Outcome::Lost(reason)),
+            Event::HostEnded => return Ok(Outcome::Lost("the host ended".to_owned())),
             Event::Host(_) => {}
             Event::Signal(Signal::SIGWINCH) => {
                 if let Some(size) = terminal_size() {
@@ -185,10 +186,10 @@ fn listen(mut stream: TcpStream, inbox: &Inbox) {
         loop {
             let event = match Frame::read_from(&mut stream) {
                 Ok(Some(frame)) => Event::Frame(frame),
-                // However it ended, the command's fate is unknown from here on.
-                Ok(None) | Err(_) => Event::Disconnected,
+                Ok(None) => Event::Disconnected("the agent closed the connection".to_owned()),
+                Err(error) => Event::Disconnected(error.to_string()),
             };
-            let last = matches!(event, Event::Disconnected);
+            let last = matches!(event, Event::Disconnected(_));
             if to.send(event).is_err() || last {
                 return;
             }
@@ -311,7 +312,7 @@ mod tests {
             (Outcome::NotStarted(String::new(), 127), 127),
             (Outcome::TimedOut, 124),
             (Outcome::Forced(Signal::SIGTERM), 143),
-            (Outcome::HostEnded, 125),
+            (Outcome::Lost(String::new()), 125),
         ] {
             assert_eq!(outcome.code(), code, "{outcome:?}");
         }

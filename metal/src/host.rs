@@ -1,13 +1,11 @@
 //! A host from its start to its end: virtual, or the machine itself.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,14 +25,13 @@ use crate::qemu::{Machine, Qemu, Size};
 use crate::relay;
 use crate::rootfs::Rootfs;
 use crate::share::Share;
+use crate::tail::Tail;
 use crate::timings::Timings;
 
 /// A start takes 3 to 5 seconds on an idle machine; this is for one with a queue before each CPU.
 const START_PATIENCE: Duration = Duration::from_secs(120);
 /// The agent's port on the control card.
 const CONTROL_PORT: u16 = 1000;
-/// Lines of the kernel's console kept for an error message.
-const CONSOLE_LINES: usize = 40;
 
 /// What a host is to be like.
 #[derive(Debug, Clone)]
@@ -70,22 +67,31 @@ pub struct Host {
 
 #[derive(Debug)]
 enum Backend {
-    Virtual { qemu: Qemu, console: Console },
-    Native { _native: Native },
+    Virtual(Virtual),
+    Native { native: Native, words: Tail },
+}
+
+#[derive(Debug)]
+struct Virtual {
+    qemu: Qemu,
+    words: Tail,
+    console: Tail,
 }
 
 impl Host {
     /// Makes this machine itself the host.
     pub fn start_native(wanted: &Wanted, inbox: &Inbox, timings: &mut Timings) -> Result<Self> {
         let token = new_token()?;
-        let (native, events) = Native::start(&token, wanted)?;
+        let (mut native, events, stderr) = Native::start(&token, wanted)?;
+        let mut words = Tail::of(stderr, || ());
         let to = inbox.sender();
         thread::spawn(move || {
             pass_on(events, &to);
             // Nobody listens any more when the host was ended on purpose.
             let _ = to.send(Event::HostEnded);
         });
-        let port = wait_until_ready(inbox, timings)?;
+        let port = wait_until_ready(inbox, timings)
+            .map_err(|error| explained(error, || post_mortem_native(&mut native, &mut words)))?;
         let forwards = wanted
             .forwards
             .iter()
@@ -97,7 +103,7 @@ impl Host {
         Ok(Self {
             agent,
             forwards,
-            backend: Backend::Native { _native: native },
+            backend: Backend::Native { native, words },
         })
     }
 
@@ -125,7 +131,7 @@ impl Host {
         let initramfs = initramfs(rootfs, &plan).context("cannot make the initramfs")?;
         let data = data_disk(rootfs).context("cannot make the data disk")?;
         timings.mark("disks prepared");
-        let mut qemu = Qemu::start(&Machine {
+        let (qemu, stderr) = Qemu::start(&Machine {
             rootfs,
             initramfs: &initramfs,
             data: &data,
@@ -136,71 +142,89 @@ impl Host {
             control: &control,
             control_port: CONTROL_PORT,
         })?;
-        let console = Console::watch(qemu.console.try_clone()?, inbox);
-        listen(qemu.events.try_clone()?, inbox);
-        let ports = match qemu.forwards() {
-            Ok(ports) => ports,
-            Err(error) => return Err(unable(error, &mut qemu, &console)),
+        let to = inbox.sender();
+        let console = qemu.console.try_clone()?;
+        let mut machine = Virtual {
+            words: Tail::of(stderr, || ()),
+            // Nobody listens any more when the host was ended on purpose.
+            console: Tail::of(console, move || drop(to.send(Event::HostEnded))),
+            qemu,
         };
-        timings.mark("QEMU running");
-        let agent = ports
-            .iter()
-            .find(|(address, _)| *address == control.address)
-            .map(|(_, forward)| SocketAddr::from((Ipv4Addr::LOCALHOST, forward.outer)))
+        listen(machine.qemu.events.try_clone()?, inbox);
+        let mut ready = || -> Result<_> {
+            let ports = machine.qemu.forwards()?;
+            timings.mark("QEMU running");
+            wait_until_ready(inbox, timings)?;
+            Ok(ports)
+        };
+        let ports = ready().map_err(|error| explained(error, || post_mortem(&mut machine)))?;
+        let of = |card: &Card| {
+            let address = card.address;
+            ports
+                .iter()
+                .filter(move |port| port.address == address)
+                .map(|port| port.forward)
+        };
+        let agent = of(&control)
+            .next()
             .context("QEMU does not say where the agent's port is")?;
-        let forwards = ports
-            .into_iter()
-            .filter(|(address, _)| *address == network.address)
-            .map(|(_, forward)| forward)
-            .collect();
-        if let Err(error) = wait_until_ready(inbox, timings) {
-            return Err(unable(error, &mut qemu, &console));
-        }
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, agent.outer));
+        let forwards = of(&network).collect();
         let agent = Agent {
-            address: agent,
+            address,
             token: plan.token,
         };
         Ok(Self {
             agent,
             forwards,
-            backend: Backend::Virtual { qemu, console },
+            backend: Backend::Virtual(machine),
         })
     }
 
     /// Last words, for an error message after the host ended unexpectedly.
     pub fn post_mortem(&mut self) -> String {
         match &mut self.backend {
-            Backend::Virtual { qemu, console } => post_mortem(qemu, console),
-            Backend::Native { .. } => String::new(),
+            Backend::Virtual(machine) => post_mortem(machine),
+            Backend::Native { native, words } => post_mortem_native(native, words),
         }
     }
 }
 
-/// Ends QEMU and adds what it and the kernel had to say to `error`.
-fn unable(error: anyhow::Error, qemu: &mut Qemu, console: &Console) -> anyhow::Error {
+/// Adds what the host had to say to `error`, unless it was a person who ended it.
+fn explained(error: anyhow::Error, words: impl FnOnce() -> String) -> anyhow::Error {
     if error.downcast_ref::<Interrupted>().is_some() {
         return error;
     }
-    let words = post_mortem(qemu, console);
+    let words = words();
     if words.is_empty() {
         error
     } else {
-        error.context(words)
+        anyhow::anyhow!("{error:#}\n{words}")
     }
 }
 
-fn post_mortem(qemu: &mut Qemu, console: &Console) -> String {
-    qemu.kill();
-    let mut words = qemu.complaints();
-    if words.contains("Could not set up host forwarding rule") {
-        words.push_str("\nA port to forward is taken: choose another, or 0 for any free one");
+fn post_mortem(machine: &mut Virtual) -> String {
+    machine.qemu.kill();
+    let mut words: Vec<String> = machine.words.last_lines();
+    // Said at every start, about instructions that nobody misses.
+    words.retain(|line| !line.contains("TCG doesn't support"));
+    if words
+        .iter()
+        .any(|line| line.contains("Could not set up host forwarding rule"))
+    {
+        words.push("a port to forward is taken: choose another, or 0 for any free one".to_owned());
     }
-    let console = console.last_lines();
+    let console = machine.console.last_lines();
     if !console.is_empty() {
-        words.push_str("\nlast lines of the kernel's console:\n");
-        words.push_str(&console);
+        words.push("last lines of the kernel's console:".to_owned());
+        words.extend(console.into_iter().map(|line| format!("  {line}")));
     }
-    words.trim().to_owned()
+    words.join("\n")
+}
+
+fn post_mortem_native(native: &mut Native, words: &mut Tail) -> String {
+    native.kill();
+    words.last_lines().join("\n")
 }
 
 /// A signal ended the wait for a host.
@@ -232,7 +256,7 @@ fn wait_until_ready(inbox: &Inbox, timings: &mut Timings) -> Result<u16> {
             Some(Event::HostEnded) => bail!("the host ended while it started"),
             Some(Event::Signal(Signal::SIGWINCH)) => {}
             Some(Event::Signal(signal)) => return Err(Interrupted(signal).into()),
-            Some(Event::Frame(_) | Event::Disconnected) => {}
+            Some(Event::Frame(_) | Event::Disconnected(_)) => {}
             None => bail!(
                 "the host did not start within {} s: is the machine very busy?",
                 START_PATIENCE.as_secs()
@@ -255,40 +279,6 @@ fn pass_on(events: impl io::Read, to: &Sender<Event>) {
         {
             return;
         }
-    }
-}
-
-/// The last lines of the kernel's console.
-#[derive(Debug, Clone)]
-struct Console {
-    lines: Arc<Mutex<VecDeque<String>>>,
-}
-
-impl Console {
-    /// Reads the console until it ends, which is when the host ends.
-    fn watch(from: UnixStream, inbox: &Inbox) -> Self {
-        let console = Self {
-            lines: Arc::default(),
-        };
-        let (lines, to) = (console.lines.clone(), inbox.sender());
-        thread::spawn(move || {
-            for line in BufReader::new(from).split(b'\n').map_while(Result::ok) {
-                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-                let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
-                if lines.len() == CONSOLE_LINES {
-                    lines.pop_front();
-                }
-                lines.push_back(line);
-            }
-            // Nobody listens any more when the host was ended on purpose.
-            let _ = to.send(Event::HostEnded);
-        });
-        console
-    }
-
-    fn last_lines(&self) -> String {
-        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        lines.iter().map(|line| format!("  {line}\n")).collect()
     }
 }
 

@@ -1,7 +1,7 @@
 //! Everything that can happen to a waiting `tern-metal`, in one queue: so the one loop that waits
 //! can be read from top to bottom, and nothing is missed between two waits.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Instant;
 
@@ -22,8 +22,8 @@ pub enum Event {
     Signal(Signal),
     /// The agent said something.
     Frame(Frame),
-    /// The connection to the agent ended.
-    Disconnected,
+    /// The connection to the agent ended, for this reason.
+    Disconnected(String),
 }
 
 /// The queue.
@@ -72,12 +72,9 @@ impl Inbox {
         let Some(deadline) = deadline else {
             return self.receiver.recv().ok();
         };
-        match self
-            .receiver
+        // The queue is never closed: this very struct holds a sender.
+        self.receiver
             .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-        {
-            Ok(event) => Some(event),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+            .ok()
     }
 }

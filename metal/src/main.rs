@@ -24,8 +24,10 @@ mod relay;
 mod rootfs;
 mod session;
 mod share;
+mod tail;
 mod timings;
 mod up;
+mod usernet;
 mod wire;
 
 use std::process::ExitCode;
@@ -134,7 +136,7 @@ fn run(args: &HostArgs, command: &CommandArgs, show_timings: bool) -> Result<Exi
         eprintln!("tern-metal: forwarding {forward}");
     }
     let outcome = client::run(&host.agent, wire, Some(limit), &inbox, &mut timings)?;
-    let words = (outcome == Outcome::HostEnded).then(|| host.post_mortem());
+    let words = matches!(outcome, Outcome::Lost(_)).then(|| host.post_mortem());
     drop(host);
     timings.mark("host ended");
     prepare::explain(&outcome, words.as_deref());

@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
@@ -31,8 +31,8 @@ pub struct Native {
 }
 
 impl Native {
-    /// Starts it; its events come out of the pipe.
-    pub fn start(token: &str, wanted: &Wanted) -> Result<(Self, ChildStdout)> {
+    /// Starts it; returns it, its events, and what else it has to say.
+    pub fn start(token: &str, wanted: &Wanted) -> Result<(Self, ChildStdout, ChildStderr)> {
         for share in &wanted.shares {
             ensure!(
                 share.inner == share.outer,
@@ -78,28 +78,34 @@ impl Native {
             .args(["init", "--plan"])
             .arg(&plan_file)
             .stdin(Stdio::null())
-            .stdout(Stdio::piped());
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child = spawn_bound(&mut command, Signal::SIGKILL)
             .context("cannot run unshare: apt-get install util-linux")?;
         let events = child.stdout.take().context("its output is a pipe")?;
-        Ok((
-            Self {
-                child,
-                groups,
-                directory,
-                _lock: lock,
-            },
-            events,
-        ))
+        let stderr = child.stderr.take().context("its output is a pipe")?;
+        let native = Self {
+            child,
+            groups,
+            directory,
+            _lock: lock,
+        };
+        Ok((native, events, stderr))
+    }
+
+    /// Ends it, and every process in it.
+    pub fn kill(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
 impl Drop for Native {
     fn drop(&mut self) {
-        // All fail only where there is nothing to do any more.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.kill();
         remove_groups(&self.groups);
+        // What cannot be removed now is swept by the next host.
         let _ = fs::remove_dir_all(self.directory.path());
     }
 }

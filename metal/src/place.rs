@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::share::Share;
+use crate::share::{Share, check_inner};
 
 /// Variables that go along by themselves: what Cargo, its test runners and our own programs read
 /// (except `TERN_METAL*`, which are about this program out here).
@@ -56,10 +56,12 @@ impl Place {
     /// What is shared without being asked for: the checkout, what was built, this program's own
     /// directory; all read-only.
     pub fn shares(&self) -> Vec<Share> {
-        let mut shares = vec![Share::same(&self.checkout, true)];
-        let others = [Some(&self.target), self.own.as_ref()];
-        for path in others.into_iter().flatten() {
-            if path.is_dir() && !shares.iter().any(|share| path.starts_with(&share.outer)) {
+        let mut shares: Vec<Share> = Vec::new();
+        let wanted = [Some(&self.checkout), Some(&self.target), self.own.as_ref()];
+        for path in wanted.into_iter().flatten() {
+            let seen = shares.iter().any(|share| path.starts_with(&share.outer));
+            // An installed tern-metal is in /usr/bin, which is another one inside.
+            if path.is_dir() && !seen && check_inner(path).is_ok() {
                 shares.push(Share::same(path, true));
             }
         }
@@ -197,5 +199,8 @@ mod tests {
                 Share::same(&at("elsewhere"), true)
             ]
         );
+        place.own = Some("/usr/bin".into());
+        place.checkout = "/".into();
+        assert_eq!(place.shares(), [Share::same(&at("elsewhere"), true)]);
     }
 }

@@ -114,9 +114,9 @@ pub fn explain(outcome: &Outcome, post_mortem: Option<&str>) {
         Outcome::Forced(signal) => {
             eprintln!("tern-metal: the command did not end after {signal}: killed");
         }
-        Outcome::HostEnded => {
+        Outcome::Lost(reason) => {
             let words = post_mortem.unwrap_or_default();
-            eprintln!("tern-metal: the host ended while the command ran\n{words}");
+            eprintln!("tern-metal: the host was lost while the command ran: {reason}\n{words}");
         }
     }
 }

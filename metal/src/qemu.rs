@@ -6,12 +6,11 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -21,9 +20,10 @@ use serde_json::{Value, json};
 
 use crate::forward::{Forward, Protocol};
 use crate::plan::Card;
-use crate::process::spawn_bound;
+use crate::process::{self, spawn_bound};
 use crate::rootfs::Rootfs;
 use crate::share::Share;
+use crate::usernet::{self, Listening};
 
 /// The emulator; from Debian's qemu-system-x86.
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -74,14 +74,12 @@ pub struct Qemu {
     pub console: UnixStream,
     /// The second serial line: events.
     pub events: UnixStream,
-    /// What QEMU itself prints.
-    pub stderr: std::process::ChildStderr,
     monitor: BufReader<UnixStream>,
 }
 
 impl Qemu {
-    /// Starts the machine.
-    pub fn start(machine: &Machine<'_>) -> Result<Self> {
+    /// Starts the machine; returns it, and what it has to say.
+    pub fn start(machine: &Machine<'_>) -> Result<(Self, ChildStderr)> {
         let (console, console_end) = UnixStream::pair()?;
         let (events, events_end) = UnixStream::pair()?;
         let (monitor, monitor_end) = UnixStream::pair()?;
@@ -100,31 +98,24 @@ impl Qemu {
             .stderr(Stdio::piped())
             // A Ctrl-C at the terminal is for the command inside, not for the machine under it.
             .process_group(0);
-        let inherited: Vec<OwnedFd> = [
-            machine.initramfs.try_clone()?.into(),
-            machine.data.try_clone()?.into(),
-            console_end.into(),
-            events_end.into(),
-            monitor_end.into(),
-        ]
-        .into();
         inherit(&mut command, fds.all());
         let mut child = spawn_bound(&mut command, Signal::SIGKILL)
             .with_context(|| format!("cannot run {PROGRAM}: apt-get install qemu-system-x86"))?;
-        drop(inherited);
         let stderr = child.stderr.take().context("its output is a pipe")?;
         monitor.set_read_timeout(Some(MONITOR_PATIENCE))?;
-        Ok(Self {
+        // Our copies of QEMU's ends close here: when QEMU ends, each line ends.
+        let qemu = Self {
             child,
             console,
             events,
-            stderr,
             monitor: BufReader::new(monitor),
-        })
+        };
+        Ok((qemu, stderr))
     }
 
-    /// The forwarded ports as they are, with those in place that QEMU was to choose.
-    pub fn forwards(&mut self) -> Result<Vec<(Ipv4Addr, Forward)>> {
+    /// The forwarded ports as they are, with those in place that QEMU was to choose, and ready for
+    /// many connections at once.
+    pub fn forwards(&mut self) -> Result<Vec<Listening>> {
         self.monitor_answer()?; // its greeting
         self.monitor_ask(&json!({"execute": "qmp_capabilities"}))?;
         let table = self.monitor_ask(&json!({
@@ -134,7 +125,12 @@ impl Qemu {
         let table = table
             .as_str()
             .context("QEMU's list of forwarded ports is no text")?;
-        Ok(parse_usernet(table))
+        let ports = usernet::parse(table);
+        let process = process::open(i32::try_from(self.child.id())?)?;
+        for port in &ports {
+            port.widen(&process)?;
+        }
+        Ok(ports)
     }
 
     fn monitor_ask(&mut self, question: &Value) -> Result<Value> {
@@ -167,16 +163,6 @@ impl Qemu {
         // Both fail only if it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-
-    /// What it printed, without its habitual warnings. Only after [`Qemu::kill`], or once it ended.
-    pub fn complaints(&mut self) -> String {
-        let mut said = String::new();
-        let _ = self.stderr.read_to_string(&mut said);
-        said.lines()
-            .filter(|line| !line.contains("TCG doesn't support"))
-            .collect::<Vec<_>>()
-            .join("\n")
     }
 }
 
@@ -349,62 +335,9 @@ fn escape(value: &str) -> String {
     value.replace(',', ",,")
 }
 
-/// Lines like `TCP[HOST_FORWARD]  12  127.0.0.1 43211  10.0.2.15  7000  0  0`.
-fn parse_usernet(table: &str) -> Vec<(Ipv4Addr, Forward)> {
-    table
-        .lines()
-        .filter_map(|line| {
-            let fields: Vec<&str> = line.split_whitespace().collect();
-            let protocol = match *fields.first()? {
-                "TCP[HOST_FORWARD]" => Protocol::Tcp,
-                "UDP[HOST_FORWARD]" => Protocol::Udp,
-                _ => return None,
-            };
-            let outer = fields.get(3)?.parse().ok()?;
-            let address = fields.get(4)?.parse().ok()?;
-            let inner = fields.get(5)?.parse().ok()?;
-            Some((
-                address,
-                Forward {
-                    protocol,
-                    outer,
-                    inner,
-                },
-            ))
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn reads_the_list_of_forwarded_ports() {
-        let table = "Hub -1 (control):\r\n  \
-            Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
-            TCP[HOST_FORWARD]  12       127.0.0.1 43211       10.0.3.15  1000     0     0\r\n  \
-            UDP[HOST_FORWARD]  13       127.0.0.1  5353       10.0.2.15    53     0     0\r\n  \
-            TCP[ESTABLISHED]   14       127.0.0.1  4321       10.0.2.15    80     0     0\r\n";
-        let forward = |protocol, outer, inner| Forward {
-            protocol,
-            outer,
-            inner,
-        };
-        assert_eq!(
-            parse_usernet(table),
-            [
-                (
-                    "10.0.3.15".parse().unwrap(),
-                    forward(Protocol::Tcp, 43211, 1000)
-                ),
-                (
-                    "10.0.2.15".parse().unwrap(),
-                    forward(Protocol::Udp, 5353, 53)
-                ),
-            ]
-        );
-    }
 
     #[test]
     fn commas_in_paths_do_not_become_options() {

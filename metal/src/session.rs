@@ -21,6 +21,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::forward::Forward;
 use crate::host::Agent;
+use crate::mode::Mode;
 use crate::share::Share;
 
 /// How long `down` waits after a polite request, before it kills.
@@ -34,8 +35,8 @@ pub struct State {
     pub pid: i32,
     /// How to run commands.
     pub agent: Agent,
-    /// `native` or `qemu`.
-    pub mode: String,
+    /// What the host is made of.
+    pub mode: Mode,
     /// What is visible inside.
     pub shares: Vec<Share>,
     /// The directory for results.
@@ -242,7 +243,7 @@ mod tests {
                 address: "127.0.0.1:1".parse().unwrap(),
                 token: "t".into(),
             },
-            mode: "qemu".into(),
+            mode: Mode::Qemu,
             shares: vec![],
             results: "/r".into(),
             forwards: vec![],

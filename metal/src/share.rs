@@ -59,7 +59,7 @@ impl FromStr for Share {
 }
 
 /// Refuses mount points that would take the host apart.
-fn check_inner(path: &Path) -> Result<()> {
+pub fn check_inner(path: &Path) -> Result<()> {
     let shown = path.display();
     ensure!(
         path.is_absolute(),
@@ -70,19 +70,24 @@ fn check_inner(path: &Path) -> Result<()> {
             .all(|part| matches!(part, Component::RootDir | Component::Normal(_))),
         "the directory inside, {shown}, must not contain `..`"
     );
-    for taken in [
-        "/", "/bin", "/etc", "/lib", "/lib64", "/root", "/sbin", "/usr", "/var", "/tmp",
-    ] {
-        ensure!(
-            path != Path::new(taken),
-            "{shown} is the host's own: choose another directory"
-        );
+    let own = "is the host's own: choose another directory";
+    for taken in ["/", "/root", "/run", "/tmp", "/var", "/var/lib"] {
+        ensure!(path != Path::new(taken), "{taken} {own}");
     }
-    for taken in ["/dev", "/proc", "/run/tern-metal", "/sys", "/var/lib/tern"] {
-        ensure!(
-            !path.starts_with(taken),
-            "{taken} is the host's own: choose another directory"
-        );
+    for taken in [
+        "/bin",
+        "/dev",
+        "/etc",
+        "/lib",
+        "/lib64",
+        "/proc",
+        "/run/tern-metal",
+        "/sbin",
+        "/sys",
+        "/usr",
+        "/var/lib/tern",
+    ] {
+        ensure!(!path.starts_with(taken), "{taken} {own}");
     }
     Ok(())
 }
@@ -148,7 +153,7 @@ mod tests {
             ":/b",
             "/a:b",
             "/a:/",
-            "/a:/usr",
+            "/a:/usr/bin",
             "/a:/proc/x",
             "/a:/b/../etc",
             "/a:/b:c",

@@ -17,6 +17,7 @@ use nix::unistd::{dup2_stderr, dup2_stdout, setsid};
 use crate::cli::{CommandArgs, HostArgs};
 use crate::client;
 use crate::inbox::{Event, Inbox};
+use crate::mode::Mode;
 use crate::place::Place;
 use crate::session::{Claim, Session, State, open_log};
 use crate::timings::Timings;
@@ -96,7 +97,7 @@ pub fn stay(up: &Up<'_>) -> Result<ExitCode> {
     let state = State {
         pid: i32::try_from(process::id()).context("a process id out of range")?,
         agent: host.agent.clone(),
-        mode: mode.to_string(),
+        mode,
         shares: wanted.shares.clone(),
         results: prepare::results(up.host, &place)?,
         forwards: host.forwards.clone(),
@@ -182,7 +183,8 @@ fn describe(state: &State) -> String {
         ..
     } = state;
     let mut text = format!("up ({mode}, {cpus} CPUs, {memory_mib} MiB), process {pid}\n");
-    for share in shares {
+    // A native host sees everything, and nothing is enforced.
+    for share in shares.iter().filter(|_| *mode != Mode::Native) {
         let access = if share.read_only {
             "read-only"
         } else {

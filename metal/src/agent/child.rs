@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -26,6 +26,7 @@ use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, setsid};
 
+use crate::process;
 use crate::wire::{Command, Exit, Failure, Frame, STDIN_WINDOW, WindowSize};
 
 /// Output is passed on in pieces of at most this size, half of a pipe's default capacity.
@@ -132,7 +133,8 @@ pub fn run(stream: TcpStream, command: Command, groups: &Groups) -> Result<()> {
         Ok(running) => running,
         Err(failure) => {
             drop(group);
-            return finish(&stream, &caller, &Frame::Failed(failure));
+            say_last(&caller, &Frame::Failed(failure))?;
+            return drain(&stream);
         }
     };
     let Running {
@@ -142,16 +144,17 @@ pub fn run(stream: TcpStream, command: Command, groups: &Groups) -> Result<()> {
         terminal,
     } = running;
     let pid = Pid::from_raw(i32::try_from(child.id()).context("a process id out of range")?);
-    let process = open_process(pid)?;
+    let process = process::open(pid.as_raw())?;
     let child = Mutex::new(Some(child));
 
+    let queued = Arc::new(AtomicUsize::new(0));
     thread::scope(|scope| {
         let (bytes, queue) = mpsc::channel();
-        let credit = caller.clone();
+        let (credit, given) = (caller.clone(), queued.clone());
         // Not waited for: leftovers that live on may hold the pipe's other end, full.
-        thread::spawn(move || feed(input, &queue, &credit));
+        thread::spawn(move || feed(input, &queue, &given, &credit));
         scope.spawn(|| {
-            let heard = hear(&stream, bytes, |order| match order {
+            let heard = hear(&stream, bytes, &queued, |order| match order {
                 Order::Signal(signal) => signal_if_alive(&child, pid, signal),
                 Order::Resize(size) => resize(terminal.as_ref(), size),
             });
@@ -183,17 +186,23 @@ pub fn run(stream: TcpStream, command: Command, groups: &Groups) -> Result<()> {
                 Frame::Failed(Failure { message, code: 125 })
             }
         };
-        finish(&stream, &caller, &last)
+        // The thread that hears goes on until the caller closes, as `drain` would.
+        say_last(&caller, &last)
     })
 }
 
-/// Says the last word, and lets the caller close first: closing with unread input in the socket
-/// would reset the connection and take the last word with it.
-fn finish(stream: &TcpStream, caller: &Mutex<TcpStream>, last: &Frame) -> Result<()> {
-    stream.set_read_timeout(Some(CLOSE_PATIENCE))?;
+fn say_last(caller: &Mutex<TcpStream>, last: &Frame) -> Result<()> {
     let mut caller = caller.lock().unwrap_or_else(PoisonError::into_inner);
     last.write_to(&mut *caller)?;
     caller.shutdown(Shutdown::Write)?;
+    Ok(())
+}
+
+/// Lets the caller close first: closing with unread input in the socket would reset the connection
+/// and take the last word with it.
+fn drain(mut stream: &TcpStream) -> Result<()> {
+    stream.set_read_timeout(Some(CLOSE_PATIENCE))?;
+    io::copy(&mut stream, &mut io::sink())?;
     Ok(())
 }
 
@@ -407,14 +416,21 @@ enum Order {
 fn hear(
     mut stream: &TcpStream,
     input: mpsc::Sender<Vec<u8>>,
+    queued: &AtomicUsize,
     mut obey: impl FnMut(Order),
 ) -> io::Result<()> {
     let mut input = Some(input);
     while let Some(frame) = Frame::read_from(&mut stream)? {
         match frame {
             Frame::Stdin(bytes) if bytes.is_empty() => input = None,
-            // A command that has closed its input wants no more of it; that is no error.
-            Frame::Stdin(bytes) => drop(input.as_ref().map(|input| input.send(bytes))),
+            Frame::Stdin(bytes) => {
+                let before = queued.fetch_add(bytes.len(), Ordering::Relaxed);
+                if before + bytes.len() > STDIN_WINDOW {
+                    return Err(io::Error::other("more input than there was credit for"));
+                }
+                // A command that has closed its input wants no more of it; that is no error.
+                let _ = input.as_ref().map(|input| input.send(bytes));
+            }
             Frame::Signal(signal) => obey(Order::Signal(signal)),
             Frame::Resize(size) => obey(Order::Resize(size)),
             other => return Err(io::Error::other(format!("unexpected {other:?}"))),
@@ -423,13 +439,18 @@ fn hear(
     Ok(())
 }
 
-/// Writes standard input and gives credit for more. The caller's window bounds the queue.
-fn feed(mut input: File, queue: &mpsc::Receiver<Vec<u8>>, caller: &Mutex<TcpStream>) {
+/// Writes standard input and gives credit for more.
+fn feed(
+    mut input: File,
+    queue: &mpsc::Receiver<Vec<u8>>,
+    queued: &AtomicUsize,
+    caller: &Mutex<TcpStream>,
+) {
     for bytes in queue {
-        debug_assert!(bytes.len() <= STDIN_WINDOW);
         if write_all(&mut input, &bytes).is_err() {
             return;
         }
+        queued.fetch_sub(bytes.len(), Ordering::Relaxed);
         let credit = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         let mut caller = caller.lock().unwrap_or_else(PoisonError::into_inner);
         if Frame::StdinCredit(credit).write_to(&mut *caller).is_err() {
@@ -480,16 +501,4 @@ fn resize(terminal: Option<&OwnedFd>, size: WindowSize) {
         // SAFETY: TIOCSWINSZ reads one `winsize`, which lives through the call.
         unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &window(size)) };
     }
-}
-
-/// A descriptor that becomes readable when the process ends.
-fn open_process(pid: Pid) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes a process id and flags, and touches no memory of ours.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
-    let fd = i32::try_from(fd).unwrap_or(-1);
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call above has just made this descriptor for us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

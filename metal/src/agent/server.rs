@@ -154,7 +154,12 @@ fn converse_on(
     }
     stream.set_read_timeout(None)?;
     let _busy = activity.begin();
-    child::run(stream, request.command, groups)
+    let answer = stream.try_clone()?;
+    child::run(stream, request.command, groups).inspect_err(|error| {
+        let message = format!("the agent failed: {error:#}");
+        // The connection may be what failed.
+        let _ = Frame::Failed(Failure { message, code: 125 }).write_to(&mut &answer);
+    })
 }
 
 /// Compares in a time that does not tell how much was right.
