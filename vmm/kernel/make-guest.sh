@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes what every Machine boots: OUTDIR/vmlinux and OUTDIR/initramfs.cpio.
+# Makes what every Machine boots: OUTDIR/vmlinux and OUTDIR/initramfs.cpio; and OUTDIR/vmlinuz, the
+# same kernel as distributions ship it, for the tests of the monitor.
 #
 #   vmm/kernel/make-guest.sh OUTDIR [TERN_INIT]
 #
@@ -34,6 +35,7 @@ main() {
     kernel=$(kernel_dir)
     initramfs=$(initramfs_file "$kernel" "$init")
     install_file "$kernel/vmlinux" "$out/vmlinux"
+    install_file "$kernel/vmlinuz" "$out/vmlinuz"
     install_file "$initramfs" "$out/initramfs.cpio"
     say "guest ready in $out: Linux $(<"$kernel/release")"
 }
@@ -66,7 +68,8 @@ unpack_kernel() {
         die "could not fetch $package: apt-get update, then try again"
     dpkg-deb --extract "$scratch"/deb/*.deb "$scratch/root"
     release=$(ls "$scratch/root/lib/modules")
-    extract_vmlinux "$scratch/root/boot/vmlinuz-$release" "$to/vmlinux"
+    install -m 444 "$scratch/root/boot/vmlinuz-$release" "$to/vmlinuz"
+    extract_vmlinux "$to/vmlinuz" "$to/vmlinux"
     echo "$release" >"$to/release"
 
     local modules=$scratch/root/lib/modules/$release
