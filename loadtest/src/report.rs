@@ -105,23 +105,25 @@ pub fn summary(summary: &Summary) -> String {
         let times = [min, median, p90, p95, p99, p999, max].map(millis);
         [name.to_owned()].into_iter().chain(times).collect()
     };
-    text += &table(
-        &[
-            "milliseconds",
-            "min",
-            "median",
-            "p90",
-            "p95",
-            "p99",
-            "p99.9",
-            "max",
-        ],
-        [
-            row("sent to first byte", &summary.first_byte),
-            row("intended to first byte", &summary.from_start),
-            row("intended to end", &summary.total),
-        ],
-    );
+    if summary.requests > summary.failed {
+        text += &table(
+            &[
+                "milliseconds",
+                "min",
+                "median",
+                "p90",
+                "p95",
+                "p99",
+                "p99.9",
+                "max",
+            ],
+            [
+                row("sent to first byte", &summary.first_byte),
+                row("intended to first byte", &summary.from_start),
+                row("intended to end", &summary.total),
+            ],
+        );
+    }
     let failures = failures(summary);
     if !failures.is_empty() {
         text += &format!("\nfailures:\n{failures}");

@@ -4,6 +4,7 @@ use std::process::Command;
 use proptest::prelude::*;
 use tar::EntryType;
 
+use super::pax::time;
 use super::*;
 
 use crate::test_layer::Layer;
