@@ -23,7 +23,7 @@ use crate::disk::Blank;
 use crate::guest::{Exec, QUICK};
 use crate::host::Host;
 use crate::logs::LogReader;
-use crate::machine::core::{Core, Order};
+use crate::machine::core::{Core, Found, Order};
 use crate::machine::recorder::Recorder;
 use crate::machine::task::{Beginning, Message, Task};
 use crate::machine::{CommandError, Source, StopRequest};
@@ -447,6 +447,12 @@ async fn begin(
     };
     let opened = Vm::open(Arc::clone(host), machine.id.clone(), memo).await;
     let (vm, found) = opened.map_err(|e| e.to_string())?;
+    if !matches!(found, Found::Nothing { .. }) {
+        // Now, so that no wake has to wait for it. One that needs it tries again.
+        if let Err(error) = vm.plug(machine).await {
+            tracing::error!(machine = %machine.id, error, "the network cannot be set up");
+        }
+    }
     let now = std::time::Instant::now();
     let core = Core::new(Arc::clone(machine), status, vm.disk_instance(), found, now);
     let events = status.map(|s| s.events.clone()).unwrap_or_default();

@@ -13,7 +13,7 @@ use hyper::Request;
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use tern_catalog::{Check, CheckKind, CheckState, CheckStatus, Machine};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -44,6 +44,7 @@ struct Outcome {
 struct Plan {
     name: String,
     kind: CheckKind,
+    source: IpAddr,
     target: SocketAddr,
     interval: Duration,
     timeout: Duration,
@@ -164,6 +165,7 @@ fn plan(machine: &Machine, name: String, check: &Check, service: Option<u16>) ->
     Some(Plan {
         name,
         kind: check.kind,
+        source: IpAddr::V6(machine.host.address()),
         target: SocketAddr::new(IpAddr::V6(machine.private_ip), port),
         interval: time(check.interval, INTERVAL).max(SHORTEST),
         timeout: time(check.timeout, TIMEOUT).clamp(SHORTEST, LONGEST),
@@ -210,8 +212,18 @@ async fn check_for_ever(
     }
 }
 
+/// Speaks to Machines from the address that they know the host by, where it has that yet.
+async fn connect(plan: &Plan) -> std::io::Result<TcpStream> {
+    let socket = TcpSocket::new_v6()?;
+    match socket.bind(SocketAddr::new(plan.source, 0)) {
+        Err(error) if error.kind() != std::io::ErrorKind::AddrNotAvailable => return Err(error),
+        _ => {}
+    }
+    socket.connect(plan.target).await
+}
+
 async fn look(plan: &Plan) -> Result<String, String> {
-    let stream = TcpStream::connect(plan.target)
+    let stream = connect(plan)
         .await
         .map_err(|e| format!("port {}: {e}", plan.target.port()))?;
     if plan.kind == CheckKind::Tcp {
@@ -229,17 +241,16 @@ async fn look(plan: &Plan) -> Result<String, String> {
         .header("connection", "close")
         .body(Empty::<Bytes>::new())
         .map_err(|e| told(&e))?;
-    let answer = async {
-        tokio::select! {
-            answer = sender.send_request(request) => answer,
-            // It only ends by itself before the answer where there is none to come.
-            ended = connection => match ended {
-                Err(error) => Err(error),
-                Ok(()) => std::future::pending().await,
-            },
-        }
+    // The connection is driven by this same task. Its end is no news: the request then fails, or
+    // has been answered.
+    let driver = async {
+        let _ = connection.await;
+        std::future::pending::<std::convert::Infallible>().await
     };
-    let status = answer.await.map_err(|e| told(&e))?.status();
+    let status = tokio::select! {
+        answer = sender.send_request(request) => answer.map_err(|e| told(&e))?.status(),
+        never = driver => match never {},
+    };
     if status.is_success() {
         Ok(status.to_string())
     } else {

@@ -403,7 +403,8 @@ impl Vm {
             .await
     }
 
-    async fn plug(&self, machine: &Machine) -> Result<(), String> {
+    /// Makes the Machine's device and rules, where they are missing.
+    pub(crate) async fn plug(&self, machine: &Machine) -> Result<(), String> {
         let port = crate::network::port(self.slot, machine.private_ip, machine.network);
         self.host
             .network
@@ -594,7 +595,7 @@ impl Hands for Vm {
             tokio::spawn(async move {
                 // Asked first, a monitor ends its disks' requests and says why it ended.
                 let polite = async {
-                    if control::stop(&socket).await.is_ok() {
+                    if !running.monitor.has_ended() && control::stop(&socket).await.is_ok() {
                         running.monitor.ended().await;
                     }
                 };

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use tern_catalog::{
-    Catalog, CheckStatus, Machine, MachineEvent, MachineId, MachineStatus, Op, Record, Transaction,
+    Catalog, CheckStatus, Machine, MachineEvent, MachineId, MachineState, MachineStatus, Op,
+    Record, Transaction,
 };
 use tokio::sync::watch;
 use ulid::Generator;
@@ -74,7 +75,12 @@ impl Recorder {
             instance_id: core.instance().to_owned(),
             image_digest: core.digest().map(str::to_owned),
             events: self.events.clone(),
-            checks,
+            checks: match core.state() {
+                MachineState::Started | MachineState::Suspending | MachineState::Suspended => {
+                    checks
+                }
+                _ => Vec::new(),
+            },
             updated_at: now,
         };
         self.out.send_replace(Some(Page::Status(Box::new(status))));
@@ -95,6 +101,7 @@ impl Recorder {
 }
 
 async fn write_all(catalog: Catalog, id: MachineId, mut pages: watch::Receiver<Option<Page>>) {
+    let mut last_chances = LAST_CHANCES;
     while pages.changed().await.is_ok() {
         let mut wait = RETRY_FIRST;
         loop {
@@ -107,8 +114,15 @@ async fn write_all(catalog: Catalog, id: MachineId, mut pages: watch::Receiver<O
             tracing::warn!(machine = %id, %error, "a status cannot be written");
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
-                // A newer one is tried at once; when the agent ends, the last chance has been.
-                changed = pages.changed() => if changed.is_err() { return },
+                // A newer one is tried at once.
+                changed = pages.changed() => if changed.is_err() {
+                    // Nobody waits for a store for ever: the next agent finds things out anew.
+                    last_chances -= 1;
+                    if last_chances == 0 {
+                        return;
+                    }
+                    tokio::time::sleep(wait).await;
+                },
             }
             wait = (wait * 2).min(RETRY_MOST);
         }
@@ -134,5 +148,7 @@ async fn write(
     }
 }
 
+/// Attempts to write what is left when the agent ends.
+const LAST_CHANCES: u32 = 4;
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MOST: Duration = Duration::from_secs(10);

@@ -84,7 +84,6 @@ impl Task {
             task.watch(task.core.epoch());
         }
         task.act(actions);
-        task.state.send_replace(task.core.state());
         while task.core.state() != MachineState::Destroyed {
             let Some(input) = task.next().await else {
                 break;
@@ -98,11 +97,12 @@ impl Task {
                 task.checks.reset();
             }
             let actions = task.core.step(input, Instant::now());
-            task.act(actions);
             let now = task.core.state();
             if now != before {
+                // Before anybody is answered: who then looks must not see what was.
                 task.state.send_replace(now);
             }
+            task.act(actions);
         }
         let destroyed = task.core.state() == MachineState::Destroyed;
         for (_, waiting) in task.waiting.drain() {
@@ -148,10 +148,13 @@ impl Task {
         for action in actions {
             self.act_one(action);
         }
-        if self.core.state() == MachineState::Started {
-            self.checks.run(self.core.wanted());
-        } else {
-            self.checks.stop();
+        match self.core.state() {
+            MachineState::Started => self.checks.run(self.core.wanted()),
+            // What was seen before a sleep still stands after it.
+            MachineState::Suspending | MachineState::Suspended | MachineState::Starting => {
+                self.checks.stop();
+            }
+            _ => self.checks.reset(),
         }
     }
 

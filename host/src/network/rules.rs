@@ -96,7 +96,7 @@ table inet tern {{
     counter drop
   }}
 
-  chain masquerade {{
+  chain to_outside {{
     type nat hook postrouting priority srcnat; policy accept;
     ip saddr 172.19.0.0/16 oifname != "tn*" masquerade
   }}

@@ -30,7 +30,10 @@ pub(crate) async fn create(
     address: Ipv6Addr,
 ) -> Result<(), NetworkError> {
     let name = slot.tap();
-    drop(open(&name, true).map_err(|e| NetworkError::Tap(name.clone(), e))?);
+    // One that exists may be in use by its monitor, which had it open before this agent was there.
+    if nix::net::if_::if_nametoindex(name.as_str()).is_err() {
+        drop(open(&name, true).map_err(|e| NetworkError::Tap(name.clone(), e))?);
+    }
     // Addresses are given, never made up or learnt; the guest is not to be believed a router.
     for (key, value) in [
         ("addr_gen_mode", "1"),

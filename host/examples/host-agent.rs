@@ -1,0 +1,229 @@
+//! An agent with a catalog of its own, driven by lines of JSON: for tests, and for trying Machines
+//! out by hand.
+//!
+//! Each line of input is a request, `{"n": 1, "op": "start", "id": "…"}`; its answer is a line with
+//! the same `n`, and `ok` or `error`. Requests are served side by side. Operations: `put` (a
+//! `machine` record), `start`, `suspend`, `stop` (`source` is `user` unless it says `proxy`),
+//! `exec` (`cmd`), `signal` (`signo`), `logs`, `status`, `wait` (until `state`), `records`,
+//! `metrics`, `shutdown`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow};
+use clap::Parser;
+use serde_json::{Value, json};
+use tern_catalog::{Catalog, HostId, Machine, MachineId, MachineState, SqliteStore, Store, View};
+use tern_guest::ExecRequest;
+use tern_host::{
+    Agent, AgentHandle, ExecOutput, HostConfig, LogItem, Registry, Source, StopRequest,
+};
+use tokio::sync::mpsc;
+
+#[derive(Parser)]
+struct Options {
+    /// The agent's directory.
+    #[arg(long)]
+    data: PathBuf,
+    /// The catalog; `catalog.db` in the agent's directory unless given.
+    #[arg(long)]
+    catalog: Option<PathBuf>,
+    /// The monitor.
+    #[arg(long)]
+    vmm: PathBuf,
+    /// The guests' kernel.
+    #[arg(long, default_value = "/nonexistent/vmlinux")]
+    kernel: PathBuf,
+    /// The guests' initramfs.
+    #[arg(long, default_value = "/nonexistent/initramfs")]
+    initramfs: PathBuf,
+    /// The size of a Machine's own disk in MiB.
+    #[arg(long, default_value_t = 64)]
+    disk_mib: u64,
+    /// Seconds that a start may take.
+    #[arg(long, default_value_t = 60)]
+    boot_timeout: u64,
+    /// `name=host:port` of a registry without TLS.
+    #[arg(long)]
+    registry: Vec<String>,
+}
+
+#[derive(Clone)]
+struct Agency {
+    catalog: Catalog,
+    view: View,
+    handle: AgentHandle,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    let options = Options::parse();
+    std::fs::create_dir_all(&options.data)?;
+    let path = options
+        .catalog
+        .clone()
+        .unwrap_or_else(|| options.data.join("catalog.db"));
+    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&path)?);
+    let catalog = Catalog::new(Arc::clone(&store));
+    let view = View::follow(store).await?;
+    let mut config = HostConfig::new(HostId(1), &options.data);
+    config.vmm_binary = options.vmm;
+    config.kernel = options.kernel;
+    config.initramfs = options.initramfs;
+    config.disk_size = options.disk_mib << 20;
+    config.boot_timeout = Duration::from_secs(options.boot_timeout);
+    for registry in &options.registry {
+        let (name, address) = registry
+            .split_once('=')
+            .context("a registry is name=host:port")?;
+        let address = address.to_owned();
+        let registry = Registry {
+            address,
+            insecure: true,
+            ..Registry::default()
+        };
+        config.registries.insert(name.to_owned(), registry);
+    }
+    let agent = Agent::start(config, catalog.clone(), view.clone()).await?;
+    let agency = Agency {
+        catalog,
+        view,
+        handle: agent.handle(),
+    };
+    println!("{}", json!({"ready": true}));
+
+    let (answers, mut answered) = mpsc::unbounded_channel::<Value>();
+    tokio::spawn(async move {
+        while let Some(answer) = answered.recv().await {
+            println!("{answer}");
+        }
+    });
+    let (typed, mut lines) = mpsc::unbounded_channel::<String>();
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lines().map_while(Result::ok) {
+            if typed.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    while let Some(line) = lines.recv().await {
+        let request: Value = serde_json::from_str(&line)?;
+        if request["op"] == "shutdown" {
+            break;
+        }
+        let (agency, answers) = (agency.clone(), answers.clone());
+        tokio::spawn(async move {
+            let answer = match agency.serve(&request).await {
+                Ok(answer) => json!({"n": request["n"], "ok": answer}),
+                Err(error) => json!({"n": request["n"], "error": format!("{error:#}")}),
+            };
+            let _ = answers.send(answer);
+        });
+    }
+    agent.shutdown().await;
+    Ok(())
+}
+
+impl Agency {
+    async fn serve(&self, request: &Value) -> Result<Value> {
+        let id = || -> Result<MachineId> { Ok(request["id"].as_str().context("no id")?.parse()?) };
+        let source = if request["source"] == "proxy" {
+            Source::Proxy
+        } else {
+            Source::User
+        };
+        match request["op"].as_str().unwrap_or_default() {
+            "put" => {
+                let machine: Machine = serde_json::from_value(request["machine"].clone())?;
+                self.catalog.put(&machine).await?;
+                let known = |s: &tern_catalog::Snapshot| {
+                    let found = s.machine_status.get(&machine.id)?;
+                    (found.generation >= machine.desired.generation).then_some(())
+                };
+                self.view.wait_for(known).await;
+                Ok(Value::Null)
+            }
+            "start" => Ok(json!(self.handle.start(&id()?, source).await?)),
+            "suspend" => Ok(json!(self.handle.suspend(&id()?, source).await?)),
+            "stop" => {
+                let millis = request["timeout_ms"].as_u64();
+                let stop = StopRequest {
+                    signal: None,
+                    timeout: millis.map(Duration::from_millis),
+                };
+                Ok(json!(self.handle.stop(&id()?, source, stop).await?))
+            }
+            "signal" => {
+                let signo = i32::try_from(request["signo"].as_i64().context("no signo")?)?;
+                Ok(json!(self.handle.signal(&id()?, signo).await?))
+            }
+            "exec" => self.exec(&id()?, request).await,
+            "logs" => {
+                let mut reader = self.handle.logs(&id()?, 0, false).await?;
+                let mut lines = Vec::new();
+                while let Some(LogItem::Line(line)) = reader.next().await {
+                    lines.push(line.line);
+                }
+                Ok(json!(lines))
+            }
+            "status" => {
+                let snapshot = self.view.snapshot();
+                Ok(json!(
+                    snapshot.machine_status.get(&id()?).map(|s| (**s).clone())
+                ))
+            }
+            "wait" => {
+                let (id, wanted) = (id()?, request["state"].clone());
+                let seen = |s: &tern_catalog::Snapshot| match s.machine_status.get(&id) {
+                    Some(status) if json!(status.state) == wanted => Some(json!(**status)),
+                    None if wanted == json!(MachineState::Destroyed) => Some(Value::Null),
+                    _ => None,
+                };
+                Ok(self.view.wait_for(seen).await)
+            }
+            "records" => {
+                let listing = self.catalog.store().list("").await?;
+                Ok(json!(
+                    listing.entries.iter().map(|e| &e.key).collect::<Vec<_>>()
+                ))
+            }
+            "metrics" => {
+                let all = self.handle.metrics();
+                let all = all
+                    .all()
+                    .into_iter()
+                    .map(|(name, _, value)| (name.to_owned(), value.into()));
+                Ok(Value::Object(all.collect()))
+            }
+            other => Err(anyhow!("no such operation: {other}")),
+        }
+    }
+
+    async fn exec(&self, id: &MachineId, request: &Value) -> Result<Value> {
+        let cmd = serde_json::from_value(request["cmd"].clone())?;
+        let request = ExecRequest {
+            cmd,
+            ..ExecRequest::default()
+        };
+        let mut exec = self.handle.exec(id, request).await?;
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        loop {
+            match exec.outputs.next().await?.context("the guest went away")? {
+                ExecOutput::Stdout(bytes) => stdout.extend(bytes),
+                ExecOutput::Stderr(bytes) => stderr.extend(bytes),
+                ExecOutput::Exit(status) => {
+                    return Ok(json!({
+                        "code": status.code,
+                        "stdout": String::from_utf8_lossy(&stdout),
+                        "stderr": String::from_utf8_lossy(&stderr),
+                    }));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! The agent is killed, at every step that matters; the next one finds its way.
+
+use std::fs;
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::json;
+
+use crate::world::{Machine, World, kinds, until};
+
+#[test]
+fn machines_outlive_their_agent_and_are_adopted() {
+    let mut world = World::new();
+    let machines = [world.launch(&[]), world.launch(&[]), world.launch(&[])];
+    let before: Vec<_> = machines.iter().map(|m| world.monitor(m)).collect();
+    for machine in &machines {
+        world.count(machine);
+    }
+    world.kill();
+    world.up();
+    assert_eq!(world.metric("adopted"), 3);
+    for (machine, pid) in machines.iter().zip(before) {
+        assert_eq!(world.monitor(machine), pid);
+        assert_eq!(world.count(machine), 2);
+        assert_eq!(world.status(machine)["state"], "started");
+    }
+    // What is adopted is looked after like one's own.
+    world.suspend(&machines[0]);
+    world.start(&machines[0]);
+    assert_eq!(world.count(&machines[0]), 3);
+    kill(world.monitor(&machines[1]), Signal::SIGKILL).unwrap();
+    until("it is started again", || {
+        kinds(&world.status(&machines[1])).ends_with(&["start".into()])
+            && world.status(&machines[1])["state"] == "started"
+            && kinds(&world.status(&machines[1])).contains(&"exit".into())
+    });
+    world.stop(&machines[2]);
+    assert_eq!(world.metric("cold_starts"), 1);
+}
+
+#[test]
+fn what_died_while_nobody_looked_is_started_again() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    world.exec(&machine, &["write", "kept"]);
+    world.kill();
+    let pid = world.monitor(&machine);
+    kill(pid, Signal::SIGKILL).unwrap();
+    until("it is dead", || world.monitors().is_empty());
+    world.up();
+    until("it runs again", || {
+        let status = world.status(&machine);
+        status["state"] == "started" && kinds(&status).contains(&"exit".into())
+    });
+    assert_eq!(world.exec(&machine, &["read"]), "kept");
+    assert!(kinds(&world.status(&machine)).contains(&"exit".into()));
+}
+
+/// The agent dies at a step of a suspend; afterwards the Machine can be woken with its memory, or
+/// never slept.
+fn dies_while_suspending(step: &str) {
+    let mut world = World::new();
+    let machine = world.launch(&[("FAKE_KILL_AGENT_AT", step)]);
+    world.count(&machine);
+    world.say("suspend", &machine.id, json!({"source": "proxy"}));
+    world.wait_for_crash();
+    world.up();
+    // What was begun is brought to its end.
+    world.wait(&machine, "suspended");
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 2, "its memory was never lost");
+    assert_eq!(world.metric("cold_starts"), 0);
+    assert_eq!(world.monitors().len(), 1);
+}
+
+#[test]
+fn the_agent_dies_before_the_pause() {
+    dies_while_suspending("pause");
+}
+
+#[test]
+fn the_agent_dies_when_the_snapshot_is_written() {
+    dies_while_suspending("snapshot");
+}
+
+#[test]
+fn the_agent_dies_before_the_monitor_is_stopped() {
+    dies_while_suspending("stop");
+}
+
+/// The agent dies at a step of a wake; afterwards the Machine runs, and the snapshot is not used
+/// again.
+fn dies_while_waking(step: &str) {
+    let mut world = World::new();
+    let machine = world.launch(&[("FAKE_KILL_AGENT_AT", step)]);
+    world.count(&machine);
+    world.suspend(&machine);
+    world.say("start", &machine.id, json!({"source": "proxy"}));
+    world.wait_for_crash();
+    world.up();
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 2, "the monitor was adopted");
+    assert_eq!(world.monitors().len(), 1);
+    let dir = world.machine_dir(&machine);
+    until("the snapshot is gone", || !dir.join("snapshot").exists());
+    assert!(!dir.join("suspended.json").exists());
+}
+
+#[test]
+fn the_agent_dies_when_the_monitor_restores() {
+    dies_while_waking("restore");
+}
+
+#[test]
+fn the_agent_dies_before_the_guest_was_told_the_time() {
+    dies_while_waking("resumed");
+}
+
+#[test]
+fn the_agent_dies_while_a_machine_boots() {
+    let mut world = World::new();
+    let mut machine = Machine::new(&[("FAKE_KILL_AGENT_AT", "boot")]);
+    // The agent may die before it answers that it has taken the record up.
+    world.begin(&mut machine, json!("started"));
+    world.wait_for_crash();
+    world.up();
+    until("it runs", || world.status(&machine)["state"] == "started");
+    assert_eq!(world.monitors().len(), 1);
+    assert_eq!(world.count(&machine), 1);
+}
+
+#[test]
+fn a_snapshot_without_its_seal_is_rubbish() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    world.count(&machine);
+    world.suspend(&machine);
+    world.wait(&machine, "suspended");
+    world.kill();
+    fs::remove_file(world.machine_dir(&machine).join("suspended.json")).unwrap();
+    world.up();
+    assert_eq!(world.status(&machine)["state"], "suspended");
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 1, "a cold start");
+    assert!(
+        world.status(&machine)["events"]
+            .to_string()
+            .contains("snapshot")
+    );
+}
+
+#[test]
+fn a_snapshot_outlasts_a_loss_of_power_once_it_is_safe_on_disk() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    world.count(&machine);
+    world.suspend(&machine);
+    let seal = world.machine_dir(&machine).join("suspended.json");
+    until("it is safe", || {
+        fs::read_to_string(&seal)
+            .unwrap()
+            .contains("\"boot_id\":null")
+    });
+    world.kill();
+    world.up();
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 2);
+
+    // Power is lost before: the seal is of another boot of the host.
+    world.suspend(&machine);
+    until("it is safe", || {
+        fs::read_to_string(&seal)
+            .unwrap()
+            .contains("\"boot_id\":null")
+    });
+    world.kill();
+    let text = fs::read_to_string(&seal)
+        .unwrap()
+        .replace("null", "\"the boot before\"");
+    fs::write(&seal, text).unwrap();
+    world.up();
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 1, "half a snapshot is not used");
+}
+
+#[test]
+fn what_belongs_to_nobody_is_removed_and_what_is_not_ours_stays() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    let stranger = world.launch(&[]);
+    world.kill();
+    // The catalog forgets one of them.
+    let catalog = world.machines_dir().parent().unwrap().join("catalog.db");
+    fs::create_dir(world.machines_dir().join("lost+found")).unwrap();
+    forget(&catalog, &stranger.id);
+    world.up();
+    assert_eq!(world.metric("leftovers"), 2, "a directory and a device");
+    assert_eq!(world.monitors(), [world.monitor(&machine)]);
+    assert!(!world.machine_dir(&stranger).exists());
+    assert!(world.machines_dir().join("lost+found").exists());
+    assert!(
+        !world
+            .traces()
+            .iter()
+            .any(|t| t.contains("\"tn1\"") || t.contains(": tn1:"))
+    );
+}
+
+/// Removes a Machine's records behind the agent's back.
+fn forget(catalog: &std::path::Path, id: &str) {
+    use tern_catalog::{Catalog, Machine, MachineStatus, SqliteStore};
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let store = SqliteStore::open(catalog).unwrap();
+        let catalog = Catalog::new(std::sync::Arc::new(store));
+        catalog.delete::<Machine>(id).await.unwrap();
+        catalog.delete::<MachineStatus>(id).await.unwrap();
+    });
+    drop(runtime);
+    // The store lets go of its files when its own threads have ended.
+    let lock = fs::File::options()
+        .write(true)
+        .open(catalog.with_extension("lock"))
+        .unwrap();
+    lock.lock().unwrap();
+}
+
+#[test]
+fn a_second_agent_is_refused() {
+    let world = World::new();
+    let error = world.second_agent();
+    assert!(error.contains("in use by another agent"), "{error}");
+}

@@ -1,0 +1,264 @@
+//! A Machine's life, as the gate and the API see it.
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::json;
+
+use crate::world::{Machine, World, kinds, until};
+
+#[test]
+fn a_machine_is_launched_suspended_woken_stopped_and_destroyed() {
+    let mut world = World::new();
+    let mut machine = world.launch(&[]);
+    let status = world.status(&machine);
+    assert_eq!(status["generation"], 1);
+    assert!(
+        status["image_digest"]
+            .as_str()
+            .unwrap()
+            .starts_with("sha256:0011")
+    );
+    assert_eq!(world.count(&machine), 1);
+
+    world.suspend(&machine);
+    assert_eq!(
+        world.wait(&machine, "suspended")["events"][2]["source"],
+        "proxy"
+    );
+    assert!(world.monitors().is_empty(), "its memory is free");
+    assert!(world.machine_dir(&machine).join("snapshot/state").exists());
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 2, "its memory is what it was");
+    until("the snapshot is gone", || {
+        !world.machine_dir(&machine).join("snapshot").exists()
+    });
+
+    world.stop(&machine);
+    let status = world.wait(&machine, "stopped");
+    assert_eq!(
+        kinds(&status),
+        ["launch", "start", "suspend", "start", "stop"]
+    );
+    assert_eq!(status["events"][4]["request"]["exit_event"]["exit_code"], 0);
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 1, "a stop forgets");
+
+    world.wish(&mut machine, json!({"destroyed": {"force": false}}));
+    world.wait(&machine, "destroyed");
+    until("nothing is left", || world.traces().is_empty());
+    let records = world.ask("records", "", json!({})).unwrap();
+    assert_eq!(records, json!([]));
+    let unknown = world.ask("start", &machine.id, json!({})).unwrap_err();
+    assert!(
+        unknown.contains("not on this host") || unknown.contains("destroyed"),
+        "{unknown}"
+    );
+}
+
+#[test]
+fn two_hundred_starts_at_once_are_one_wake() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    for round in 1..=5 {
+        world.suspend(&machine);
+        let asked: Vec<_> = (0..200)
+            .map(|_| world.say("start", &machine.id, json!({"source": "proxy"})))
+            .collect();
+        for n in asked {
+            world.answer(n).unwrap();
+        }
+        assert_eq!(world.metric("wakes"), round);
+    }
+    assert_eq!(world.metric("cold_starts"), 1);
+    assert_eq!(world.metric("refused_wakes"), 0);
+}
+
+#[test]
+fn the_guest_is_told_the_time_and_its_output_is_kept() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    world.suspend(&machine);
+    world.start(&machine);
+    until("its lines arrive", || world.logs(&machine).len() == 2);
+    assert_eq!(
+        world.logs(&machine),
+        ["booted", "resumed 0 s late with 64 bytes"]
+    );
+    world.down();
+    world.up();
+    // The next agent tells it the time again, and collects only what is new.
+    until("one more line arrives", || world.logs(&machine).len() == 3);
+    assert_eq!(world.metric("log_lines_lost"), 0);
+}
+
+#[test]
+fn a_disk_is_kept_by_a_suspend_and_emptied_by_a_stop() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    world.exec(&machine, &["write", "kept"]);
+    world.suspend(&machine);
+    world.down();
+    world.up();
+    assert_eq!(world.status(&machine)["state"], "suspended");
+    world.start(&machine);
+    assert_eq!(world.exec(&machine, &["read"]), "kept");
+    world.stop(&machine);
+    world.start(&machine);
+    assert_eq!(world.exec(&machine, &["read"]), "");
+}
+
+#[test]
+fn an_update_replaces_the_machine_and_its_disk() {
+    let mut world = World::new();
+    let mut machine = world.launch(&[]);
+    world.exec(&machine, &["write", "old"]);
+    let before = world.monitor(&machine);
+    machine.update(|config| config["env"]["NEW"] = json!("1"));
+    world.wish(&mut machine, json!("started"));
+    until("it is the new one", || {
+        let status = world.status(&machine);
+        status["state"] == "started" && status["instance_id"] == "01Ax"
+    });
+    assert_ne!(world.monitor(&machine), before);
+    assert_eq!(world.exec(&machine, &["read"]), "");
+    assert_eq!(
+        kinds(&world.status(&machine)),
+        ["launch", "start", "stop", "update", "start"]
+    );
+}
+
+#[test]
+fn a_failing_app_is_told_with_its_last_words_and_restarted() {
+    let mut world = World::new();
+    let mut machine = Machine::new(&[("FAKE_EXIT", "3")]);
+    machine.update(|config| config["restart"] = json!({"policy": "on-failure", "max_retries": 1}));
+    world.wish(&mut machine, json!("started"));
+    let status = world.wait(&machine, "failed");
+    let reason = status["reason"].as_str().unwrap();
+    assert!(
+        reason.contains("code 3") && reason.contains("given up after 1"),
+        "{reason}"
+    );
+    assert!(
+        kinds(&status).iter().filter(|k| *k == "exit").count() == 2,
+        "{status:#}"
+    );
+    assert!(world.logs(&machine).contains(&"leaving with 3".to_owned()));
+    assert!(world.monitors().is_empty());
+}
+
+#[test]
+fn an_app_that_never_starts_fails_in_time() {
+    let mut world = World::with(&["--boot-timeout", "1"]);
+    let mut machine = Machine::new(&[("FAKE_NEVER_START", "1")]);
+    machine.update(|config| config["restart"] = json!({"policy": "no"}));
+    world.wish(&mut machine, json!("started"));
+    let status = world.wait(&machine, "failed");
+    assert!(
+        status["reason"].as_str().unwrap().contains("did not start"),
+        "{status:#}"
+    );
+    assert!(world.monitors().is_empty(), "nothing is left running");
+    let refused = world
+        .ask("exec", &machine.id, json!({"cmd": ["count"]}))
+        .unwrap_err();
+    assert!(refused.contains("failed"), "{refused}");
+}
+
+#[test]
+fn a_stop_that_is_not_heeded_ends_all_the_same() {
+    let mut world = World::new();
+    let machine = world.launch(&[("FAKE_IGNORE_STOP", "1")]);
+    // No time for the app, and none for init after it.
+    world
+        .ask("stop", &machine.id, json!({"timeout_ms": 0}))
+        .unwrap();
+    assert!(world.monitors().is_empty());
+    assert!(
+        world
+            .logs(&machine)
+            .iter()
+            .any(|l| l.contains("asked to stop"))
+    );
+}
+
+#[test]
+fn a_killed_monitor_is_told_and_the_next_start_works() {
+    let mut world = World::new();
+    let mut machine = Machine::new(&[]);
+    machine.update(|config| config["restart"] = json!({"policy": "no"}));
+    world.wish(&mut machine, json!("started"));
+    world.wait(&machine, "started");
+    world.exec(&machine, &["write", "kept"]);
+    kill(world.monitor(&machine), Signal::SIGKILL).unwrap();
+    let status = world.wait(&machine, "failed");
+    assert!(
+        status["reason"]
+            .as_str()
+            .unwrap()
+            .contains("monitor was killed by SIGKILL"),
+        "{status:#}"
+    );
+    world.start(&machine);
+    assert_eq!(
+        world.exec(&machine, &["read"]),
+        "kept",
+        "a crash empties no disk"
+    );
+}
+
+#[test]
+fn a_killed_monitor_is_started_again_by_policy() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    let before = world.monitor(&machine);
+    kill(before, Signal::SIGKILL).unwrap();
+    until("it runs again", || {
+        let status = world.status(&machine);
+        kinds(&status).ends_with(&["exit".into(), "restart".into(), "start".into()])
+    });
+    assert_ne!(world.monitor(&machine), before);
+}
+
+#[test]
+fn a_damaged_snapshot_becomes_a_cold_start() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    world.exec(&machine, &["write", "kept"]);
+    world.suspend(&machine);
+    let state = world.machine_dir(&machine).join("snapshot/state");
+    std::fs::write(&state, b"{\"counter\":").unwrap();
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 1);
+    assert_eq!(world.exec(&machine, &["read"]), "kept");
+    let status = world.status(&machine);
+    let told = status["events"].to_string();
+    assert!(
+        told.contains("the snapshot could not be used"),
+        "{status:#}"
+    );
+}
+
+#[test]
+fn a_machine_that_cannot_be_suspended_runs_on() {
+    let mut world = World::new();
+    let machine = world.launch(&[("FAKE_NO_SNAPSHOT", "1")]);
+    let error = world.ask("suspend", &machine.id, json!({})).unwrap_err();
+    assert!(error.contains("the disk is full"), "{error}");
+    assert_eq!(world.count(&machine), 1);
+}
+
+#[test]
+fn a_wish_is_taken_up_once_and_the_gate_is_free_in_between() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    world.suspend(&machine);
+    world.down();
+    world.up();
+    assert_eq!(
+        world.status(&machine)["state"],
+        "suspended",
+        "not started by the old wish"
+    );
+    let stopped = world.ask("suspend", &machine.id, json!({}));
+    assert_eq!(stopped, Ok(json!(null)), "it is that already");
+}
