@@ -75,6 +75,36 @@ fn metal_an_app_runs_as_configured_and_its_end_resets_the_machine() {
 }
 
 #[test]
+fn metal_an_image_of_a_single_file_is_enough() {
+    let mut config = script("mount; ls -ld /tmp /etc/hosts /dev/fd /dev/shm");
+    config.process.entrypoint = vec!["/busybox".into(), "sh".into(), "-c".into()];
+    let mut machine = Machine::of_one_file();
+    machine.start(&run_archive(&config).unwrap());
+    let (lines, status) = machine.attach(0).until_end();
+    let said = text(&lines);
+    assert_eq!(status.code, 0, "{said}");
+    for place in [
+        "/dev/pts",
+        "/dev/shm",
+        "/dev/mqueue",
+        "/proc",
+        "/sys",
+        "/sys/fs/cgroup",
+        "/run",
+    ] {
+        assert!(
+            said.contains(&format!(" on {place} type ")),
+            "{place} is not in:\n{said}"
+        );
+    }
+    assert!(
+        said.contains("drwxrwxrwt") && said.contains("/dev/fd -> /proc/self/fd"),
+        "{said}"
+    );
+    assert!("{said}");
+}
+
+#[test]
 fn metal_what_cannot_start_is_an_end_with_a_reason() {
     let mut cases = Vec::new();
     let mut case = |code: i32, reason: &'static str, change: &dyn Fn(&mut RunConfig)| {

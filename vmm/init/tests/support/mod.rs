@@ -58,8 +58,24 @@ impl Machine {
 
     /// A Machine with an image and an empty disk, which does not run yet.
     pub fn new() -> Self {
-        let dir = TempDir::new().unwrap();
-        make_image(&dir.path().join("image.erofs"));
+        Self::of(make_tree)
+    }
+
+    /// A Machine with nothing but `/busybox` in its image.
+    pub fn of_one_file() -> Self {
+        Self::of(|root| {
+            fs::copy(BUSYBOX, root.join("busybox")).expect(BUSYBOX);
+        })
+    }
+
+    fn of(make_tree: impl FnOnce(&Path)) -> Self {
+        let (dir, root) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+        make_tree(root.path());
+        let image = dir.path().join("image.erofs");
+        run(Command::new("mkfs.erofs")
+            .arg("--quiet")
+            .arg(image)
+            .arg(root.path()));
         run(Command::new("truncate")
             .args(["-s", "256M"])
             .arg(dir.path().join("disk.ext4")));
@@ -356,15 +372,13 @@ fn target() -> PathBuf {
         .to_owned()
 }
 
-/// A small image: busybox, two users.
-fn make_image(to: &Path) {
-    let root = TempDir::new().unwrap();
-    let path = |name: &str| root.path().join(name);
+/// A small system: busybox, two users.
+fn make_tree(root: &Path) {
+    let path = |name: &str| root.join(name);
     for directory in ["bin", "etc", "home/app"] {
         fs::create_dir_all(path(directory)).unwrap();
     }
-    let busybox = Path::new("/bin/busybox");
-    fs::copy(busybox, path("bin/busybox")).expect("busybox-static of the virtual host");
+    fs::copy(BUSYBOX, path("bin/busybox")).expect(BUSYBOX);
     for applet in APPLETS.split_whitespace() {
         symlink("busybox", path("bin").join(applet)).unwrap();
     }
@@ -379,10 +393,6 @@ fn make_image(to: &Path) {
     symlink("/etc", path("run")).unwrap();
     fs::write(path("bin/no-loader"), "#!/no/such/interpreter\n").unwrap();
     run(Command::new("chmod").arg("755").arg(path("bin/no-loader")));
-    run(Command::new("mkfs.erofs")
-        .arg("--quiet")
-        .arg(to)
-        .arg(root.path()));
 }
 
 /// Runs a tool of the virtual host.
@@ -395,6 +405,9 @@ pub fn run(command: &mut Command) -> String {
     assert!(output.status.success(), "{command:?}: {stdout}{stderr}");
     stdout
 }
+
+/// Static: the virtual host has it from `busybox-static`.
+const BUSYBOX: &str = "/bin/busybox";
 
 const APPLETS: &str = "cat date dd df dmesg echo env grep head hostname id ip kill ls mkdir mount nc \
                        ping ping6 ps rm sh sleep stat stty sync tail test touch tty uname wc yes";
