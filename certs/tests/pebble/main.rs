@@ -1,0 +1,11 @@
+//! The issuer and the resolver against Debian's `pebble`, a CA made to be difficult: it refuses one nonce
+//! in twenty, waits up to 15 s before it validates, and forgets half of what it has validated.
+//!
+//! Every test has a CA, a catalog and listeners of its own; nothing leaves loopback.
+
+mod ca;
+mod dns;
+mod failure;
+mod issue;
+mod renew;
+mod world;
