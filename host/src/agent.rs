@@ -319,7 +319,7 @@ impl Supervisor {
                 }
             }
             for (id, entry) in machines.iter() {
-                if !snapshot.machines.get(id).is_some_and(|m| m.host == own) {
+                if snapshot.machines.get(id).is_none_or(|m| m.host != own) {
                     let _ = entry.messages.send(Message::Gone);
                 }
             }

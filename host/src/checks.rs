@@ -26,11 +26,12 @@ pub(crate) struct Checks {
     instance: String,
     results: Vec<CheckStatus>,
     tasks: JoinSet<()>,
-    news: (
-        mpsc::UnboundedSender<(usize, Outcome)>,
-        mpsc::UnboundedReceiver<(usize, Outcome)>,
-    ),
+    tell: mpsc::UnboundedSender<News>,
+    told: mpsc::UnboundedReceiver<News>,
 }
+
+/// Which check, and what it has seen.
+type News = (usize, Outcome);
 
 /// What one check has seen: whether it may be believed already, and what there was.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,12 +56,14 @@ struct Plan {
 
 impl Checks {
     pub(crate) fn new(metrics: Arc<Metrics>) -> Self {
+        let (tell, told) = mpsc::unbounded_channel();
         Self {
             metrics,
             instance: String::new(),
             results: Vec::new(),
             tasks: JoinSet::new(),
-            news: mpsc::unbounded_channel(),
+            tell,
+            told,
         }
     }
 
@@ -76,7 +79,7 @@ impl Checks {
             self.results = plans.iter().map(unknown).collect();
         }
         for (index, plan) in plans.into_iter().enumerate() {
-            let (news, metrics) = (self.news.0.clone(), Arc::clone(&self.metrics));
+            let (news, metrics) = (self.tell.clone(), Arc::clone(&self.metrics));
             let passed = self.results[index].status == CheckState::Passing;
             self.tasks
                 .spawn(check_for_ever(plan, passed, index, news, metrics));
@@ -88,7 +91,7 @@ impl Checks {
         if !self.tasks.is_empty() {
             self.tasks = JoinSet::new();
             // What they have told since is of a Machine that is no more.
-            self.news = mpsc::unbounded_channel();
+            (self.tell, self.told) = mpsc::unbounded_channel();
         }
     }
 
@@ -107,7 +110,7 @@ impl Checks {
     /// Waits until something is to be shown differently.
     pub(crate) async fn changed(&mut self) {
         loop {
-            let Some((index, outcome)) = self.news.1.recv().await else {
+            let Some((index, outcome)) = self.told.recv().await else {
                 return std::future::pending().await;
             };
             let Some(result) = self.results.get_mut(index) else {
@@ -179,10 +182,14 @@ async fn check_for_ever(
     plan: Plan,
     mut passed: bool,
     index: usize,
-    news: mpsc::UnboundedSender<(usize, Outcome)>,
+    news: mpsc::UnboundedSender<News>,
     metrics: Arc<Metrics>,
 ) {
     let began = Instant::now();
+    if passed {
+        // It has just been woken, for a request that must not share it with us.
+        tokio::time::sleep(plan.interval).await;
+    }
     loop {
         let seen = match tokio::time::timeout(plan.timeout, look(&plan)).await {
             Ok(seen) => seen,

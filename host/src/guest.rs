@@ -252,7 +252,7 @@ impl ExecInputs {
 
 impl Incoming {
     async fn frame(&mut self) -> Result<Option<Frame>, GuestError> {
-        let mut buffer = [0; 16 * 1024];
+        let mut buffer = [0; READ];
         loop {
             if let Some(frame) = self.decoder.next_frame()? {
                 return Ok(Some(frame));
@@ -265,6 +265,8 @@ impl Incoming {
     }
 }
 
+/// Read at once: some lines of output.
+const READ: usize = 4 * 1024;
 /// `OK ` and a number of 32 bits.
 const MAX_OK: usize = 32;
 /// What init answers at once, in a host that may be busy and emulated.

@@ -235,6 +235,7 @@ impl Vm {
         if Some(&seal.instance_id) != self.memo.lock().instance_id.as_ref() {
             return Err("it is of another config".to_owned());
         }
+        let began = std::time::Instant::now();
         self.break_seal().map_err(told)?;
         self.dir.prepare_for_monitor().map_err(told)?;
         let sync = tokio::task::spawn_blocking({
@@ -246,13 +247,17 @@ impl Vm {
             self.plug(machine).await?;
         }
         let running = self.spawn(epoch, true)?;
+        let spawned = began.elapsed();
         let limit = self.host.config.wake_timeout;
-        let request = resumed();
         let speak = async {
-            let spoken = self.guest.insist(&request, limit).await.map(drop);
+            let spoken = self.guest.insist(&resumed(), limit).await.map(drop);
             spoken.map_err(|e| e.to_string())?;
+            let spoke = began.elapsed();
             // Long done, as a rule: the monitor had memory to load meanwhile.
-            sync.await.map_err(|e| e.to_string())?.map_err(told)
+            sync.await.map_err(|e| e.to_string())?.map_err(told)?;
+            let synced = began.elapsed();
+            tracing::debug!(machine = %self.id, ?spawned, ?spoke, ?synced, "woken");
+            Ok(())
         };
         tokio::select! {
             outcome = speak => outcome,
