@@ -35,7 +35,10 @@ async fn a_certificate_is_renewed_before_it_ends_and_no_visitor_notices() {
     assert!(due <= now && now < end, "{due} {now} {end}");
 
     let second = world.issued(&name).await;
-    assert_ne!(second.key, first.key, "each certificate has a key of its own");
+    assert_ne!(
+        second.key, first.key,
+        "each certificate has a key of its own"
+    );
     assert!(second.not_after.unwrap() > end && second.next_attempt.unwrap() > due);
     assert_eq!(second.failures, 0);
     assert_eq!(world.browse(name.as_str()).await.unwrap(), new);
