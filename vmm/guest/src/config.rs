@@ -19,8 +19,7 @@ use crate::signal::SIGINT;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
-    /// The Machine's id: the guest's `/etc/machine-id` follows from it, and `<id>` resolves to the
-    /// guest itself.
+    /// The Machine's id, which in the guest is a name of the guest itself.
     pub machine_id: String,
     /// The guest's host name.
     pub hostname: String,

@@ -31,6 +31,16 @@ struct Inner {
 /// Where the end of a process is reported.
 pub type Exit = mpsc::Receiver<ExitStatus>;
 
+/// Waits for the end of a process.
+pub fn wait(exit: &Exit) -> ExitStatus {
+    // The reaper reports every process that it knows. Were it gone, nothing would be known of the
+    // end, and that must not look like success.
+    exit.recv().unwrap_or(ExitStatus {
+        code: UNKNOWN,
+        ..Default::default()
+    })
+}
+
 /// A process that was started here. It stays this process, and never becomes another with the same
 /// number, because it is held by descriptor.
 #[derive(Debug)]
@@ -184,6 +194,9 @@ fn exit_status(status: i32) -> ExitStatus {
         ..Default::default()
     }
 }
+
+/// What container engines return when they do not know better.
+const UNKNOWN: i32 = 125;
 
 /// To be held by every test that starts a process: `reap` takes all children of the whole process.
 #[cfg(test)]

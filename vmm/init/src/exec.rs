@@ -20,7 +20,7 @@ use tern_guest::message::TerminalSize;
 use tern_guest::signal::{SIGKILL, is_signal};
 use tern_guest::{Decoder, Encoder, ExecInput, ExecRequest, ExitStatus, Frame, FrameKind, Reply};
 
-use crate::children::{Exit, Process};
+use crate::children::{self, Exit, Process};
 use crate::guest::Guest;
 use crate::output::set_nonblocking;
 use crate::process::{Descriptors, StartError};
@@ -177,8 +177,7 @@ impl Session<'_> {
             }
             ended = ready.ended;
         }
-        // The reaper is on its way: the process has ended.
-        let status = exit.recv().unwrap_or_default();
+        let status = children::wait(exit);
         self.to_host
             .json(&Reply::Exit(status))
             .map_err(io::Error::other)?;

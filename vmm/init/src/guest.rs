@@ -1,5 +1,6 @@
 //! The state that all threads of init share, and what can be done with the app.
 
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -99,13 +100,17 @@ impl Guest {
         let timeout = timeout
             .unwrap_or(Duration::from_millis(stop.timeout_ms))
             .min(MAX_STOP);
-        std::thread::spawn(move || {
+        let insist = move || {
             if !app.wait(timeout) {
                 // It may have ended just now.
                 let _ = app.signal(SIGKILL);
             }
-        });
-        Ok(())
+        };
+        let thread = std::thread::Builder::new().name("stop".into());
+        thread
+            .spawn(insist)
+            .map(drop)
+            .map_err(ProgramError::NoTimer)
     }
 
     fn config(&self) -> Result<&RunConfig, ProgramError> {
@@ -128,6 +133,9 @@ pub enum ProgramError {
     /// Something no program can be given.
     #[error("a command's words and variables have no NUL, and a variable's name no `=`")]
     Malformed,
+    /// The app was asked to stop, but nobody will insist.
+    #[error("cannot wait for the app to stop: {0}")]
+    NoTimer(#[source] io::Error),
     /// No such user.
     #[error(transparent)]
     User(#[from] UserError),

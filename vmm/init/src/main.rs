@@ -151,8 +151,7 @@ fn run_app(guest: &Arc<Guest>, config: &RunConfig) -> ExitStatus {
             return fail(guest, code, &format!("cannot start the app: {error:#}"));
         }
     };
-    // The reaper always reports; without it, there is nothing left to wait for.
-    let mut status = exit.recv().unwrap_or_default();
+    let mut status = children::wait(&exit);
     let killed = oom.killed();
     // A shell that ran the app returns what killed it: 128 and the signal.
     status.oom_killed = killed.contains(&pid) || status.code == 137 && !killed.is_empty();

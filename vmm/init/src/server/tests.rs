@@ -21,6 +21,13 @@ impl Rig {
         let alone = ONE_FAMILY_AT_A_TIME
             .lock()
             .unwrap_or_else(|e| e.into_inner());
+        let root = nix::unistd::geteuid().is_root();
+        assert!(
+            root,
+            "this test starts programs as other users: run it as root"
+        );
+        // As in a guest, orphans come to us: nobody else on this machine need bury them in time.
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
         let guest = Arc::new(Guest::default());
         let mut config = RunConfig::default();
         config.process.env = vec![("GREETING".into(), "hello".into())];
