@@ -172,6 +172,10 @@ pub async fn destroy(
     );
     let revision = shared.catalog.store().commit(Transaction::of(ops)).await?;
     shared.seen(revision).await;
+    // Whoever takes the name next must not find this owner's images under it.
+    if let Err(error) = shared.registry.forget(&name) {
+        tracing::error!(app = %name, %error, "its images could not be removed");
+    }
     Ok(StatusCode::ACCEPTED)
 }
 

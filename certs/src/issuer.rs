@@ -17,7 +17,7 @@ use tern_catalog::{
     View,
 };
 use thiserror::Error;
-use tokio::sync::{Mutex, OnceCell};
+use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -59,6 +59,13 @@ const AT_ONCE: usize = 4;
 /// Longest sleep: clocks are set, and records change by hand.
 const LOOK_AGAIN: Duration = Duration::from_secs(600);
 
+/// Longest one order may take: a directory that does not answer must not block a name for good.
+const ORDER: Duration = Duration::from_secs(300);
+/// Pause after a result that the catalog did not take.
+const UNNOTED: Duration = Duration::from_secs(10);
+/// RFC 8555 section 6.7: the directory has lost the account.
+const UNKNOWN_ACCOUNT: &str = "accountDoesNotExist";
+
 impl Issuer {
     /// Begins to get certificates.
     pub fn start(config: CertsConfig, catalog: Catalog, view: View) -> Result<Self, CertsError> {
@@ -70,8 +77,7 @@ impl Issuer {
             catalog,
             view,
             sealer,
-            account: OnceCell::new(),
-            accounting: Mutex::new(()),
+            account: Mutex::default(),
         };
         let task = tokio::spawn(Arc::new(worker).run(end.clone()));
         Ok(Self {
@@ -98,9 +104,8 @@ struct Worker {
     catalog: Catalog,
     view: View,
     sealer: Arc<Sealer>,
-    account: OnceCell<Account>,
-    /// Two orders at the first start must not make two accounts.
-    accounting: Mutex<()>,
+    /// Locked while it is found or made: two orders at the first start must not make two accounts.
+    account: Mutex<Option<Account>>,
 }
 
 impl Worker {
@@ -166,7 +171,10 @@ impl Worker {
         tracing::info!(%hostname, challenge = kind.as_str(), "ordering a certificate");
         let outcome = async {
             let account = self.account().await?;
-            let issued = order::run(account, &self.catalog, &self.view, hostname, kind).await?;
+            let order = order::run(&account, &self.catalog, &self.view, hostname, kind);
+            let issued = tokio::time::timeout(ORDER, order)
+                .await
+                .map_err(|_| Failure::TookTooLong)??;
             let key = self.sealer.seal(hostname.as_str(), &issued.key)?;
             Ok::<_, Failure>(Certificate {
                 hostname: hostname.clone(),
@@ -185,6 +193,9 @@ impl Worker {
                 record
             }
             Err(error) => {
+                if error.to_string().contains(UNKNOWN_ACCOUNT) {
+                    self.forget_account().await;
+                }
                 let record = plan::failed(
                     hostname,
                     before.as_deref(),
@@ -203,17 +214,36 @@ impl Worker {
                 .wait_for(|s| (s.revision >= revision).then_some(()))
                 .await;
         }
+        if revision.is_err() {
+            // The failure could not be noted: without a pause it would be tried again at once.
+            tokio::time::sleep(UNNOTED).await;
+        }
         self.keep(revision);
     }
 
     /// The account at the directory: kept, or made.
-    async fn account(&self) -> Result<&Account, Failure> {
-        let _one = self.accounting.lock().await;
-        self.account.get_or_try_init(|| self.find_account()).await
+    async fn account(&self) -> Result<Account, Failure> {
+        let mut kept = self.account.lock().await;
+        if let Some(account) = &*kept {
+            return Ok(account.clone());
+        }
+        let account = self.find_account().await?;
+        *kept = Some(account.clone());
+        Ok(account)
+    }
+
+    /// Forgets an account that its directory no longer knows; the next order makes another.
+    async fn forget_account(&self) {
+        *self.account.lock().await = None;
+        self.keep(self.catalog.delete::<AcmeAccount>(&self.account_id()).await);
+    }
+
+    fn account_id(&self) -> String {
+        hex::encode(Sha256::digest(&self.config.directory))
     }
 
     async fn find_account(&self) -> Result<Account, Failure> {
-        let id = hex::encode(Sha256::digest(&self.config.directory));
+        let id = self.account_id();
         let what = format!("acme-account/{id}");
         let builder = || match &self.config.root_ca {
             Some(root) => Account::builder_with_root(root),
@@ -269,6 +299,8 @@ enum Failure {
     Catalog(#[from] CatalogError),
     #[error(transparent)]
     Seal(#[from] SealError),
+    #[error("the directory did not finish the order within {} s", ORDER.as_secs())]
+    TookTooLong,
     #[error("the account's credentials: {0}")]
     Json(#[from] serde_json::Error),
 }

@@ -24,8 +24,11 @@ pub struct SniResolver {
     view: View,
     sealer: Arc<Sealer>,
     /// Parsed once for each record; a renewed one is another record.
-    parsed: RwLock<HashMap<Hostname, (Arc<Certificate>, Arc<CertifiedKey>)>>,
+    parsed: RwLock<HashMap<Hostname, Parsed>>,
 }
+
+/// A record, and what it holds.
+type Parsed = (Arc<Certificate>, Arc<CertifiedKey>);
 
 /// The protocol of RFC 8737.
 const ACME_TLS: &[u8] = b"acme-tls/1";

@@ -104,9 +104,13 @@ pub struct Serve {
     #[arg(long)]
     pub upstream_dns: Vec<SocketAddr>,
     /// The ACME directory that certificates come from
-    #[arg(long, env = "TERN_ACME_DIRECTORY", default_value = "https://acme-v02.api.letsencrypt.org/directory")]
+    #[arg(
+        long,
+        env = "TERN_ACME_DIRECTORY",
+        default_value = "https://acme-v02.api.letsencrypt.org/directory"
+    )]
     pub acme_directory: String,
-    /// A root certificate (PEM) to trust for the ACME directory, beside the system's
+    /// A root certificate (PEM) to trust for the ACME directory, instead of the system's
     #[arg(long)]
     pub acme_root_ca: Option<PathBuf>,
     /// Mail address for the ACME account
@@ -403,7 +407,15 @@ mod tests {
 
     #[test]
     fn exec_takes_options_of_its_command() {
-        let args = ["tern", "machine", "exec", "0123456789abcd", "ls", "-l", "--all"];
+        let args = [
+            "tern",
+            "machine",
+            "exec",
+            "0123456789abcd",
+            "ls",
+            "-l",
+            "--all",
+        ];
         let Command::Machine(Machine::Exec { command, .. }) = Args::parse_from(args).command else {
             panic!("not exec");
         };

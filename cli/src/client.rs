@@ -62,52 +62,84 @@ impl Client {
     }
 
     /// `POST` of JSON, answered as JSON.
-    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &(impl Serialize + ?Sized)) -> Result<T> {
-        self.json(Method::POST, path, full(serde_json::to_vec(body)?)).await
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &(impl Serialize + ?Sized),
+    ) -> Result<T> {
+        self.json(Method::POST, path, full(serde_json::to_vec(body)?))
+            .await
     }
 
     /// `DELETE`; what is answered does not matter.
     pub async fn delete(&self, path: &str) -> Result<()> {
-        self.call(self.request(Method::DELETE, path).body(empty())?).await.map(drop)
+        self.call(self.request(Method::DELETE, path).body(empty())?)
+            .await
+            .map(drop)
     }
 
     /// A request with its method, address and token.
     pub fn request(&self, method: Method, path: &str) -> http::request::Builder {
-        let uri =
-            if path.starts_with("http") { path.to_owned() } else { format!("{}{path}", self.target.url) };
+        let uri = if path.starts_with("http") {
+            path.to_owned()
+        } else {
+            format!("{}{path}", self.target.url)
+        };
         Request::builder()
             .method(method)
             .uri(uri)
-            .header(header::AUTHORIZATION, format!("Bearer {}", self.target.token))
-            .header(header::USER_AGENT, concat!("tern/", env!("CARGO_PKG_VERSION")))
+            .header(
+                header::AUTHORIZATION,
+                format!("Bearer {}", self.target.token),
+            )
+            .header(
+                header::USER_AGENT,
+                concat!("tern/", env!("CARGO_PKG_VERSION")),
+            )
     }
 
     /// Sends a request; a status that is not a success is an [`ApiError`].
     pub async fn call(&self, request: Request<Body>) -> Result<Response<Incoming>> {
         let answer = self.http.request(request).await.with_context(|| {
-            format!("{} does not answer; is `tern serve` running there, and is --api-url right?", self.target.url)
+            format!(
+                "{} does not answer; is `tern serve` running there, and is --api-url right?",
+                self.target.url
+            )
         })?;
         if answer.status().is_success() {
             return Ok(answer);
         }
         let status = answer.status();
         let body = read(answer.into_body()).await.unwrap_or_default();
-        Err(ApiError { status, text: error_text(status, &body) }.into())
+        Err(ApiError {
+            status,
+            text: error_text(status, &body),
+        }
+        .into())
     }
 
     async fn json<T: DeserializeOwned>(&self, method: Method, path: &str, body: Body) -> Result<T> {
-        let request = self.request(method, path).header(header::CONTENT_TYPE, "application/json").body(body)?;
+        let request = self
+            .request(method, path)
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(body)?;
         let answer = self.call(request).await?;
         let body = read(answer.into_body()).await?;
         let body: &[u8] = if body.is_empty() { b"null" } else { &body };
-        serde_json::from_slice(body)
-            .with_context(|| format!("{} answered {path} with something else than expected", self.target.url))
+        serde_json::from_slice(body).with_context(|| {
+            format!(
+                "{} answered {path} with something else than expected",
+                self.target.url
+            )
+        })
     }
 }
 
 /// Whether an error is the API's answer with this status.
 pub fn is_status(error: &anyhow::Error, status: StatusCode) -> bool {
-    error.downcast_ref::<ApiError>().is_some_and(|e| e.status == status)
+    error
+        .downcast_ref::<ApiError>()
+        .is_some_and(|e| e.status == status)
 }
 
 /// An empty body.
@@ -117,12 +149,17 @@ pub fn empty() -> Body {
 
 /// A body that is all there.
 pub fn full(bytes: impl Into<Bytes>) -> Body {
-    Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+    Full::new(bytes.into())
+        .map_err(|never| match never {})
+        .boxed_unsync()
 }
 
 async fn read(body: Incoming) -> Result<Bytes> {
     let limited = Limited::new(body, MAX_ANSWER_BYTES);
-    let collected = limited.collect().await.map_err(|e| anyhow::anyhow!("the answer broke off: {e}"))?;
+    let collected = limited
+        .collect()
+        .await
+        .map_err(|e| anyhow::anyhow!("the answer broke off: {e}"))?;
     Ok(collected.to_bytes())
 }
 
@@ -141,7 +178,9 @@ fn error_text(status: StatusCode, body: &[u8]) -> String {
         StatusCode::UNAUTHORIZED => {
             format!("{said}. Save a good token with `tern auth login`, or give --token")
         }
-        StatusCode::FORBIDDEN => format!("{said}. This token may not do that; see `tern tokens list`"),
+        StatusCode::FORBIDDEN => {
+            format!("{said}. This token may not do that; see `tern tokens list`")
+        }
         _ => said,
     }
 }

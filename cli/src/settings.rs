@@ -38,7 +38,11 @@ impl Target {
     /// Finds out from flags, saved settings and this server's admin token, in this order.
     pub fn find(global: &Global) -> Result<Self> {
         let saved = Settings::load(&Settings::path()?)?;
-        let url = global.api_url.clone().or(saved.api_url).unwrap_or_else(|| DEFAULT_URL.to_owned());
+        let url = global
+            .api_url
+            .clone()
+            .or(saved.api_url)
+            .unwrap_or_else(|| DEFAULT_URL.to_owned());
         let token = match global.token.clone().or(saved.token).or_else(admin_token) {
             Some(token) => token,
             None => bail!(
@@ -46,7 +50,10 @@ impl Target {
                  The server's first token is in {DEFAULT_DATA_DIR}/{ADMIN_TOKEN_FILE} there"
             ),
         };
-        Ok(Self { url: url.trim_end_matches('/').to_owned(), token: token.trim().to_owned() })
+        Ok(Self {
+            url: url.trim_end_matches('/').to_owned(),
+            token: token.trim().to_owned(),
+        })
     }
 }
 
@@ -55,14 +62,18 @@ impl Settings {
     pub fn path() -> Result<PathBuf> {
         let base = match std::env::var_os("XDG_CONFIG_HOME") {
             Some(dir) => PathBuf::from(dir),
-            None => Path::new(&std::env::var_os("HOME").context("HOME is not set")?).join(".config"),
+            None => {
+                Path::new(&std::env::var_os("HOME").context("HOME is not set")?).join(".config")
+            }
         };
         Ok(base.join("tern/config.toml"))
     }
 
     fn load(path: &Path) -> Result<Self> {
         match std::fs::read_to_string(path) {
-            Ok(text) => toml::from_str(&text).with_context(|| format!("{} is not right", path.display())),
+            Ok(text) => {
+                toml::from_str(&text).with_context(|| format!("{} is not right", path.display()))
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
             Err(e) => Err(e).with_context(|| format!("{} cannot be read", path.display())),
         }
@@ -71,7 +82,8 @@ impl Settings {
     /// Writes them, readable by this user alone.
     pub fn save(&self, path: &Path) -> Result<()> {
         let parent = path.parent().context("the settings have no directory")?;
-        std::fs::create_dir_all(parent).with_context(|| format!("{} cannot be made", parent.display()))?;
+        std::fs::create_dir_all(parent)
+            .with_context(|| format!("{} cannot be made", parent.display()))?;
         write_secret(path, toml::to_string(self)?.as_bytes())
             .with_context(|| format!("{} cannot be written", path.display()))
     }
@@ -84,8 +96,11 @@ pub fn write_secret(path: &Path, content: &[u8]) -> std::io::Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    let mut file =
-        std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&temporary)?;
     file.write_all(content)?;
     file.sync_all()?;
     std::fs::rename(&temporary, path)

@@ -7,7 +7,8 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::Value;
 use tern_catalog::{
-    AppName, Desired, DesiredState, Machine, MachineConfig, MachineId, PrivateAddress, Record as _,
+    App, AppName, Compare, Desired, DesiredState, Machine, MachineConfig, MachineId, Op,
+    PrivateAddress, Record as _, Transaction,
 };
 
 use super::lease::must_hold;
@@ -84,7 +85,21 @@ pub async fn create(
         created_at: now,
         updated_at: now,
     };
-    let revision = shared.catalog.create(&machine).await?;
+    // An app that is being deleted at this moment must not get a Machine that nobody sees.
+    let (found, app_revision) = shared
+        .catalog
+        .get::<App>(machine.app.as_str())
+        .await?
+        .ok_or_else(|| ApiError::not_found(format!("app {}", machine.app)))?;
+    let still_there = Compare {
+        key: found.key(),
+        revision: Some(app_revision),
+    };
+    let transaction = Transaction {
+        compares: vec![still_there, Compare::absent(&machine)],
+        ops: vec![Op::put(&machine)],
+    };
+    let revision = shared.catalog.store().commit(transaction).await?;
     shared.seen(revision).await;
     Ok(Json(shape::machine(&machine, None)))
 }

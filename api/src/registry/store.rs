@@ -5,17 +5,20 @@
 //! repositories/<app>/blobs/<hex>            empty: the app was given this blob
 //! repositories/<app>/manifests/<hex>        holds the manifest's media type
 //! repositories/<app>/tags/<tag>             holds the manifest's digest
-//! uploads/<id>                              begun, not finished; removed at start
+//! uploads/<app>.<id>                        begun, not finished; removed at start
 //! ```
 //!
 //! Names are checked before they become paths: apps are DNS labels, digests are hexadecimal, tags are of
 //! the specification's alphabet and never begin with a dot.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 use tern_catalog::AppName;
 
@@ -30,6 +33,16 @@ pub struct Digest(String);
 #[derive(Debug)]
 pub struct Registry {
     root: PathBuf,
+    /// Uploads that a call is at: what is being hashed must not grow.
+    busy: Mutex<HashSet<PathBuf>>,
+}
+
+/// The only call that is at an upload, until dropped.
+#[derive(Debug)]
+pub struct Upload {
+    registry: Arc<Registry>,
+    /// Where it collects.
+    pub path: PathBuf,
 }
 
 impl Registry {
@@ -48,6 +61,7 @@ impl Registry {
         }
         Ok(Self {
             root: root.to_owned(),
+            busy: Mutex::default(),
         })
     }
 
@@ -56,10 +70,23 @@ impl Registry {
         self.root.join("blobs/sha256").join(digest.hex())
     }
 
-    /// Where an upload collects.
-    pub fn upload(&self, id: &str) -> Option<PathBuf> {
+    /// Takes an app's upload for one call. `None` where the id is none, or another call is at it.
+    pub fn upload(self: &Arc<Self>, app: &AppName, id: &str) -> Option<Upload> {
         let good = id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit());
-        good.then(|| self.root.join("uploads").join(id))
+        let path = self.root.join("uploads").join(format!("{app}.{id}"));
+        let taken = good && self.busy.lock().insert(path.clone());
+        taken.then(|| Upload {
+            registry: Arc::clone(self),
+            path,
+        })
+    }
+
+    /// Forgets an app's images. Blobs that others have too stay.
+    pub fn forget(&self, app: &AppName) -> std::io::Result<()> {
+        match std::fs::remove_dir_all(self.of(app)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
     }
 
     /// Whether the app was given this blob.
@@ -74,9 +101,14 @@ impl Registry {
 
     /// Makes a finished upload the blob of this digest. Its content has been checked.
     pub fn finish(&self, upload: &Path, app: &AppName, digest: &Digest) -> std::io::Result<()> {
-        std::fs::File::open(upload)?.sync_all()?;
-        std::fs::rename(upload, self.blob(digest))?;
-        sync_parent(&self.blob(digest))?;
+        if self.blob(digest).exists() {
+            // The same content: what others may be reading is left alone.
+            std::fs::remove_file(upload)?;
+        } else {
+            std::fs::File::open(upload)?.sync_all()?;
+            std::fs::rename(upload, self.blob(digest))?;
+            sync_parent(&self.blob(digest))?;
+        }
         self.link_blob(app, digest)
     }
 
@@ -175,6 +207,12 @@ impl Registry {
 
     fn of(&self, app: &AppName) -> PathBuf {
         self.root.join("repositories").join(app.as_str())
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        self.registry.busy.lock().remove(&self.path);
     }
 }
 

@@ -1,6 +1,6 @@
 //! Writing blobs: begin, append, finish. What arrives is hashed when it is all there, before it counts.
 
-use std::path::{Path as FilePath, PathBuf};
+use std::path::Path as FilePath;
 
 use axum::body::Body;
 use axum::extract::{Path, Query, State};
@@ -13,6 +13,7 @@ use sha2::{Digest as _, Sha256};
 use tern_catalog::AppName;
 use tokio::io::AsyncWriteExt as _;
 
+use super::store::Upload;
 use super::{Client, Digest, Refusal};
 use crate::server::Shared;
 
@@ -50,13 +51,13 @@ pub async fn begin(
         return Ok(created(&app, "blobs", &digest));
     }
     let id = hex::encode(rand::random::<[u8; 16]>());
-    let path = shared
+    let upload = shared
         .registry
-        .upload(&id)
+        .upload(&app, &id)
         .ok_or_else(Refusal::unknown_upload)?;
-    tokio::fs::File::create_new(&path).await?;
+    tokio::fs::File::create_new(&upload.path).await?;
     if let Some(digest) = begin.digest {
-        return complete(&shared, &app, path, &digest, body).await;
+        return complete(&shared, &app, upload, &digest, body).await;
     }
     Ok(accepted(&app, &id, 0))
 }
@@ -70,8 +71,8 @@ pub async fn append(
     body: Body,
 ) -> Result<Response, Refusal> {
     client.must(&shared, &app)?;
-    let path = find(&shared, &id)?;
-    let length = tokio::fs::metadata(&path).await?.len();
+    let upload = find(&shared, &app, &id)?;
+    let length = tokio::fs::metadata(&upload.path).await?.len();
     if let Some(start) = headers
         .get(CONTENT_RANGE)
         .and_then(|r| r.to_str().ok()?.split('-').next()?.parse::<u64>().ok())
@@ -83,7 +84,7 @@ pub async fn append(
             format!("the next byte is {length}, not {start}"),
         ));
     }
-    let length = collect(&path, body).await?;
+    let length = collect(&upload.path, body).await?;
     Ok(accepted(&app, &id, length))
 }
 
@@ -96,8 +97,8 @@ pub async fn finish(
     body: Body,
 ) -> Result<Response, Refusal> {
     client.must(&shared, &app)?;
-    let path = find(&shared, &id)?;
-    complete(&shared, &app, path, &finish.digest, body).await
+    let upload = find(&shared, &app, &id)?;
+    complete(&shared, &app, upload, &finish.digest, body).await
 }
 
 /// `GET …/uploads/{id}`.
@@ -107,7 +108,8 @@ pub async fn progress(
     Path((app, id)): Path<(AppName, String)>,
 ) -> Result<Response, Refusal> {
     client.must(&shared, &app)?;
-    let length = tokio::fs::metadata(find(&shared, &id)?).await?.len();
+    let upload = find(&shared, &app, &id)?;
+    let length = tokio::fs::metadata(&upload.path).await?.len();
     let mut response = accepted(&app, &id, length);
     *response.status_mut() = StatusCode::NO_CONTENT;
     Ok(response)
@@ -120,31 +122,34 @@ pub async fn cancel(
     Path((app, id)): Path<(AppName, String)>,
 ) -> Result<StatusCode, Refusal> {
     client.must(&shared, &app)?;
-    tokio::fs::remove_file(find(&shared, &id)?).await?;
+    let upload = find(&shared, &app, &id)?;
+    tokio::fs::remove_file(&upload.path).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn complete(
     shared: &Shared,
     app: &AppName,
-    path: PathBuf,
+    upload: Upload,
     wanted: &str,
     body: Body,
 ) -> Result<Response, Refusal> {
     let wanted: Digest = wanted
         .parse()
         .map_err(|()| Refusal::digest("that is not a sha256 digest"))?;
-    collect(&path, body).await?;
+    collect(&upload.path, body).await?;
     let (registry, app_name, expected) = (shared.registry.clone(), app.clone(), wanted.clone());
     let outcome = tokio::task::spawn_blocking(move || {
-        let found = hash(&path)?;
+        // Held in here: a caller that goes away must not free the upload for another while it is hashed.
+        let path = &upload.path;
+        let found = hash(path)?;
         if found != expected {
-            std::fs::remove_file(&path)?;
+            std::fs::remove_file(path)?;
             return Err(Refusal::digest(format!(
                 "what arrived has digest {found}, not {expected}; send it again"
             )));
         }
-        Ok(registry.finish(&path, &app_name, &expected)?)
+        Ok(registry.finish(path, &app_name, &expected)?)
     });
     outcome.await.map_err(std::io::Error::other)??;
     Ok(created(app, "blobs", &wanted))
@@ -184,11 +189,10 @@ fn hash(path: &FilePath) -> std::io::Result<Digest> {
     Ok(Digest::from_hash(hash))
 }
 
-fn find(shared: &Shared, id: &str) -> Result<PathBuf, Refusal> {
-    shared
-        .registry
-        .upload(id)
-        .filter(|p| p.exists())
+fn find(shared: &Shared, app: &AppName, id: &str) -> Result<Upload, Refusal> {
+    let upload = shared.registry.upload(app, id);
+    upload
+        .filter(|upload| upload.path.exists())
         .ok_or_else(Refusal::unknown_upload)
 }
 

@@ -27,41 +27,131 @@ pub(super) enum Verdict {
 
 /// Documented keys that change nothing dangerous when they are left out.
 const NOT_YET: &[&str] = &[
-    "console_command", "deploy.release_command", "deploy.release_command_timeout",
-    "deploy.release_command_vm", "deploy.max_unavailable", "deploy.seed_command", "experimental",
-    "host_dedication_id", "http_service.checks.?.headers", "http_service.checks.?.protocol",
-    "http_service.checks.?.tls_server_name", "http_service.checks.?.tls_skip_verify",
-    "http_service.http_options.compress", "http_service.http_options.headers_read_timeout",
-    "http_service.http_options.replay_cache", "http_service.machine_checks",
-    "http_service.tls_options.default_self_signed", "metrics", "machine_config", "swap_size_mb",
-    "vm.?.gpu_kind", "vm.?.gpus", "vm.?.host_dedication_id", "vm.?.kernel_args", "vm.?.persist_rootfs",
-    "build.builder", "build.buildpacks", "build.builtin", "build.settings", "build.compose",
-    "build.compression", "build.compression_level", "statics", "checks",
+    "console_command",
+    "deploy.release_command",
+    "deploy.release_command_timeout",
+    "deploy.release_command_vm",
+    "deploy.max_unavailable",
+    "deploy.seed_command",
+    "experimental",
+    "host_dedication_id",
+    "http_service.checks.?.headers",
+    "http_service.checks.?.protocol",
+    "http_service.checks.?.tls_server_name",
+    "http_service.checks.?.tls_skip_verify",
+    "http_service.http_options.compress",
+    "http_service.http_options.headers_read_timeout",
+    "http_service.http_options.replay_cache",
+    "http_service.machine_checks",
+    "http_service.tls_options.default_self_signed",
+    "metrics",
+    "machine_config",
+    "swap_size_mb",
+    "vm.?.gpu_kind",
+    "vm.?.gpus",
+    "vm.?.host_dedication_id",
+    "vm.?.kernel_args",
+    "vm.?.persist_rootfs",
+    "build.builder",
+    "build.buildpacks",
+    "build.builtin",
+    "build.settings",
+    "build.compose",
+    "build.compression",
+    "build.compression_level",
+    "statics",
+    "checks",
 ];
 
 /// Documented keys without which the app would not be what its writer means.
 const REFUSED: &[(&str, &str)] = &[
-    ("mounts", "volumes are not supported yet, and without its volume the app would lose its data"),
-    ("mount", "volumes are not supported yet, and without its volume the app would lose its data"),
+    (
+        "mounts",
+        "volumes are not supported yet, and without its volume the app would lose its data",
+    ),
+    (
+        "mount",
+        "volumes are not supported yet, and without its volume the app would lose its data",
+    ),
 ];
 
 /// Keys that the schema takes, to guess what was meant.
 const TAKEN: &[&str] = &[
-    "app", "primary_region", "kill_signal", "kill_timeout", "build", "image", "dockerfile", "ignorefile",
-    "build-target", "args", "deploy", "strategy", "wait_timeout", "env", "processes", "http_service",
-    "internal_port", "force_https", "auto_stop_machines", "auto_start_machines", "min_machines_running",
-    "concurrency", "type", "soft_limit", "hard_limit", "tls_options", "alpn", "versions",
-    "http_options", "h2_backend", "idle_timeout", "response", "pristine", "headers", "checks",
-    "grace_period", "interval", "timeout", "method", "path", "services", "protocol", "ports", "port",
-    "handlers", "tcp_checks", "http_checks", "vm", "size", "memory", "memory_mb", "cpus", "cpu_kind",
-    "restart", "policy", "retries", "files", "guest_path", "local_path", "raw_value",
+    "app",
+    "primary_region",
+    "kill_signal",
+    "kill_timeout",
+    "build",
+    "image",
+    "dockerfile",
+    "ignorefile",
+    "build-target",
+    "args",
+    "deploy",
+    "strategy",
+    "wait_timeout",
+    "env",
+    "processes",
+    "http_service",
+    "internal_port",
+    "force_https",
+    "auto_stop_machines",
+    "auto_start_machines",
+    "min_machines_running",
+    "concurrency",
+    "type",
+    "soft_limit",
+    "hard_limit",
+    "tls_options",
+    "alpn",
+    "versions",
+    "http_options",
+    "h2_backend",
+    "idle_timeout",
+    "response",
+    "pristine",
+    "headers",
+    "checks",
+    "grace_period",
+    "interval",
+    "timeout",
+    "method",
+    "path",
+    "services",
+    "protocol",
+    "ports",
+    "port",
+    "handlers",
+    "tcp_checks",
+    "http_checks",
+    "vm",
+    "size",
+    "memory",
+    "memory_mb",
+    "cpus",
+    "cpu_kind",
+    "restart",
+    "policy",
+    "retries",
+    "files",
+    "guest_path",
+    "local_path",
+    "raw_value",
 ];
 
 /// What to say of an unknown key at this path (`http_service.checks.0.hedaers`).
 pub(super) fn judge(path: &str) -> Verdict {
     // Array indices do not matter to the lists above.
-    let shape: Vec<&str> =
-        path.split('.').map(|p| if p.bytes().all(|b| b.is_ascii_digit()) { "?" } else { p }).collect();
+    let shape: Vec<&str> = path
+        .split('.')
+        .map(|p| {
+            if p.bytes().all(|b| b.is_ascii_digit()) {
+                "?"
+            } else {
+                p
+            }
+        })
+        .collect();
     let within = |known: &str| {
         let known: Vec<&str> = known.split('.').collect();
         shape.len() >= known.len() && shape[..known.len()] == known[..]
@@ -72,9 +162,20 @@ pub(super) fn judge(path: &str) -> Verdict {
     if NOT_YET.iter().any(|known| within(known)) {
         return Verdict::NotYet(format!("`{path}` is not acted on yet"));
     }
-    let key = shape.iter().rev().find(|p| **p != "?").copied().unwrap_or(path);
-    let guess = TAKEN.iter().map(|k| (distance(key, k), k)).min().filter(|(d, k)| *d <= 1 + k.len() / 5);
-    let hint = guess.map(|(_, k)| format!("; did you mean `{k}`?")).unwrap_or_default();
+    let key = shape
+        .iter()
+        .rev()
+        .find(|p| **p != "?")
+        .copied()
+        .unwrap_or(path);
+    let guess = TAKEN
+        .iter()
+        .map(|k| (distance(key, k), k))
+        .min()
+        .filter(|(d, k)| *d <= 1 + k.len() / 5);
+    let hint = guess
+        .map(|(_, k)| format!("; did you mean `{k}`?"))
+        .unwrap_or_default();
     Verdict::Unknown(format!("there is no key `{path}`{hint}"))
 }
 
@@ -110,7 +211,10 @@ pub(super) fn line_of(text: &str, table: &DeTable<'_>, path: &str) -> Option<usi
 impl Problem {
     /// A problem at a byte range of the text.
     pub(super) fn at_span(text: &str, span: Option<Range<usize>>, message: &str) -> Self {
-        Self { line: span.map(|s| line_at(text, s.start)), text: message.trim().to_owned() }
+        Self {
+            line: span.map(|s| line_at(text, s.start)),
+            text: message.trim().to_owned(),
+        }
     }
 }
 
@@ -137,7 +241,9 @@ fn distance(a: &str, b: &str) -> usize {
         let mut diagonal = row[0];
         row[0] = i + 1;
         for (j, y) in b.bytes().enumerate() {
-            let next = (diagonal + usize::from(x != y)).min(row[j] + 1).min(row[j + 1] + 1);
+            let next = (diagonal + usize::from(x != y))
+                .min(row[j] + 1)
+                .min(row[j + 1] + 1);
             diagonal = std::mem::replace(&mut row[j + 1], next);
         }
     }

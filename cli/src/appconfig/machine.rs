@@ -6,32 +6,50 @@ use anyhow::{Context as _, Result, bail};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use tern_catalog::{
-    Check, CheckKind, FileConfig, GoDuration, Guest, Handler, HttpOptions, InitConfig, MachineConfig, Port,
-    Restart, Service, ServiceProtocol, StopConfig, TlsOptions,
+    Check, CheckKind, FileConfig, GoDuration, Guest, Handler, HttpOptions, InitConfig,
+    MachineConfig, Port, Restart, Service, ServiceProtocol, StopConfig, TlsOptions,
 };
 
-use super::{AppConfig, CheckConfig, HttpOptionsConfig, HttpService, ServiceConfig, TlsOptionsConfig, Vm};
+use super::{
+    AppConfig, CheckConfig, HttpOptionsConfig, HttpService, ServiceConfig, TlsOptionsConfig, Vm,
+};
 
 /// The metadata key that names a Machine's process group.
 pub const GROUP_KEY: &str = "fly_process_group";
 
 /// The configuration of a Machine in `group`, running `image`. Files are read beside `base`.
-pub fn machine_config(config: &AppConfig, group: &str, image: &str, base: &Path) -> Result<MachineConfig> {
+pub fn machine_config(
+    config: &AppConfig,
+    group: &str,
+    image: &str,
+    base: &Path,
+) -> Result<MachineConfig> {
     let for_group = |named: &[String]| named.is_empty() || named.iter().any(|g| g == group);
     let mut env = config.env.clone();
     env.insert("FLY_PROCESS_GROUP".to_owned(), group.to_owned());
     if let Some(region) = &config.primary_region {
         env.insert("PRIMARY_REGION".to_owned(), region.clone());
     }
-    let http = config.http_service.iter().filter(|s| for_group(&s.processes)).map(http_service);
-    let others = config.services.iter().filter(|s| for_group(&s.processes)).map(service);
+    let http = config
+        .http_service
+        .iter()
+        .filter(|s| for_group(&s.processes))
+        .map(http_service);
+    let others = config
+        .services
+        .iter()
+        .filter(|s| for_group(&s.processes))
+        .map(service);
     let vm = config.vm.iter().find(|v| for_group(&v.processes));
     let restart = config.restart.iter().find(|r| for_group(&r.processes));
     let files = config.files.iter().filter(|f| for_group(&f.processes));
     Ok(MachineConfig {
         image: image.to_owned(),
         env,
-        init: InitConfig { cmd: command(config, group)?, ..InitConfig::default() },
+        init: InitConfig {
+            cmd: command(config, group)?,
+            ..InitConfig::default()
+        },
         guest: vm.map(guest).transpose()?.unwrap_or_default(),
         metadata: [
             (GROUP_KEY.to_owned(), group.to_owned()),
@@ -41,7 +59,10 @@ pub fn machine_config(config: &AppConfig, group: &str, image: &str, base: &Path)
         services: http.chain(others).collect(),
         checks: Default::default(),
         restart: restart
-            .map(|r| Restart { policy: r.policy, max_retries: r.retries })
+            .map(|r| Restart {
+                policy: r.policy,
+                max_retries: r.retries,
+            })
             .unwrap_or_default(),
         stop_config: StopConfig {
             signal: config.kill_signal.clone(),
@@ -53,13 +74,18 @@ pub fn machine_config(config: &AppConfig, group: &str, image: &str, base: &Path)
                     (Some(raw), _) => raw.clone(),
                     (None, Some(local)) => {
                         let path = base.join(local);
-                        let content = std::fs::read(&path)
-                            .with_context(|| format!("[[files]] {} cannot be read", path.display()))?;
+                        let content = std::fs::read(&path).with_context(|| {
+                            format!("[[files]] {} cannot be read", path.display())
+                        })?;
                         STANDARD.encode(content)
                     }
                     (None, None) => bail!("[[files]] {} has no content", file.guest_path),
                 };
-                Ok(FileConfig { guest_path: file.guest_path.clone(), raw_value, mode: None })
+                Ok(FileConfig {
+                    guest_path: file.guest_path.clone(),
+                    raw_value,
+                    mode: None,
+                })
             })
             .collect::<Result<_>>()?,
         auto_destroy: false,
@@ -70,7 +96,9 @@ fn command(config: &AppConfig, group: &str) -> Result<Option<Vec<String>>> {
     let Some(command) = config.processes.get(group).filter(|c| !c.trim().is_empty()) else {
         return Ok(None);
     };
-    shell_split(command).map(Some).with_context(|| format!("the command of process group \"{group}\""))
+    shell_split(command)
+        .map(Some)
+        .with_context(|| format!("the command of process group \"{group}\""))
 }
 
 /// Splits a command as a shell would, without expanding anything.
@@ -136,8 +164,16 @@ fn preset(size: &str) -> Option<Guest> {
     } else {
         ("performance", size.strip_prefix("performance-")?, 2048)
     };
-    let cpus: u8 = count.strip_suffix('x')?.parse().ok().filter(|n| matches!(n, 1 | 2 | 4 | 6 | 8))?;
-    Some(Guest { cpu_kind: kind.to_owned(), cpus, memory_mb: u32::from(cpus) * per_cpu })
+    let cpus: u8 = count
+        .strip_suffix('x')?
+        .parse()
+        .ok()
+        .filter(|n| matches!(n, 1 | 2 | 4 | 6 | 8))?;
+    Some(Guest {
+        cpu_kind: kind.to_owned(),
+        cpus,
+        memory_mb: u32::from(cpus) * per_cpu,
+    })
 }
 
 fn http_service(http: &HttpService) -> Service {
@@ -160,7 +196,11 @@ fn http_service(http: &HttpService) -> Service {
             port(80, vec![Handler::Http], http.force_https, None),
             port(443, vec![Handler::Tls, Handler::Http], false, tls),
         ],
-        checks: http.checks.iter().map(|c| check(c, CheckKind::Http)).collect(),
+        checks: http
+            .checks
+            .iter()
+            .map(|c| check(c, CheckKind::Http))
+            .collect(),
         concurrency: http.concurrency.clone(),
     }
 }
@@ -200,7 +240,10 @@ fn check(given: &CheckConfig, kind: CheckKind) -> Check {
 }
 
 fn tls_options(given: &TlsOptionsConfig) -> TlsOptions {
-    TlsOptions { alpn: given.alpn.clone(), versions: given.versions.clone() }
+    TlsOptions {
+        alpn: given.alpn.clone(),
+        versions: given.versions.clone(),
+    }
 }
 
 fn http_options(given: &HttpOptionsConfig) -> HttpOptions {
@@ -218,7 +261,10 @@ mod tests {
     #[test]
     fn commands_are_split_as_a_shell_does() {
         let split = |s| shell_split(s).unwrap();
-        assert_eq!(split(r#"a "b c" d\ e 'f "g"' """#), ["a", "b c", "d e", "f \"g\"", ""]);
+        assert_eq!(
+            split(r#"a "b c" d\ e 'f "g"' """#),
+            ["a", "b c", "d e", "f \"g\"", ""]
+        );
         assert!(shell_split("a 'b").is_err());
     }
 

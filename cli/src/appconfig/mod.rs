@@ -51,14 +51,24 @@ const MAX_BYTES: u64 = 1 << 20;
 impl AppConfig {
     /// Reads the file.
     pub fn load(path: &Path) -> Result<Loaded, LoadError> {
-        let io = |source| LoadError::Io { path: path.to_owned(), source };
+        let io = |source| LoadError::Io {
+            path: path.to_owned(),
+            source,
+        };
         if std::fs::metadata(path).map_err(io)?.len() > MAX_BYTES {
             return Err(io(std::io::Error::other("it is larger than 1 MiB")));
         }
         let text = std::fs::read_to_string(path).map_err(io)?;
         match Self::parse(&text) {
-            Ok((config, warnings)) => Ok(Loaded { config, warnings, path: path.to_owned() }),
-            Err(problems) => Err(LoadError::Wrong { path: path.to_owned(), problems }),
+            Ok((config, warnings)) => Ok(Loaded {
+                config,
+                warnings,
+                path: path.to_owned(),
+            }),
+            Err(problems) => Err(LoadError::Wrong {
+                path: path.to_owned(),
+                problems,
+            }),
         }
     }
 
@@ -68,8 +78,9 @@ impl AppConfig {
         let table = toml::de::DeTable::parse(text).map_err(syntax)?;
         let mut unknown = Vec::new();
         let deserializer = toml::de::Deserializer::from(table.clone());
-        let config: Self = serde_ignored::deserialize(deserializer, |path| unknown.push(path.to_string()))
-            .map_err(syntax)?;
+        let config: Self =
+            serde_ignored::deserialize(deserializer, |path| unknown.push(path.to_string()))
+                .map_err(syntax)?;
 
         let (mut errors, mut warnings) = (Vec::new(), Vec::new());
         for path in unknown {
@@ -81,9 +92,16 @@ impl AppConfig {
             }
         }
         for (path, text_of) in config.check() {
-            errors.push(Problem { line: keys::line_of(text, table.get_ref(), &path), text: text_of });
+            errors.push(Problem {
+                line: keys::line_of(text, table.get_ref(), &path),
+                text: text_of,
+            });
         }
-        if errors.is_empty() { Ok((config, warnings)) } else { Err(errors) }
+        if errors.is_empty() {
+            Ok((config, warnings))
+        } else {
+            Err(errors)
+        }
     }
 }
 

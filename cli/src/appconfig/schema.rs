@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
-use tern_catalog::{Autostop, Concurrency, GoDuration, Handler, ResponseOptions, RestartPolicy, ServiceProtocol};
+use tern_catalog::{
+    Autostop, Concurrency, GoDuration, Handler, ResponseOptions, RestartPolicy, ServiceProtocol,
+};
 
 /// A whole `fly.toml`.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -36,7 +38,12 @@ pub struct AppConfig {
     #[serde(default)]
     pub services: Vec<ServiceConfig>,
     /// Size of Machines.
-    #[serde(default, alias = "compute", alias = "computes", deserialize_with = "one_or_many")]
+    #[serde(
+        default,
+        alias = "compute",
+        alias = "computes",
+        deserialize_with = "one_or_many"
+    )]
     pub vm: Vec<Vm>,
     /// What to do when the app exits.
     #[serde(default, deserialize_with = "one_or_many")]
@@ -276,7 +283,10 @@ impl AppConfig {
         let mut known = |path: String, named: &[String]| {
             for group in named.iter().filter(|g| !groups.contains(g)) {
                 let all = groups.join(", ");
-                say(path.clone(), format!("there is no process group \"{group}\"; there is {all}"));
+                say(
+                    path.clone(),
+                    format!("there is no process group \"{group}\"; there is {all}"),
+                );
             }
         };
         if let Some(service) = &self.http_service {
@@ -289,23 +299,38 @@ impl AppConfig {
             known(format!("vm.{i}.processes"), &vm.processes);
         }
         for key in self.env.keys().filter(|k| k.starts_with("FLY_")) {
-            say(format!("env.{key}"), format!("`{key}`: names that start with FLY_ are the platform's own"));
+            say(
+                format!("env.{key}"),
+                format!("`{key}`: names that start with FLY_ are the platform's own"),
+            );
         }
         for (i, service) in self.services.iter().enumerate() {
             if service.ports.is_empty() {
-                say(format!("services.{i}"), "a service needs at least one [[services.ports]]".into());
+                say(
+                    format!("services.{i}"),
+                    "a service needs at least one [[services.ports]]".into(),
+                );
             }
             if service.protocol == ServiceProtocol::Udp {
-                say(format!("services.{i}.protocol"), "UDP services are not supported yet".into());
+                say(
+                    format!("services.{i}.protocol"),
+                    "UDP services are not supported yet".into(),
+                );
             }
         }
         for (i, file) in self.files.iter().enumerate() {
             let path = format!("files.{i}");
             if file.local_path.is_some() == file.raw_value.is_some() {
-                say(path.clone(), "a file has exactly one of `local_path` and `raw_value`".into());
+                say(
+                    path.clone(),
+                    "a file has exactly one of `local_path` and `raw_value`".into(),
+                );
             }
             if !file.guest_path.starts_with('/') {
-                say(path, format!("`guest_path` \"{}\" is not absolute", file.guest_path));
+                say(
+                    path,
+                    format!("`guest_path` \"{}\" is not absolute", file.guest_path),
+                );
             }
         }
         wrong
@@ -333,7 +358,11 @@ fn duration<'de, D: Deserializer<'de>>(
 ) -> Result<Option<Duration>, D::Error> {
     Ok(Some(match NumberOrText::deserialize(deserializer)? {
         NumberOrText::Number(n) => bare(n),
-        NumberOrText::Text(text) => GoDuration::parse(&text).map_err(serde::de::Error::custom)?.0,
+        NumberOrText::Text(text) => {
+            GoDuration::parse(&text)
+                .map_err(serde::de::Error::custom)?
+                .0
+        }
     }))
 }
 
@@ -347,13 +376,17 @@ fn millis<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>
 
 fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
     let wrong = |text: &str| {
-        serde::de::Error::custom(format!("\"{text}\" is not a memory size; write \"512mb\", \"1gb\" or MiB"))
+        serde::de::Error::custom(format!(
+            "\"{text}\" is not a memory size; write \"512mb\", \"1gb\" or MiB"
+        ))
     };
     let mib = match NumberOrText::deserialize(deserializer)? {
         NumberOrText::Number(n) => n,
         NumberOrText::Text(text) => {
             let lower = text.trim().to_ascii_lowercase();
-            let digits = lower.find(|c: char| !c.is_ascii_digit()).unwrap_or(lower.len());
+            let digits = lower
+                .find(|c: char| !c.is_ascii_digit())
+                .unwrap_or(lower.len());
             let number: u64 = lower[..digits].parse().map_err(|_| wrong(&text))?;
             match lower[digits..].trim() {
                 "" | "mb" | "mib" | "m" => number,
@@ -362,10 +395,14 @@ fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::
             }
         }
     };
-    u32::try_from(mib).map(Some).map_err(|_| wrong(&mib.to_string()))
+    u32::try_from(mib)
+        .map(Some)
+        .map_err(|_| wrong(&mib.to_string()))
 }
 
-fn text_map<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
+fn text_map<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<BTreeMap<String, String>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Scalar {
@@ -385,7 +422,9 @@ fn text_map<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<Strin
 }
 
 /// `[x]` or `[[x]]`, told apart by what is there, so that errors keep their place in the file.
-fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
     struct Either<T>(std::marker::PhantomData<T>);
     impl<'de, T: Deserialize<'de>> serde::de::Visitor<'de> for Either<T> {
         type Value = Vec<T>;

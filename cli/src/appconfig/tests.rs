@@ -38,7 +38,11 @@ cpus = 2
 "#;
 
 fn errors(text: &str) -> Vec<String> {
-    AppConfig::parse(text).unwrap_err().iter().map(ToString::to_string).collect()
+    AppConfig::parse(text)
+        .unwrap_err()
+        .iter()
+        .map(ToString::to_string)
+        .collect()
 }
 
 #[test]
@@ -48,7 +52,10 @@ fn a_sample_becomes_a_machine() {
     assert_eq!(config.kill_timeout, Some(Duration::from_secs(30)));
     let machine = machine::machine_config(&config, "app", "img", Path::new(".")).unwrap();
     assert_eq!((machine.guest.cpus, machine.guest.memory_mb), (2, 512));
-    assert_eq!((machine.env["PORT"].as_str(), machine.env["DEBUG"].as_str()), ("8080", "true"));
+    assert_eq!(
+        (machine.env["PORT"].as_str(), machine.env["DEBUG"].as_str()),
+        ("8080", "true")
+    );
     assert_eq!(machine.env["PRIMARY_REGION"], "ams");
     let service = &machine.services[0];
     assert_eq!(service.autostop, Autostop::Suspend);
@@ -70,7 +77,11 @@ fn an_unknown_key_is_named_with_its_line_and_a_guess() {
 #[test]
 fn every_unknown_key_of_the_sample_would_be_found() {
     // A wrong key planted in each table of the sample is reported, with the line it was planted on.
-    let headers = SAMPLE.lines().enumerate().filter(|(_, l)| l.starts_with('[')).map(|(n, _)| n);
+    let headers = SAMPLE
+        .lines()
+        .enumerate()
+        .filter(|(_, l)| l.starts_with('['))
+        .map(|(n, _)| n);
     for header in headers.collect::<Vec<_>>() {
         let mut lines: Vec<&str> = SAMPLE.lines().collect();
         lines.insert(header + 1, "zzz_wrong = [1]");
@@ -78,7 +89,10 @@ fn every_unknown_key_of_the_sample_would_be_found() {
         let env = SAMPLE.lines().nth(header) == Some("[env]");
         let expected = format!("line {}:", header + 2);
         assert!(found.len() == 1, "{found:?}");
-        assert!(env || (found[0].starts_with(&expected) && found[0].contains("zzz_wrong")), "{found:?}");
+        assert!(
+            env || (found[0].starts_with(&expected) && found[0].contains("zzz_wrong")),
+            "{found:?}"
+        );
     }
 }
 
@@ -86,13 +100,22 @@ fn every_unknown_key_of_the_sample_would_be_found() {
 fn a_key_of_the_schema_that_is_not_acted_on_is_a_warning() {
     let (_, warnings) = AppConfig::parse("swap_size_mb = 512\n[metrics]\nport = 9\n").unwrap();
     let texts: Vec<String> = warnings.iter().map(ToString::to_string).collect();
-    assert_eq!(texts, ["line 2: `metrics` is not acted on yet", "line 1: `swap_size_mb` is not acted on yet"]);
+    assert_eq!(
+        texts,
+        [
+            "line 2: `metrics` is not acted on yet",
+            "line 1: `swap_size_mb` is not acted on yet"
+        ]
+    );
 }
 
 #[test]
 fn a_volume_is_refused_rather_than_forgotten() {
     let found = errors("[mounts]\nsource = \"data\"\ndestination = \"/data\"\n");
-    assert!(found[0].starts_with("line 1:") && found[0].contains("volumes"), "{found:?}");
+    assert!(
+        found[0].starts_with("line 1:") && found[0].contains("volumes"),
+        "{found:?}"
+    );
 }
 
 #[test]
@@ -108,7 +131,14 @@ fn malformed_files_say_where() {
 
 #[test]
 fn garbage_is_an_error_and_never_a_panic() {
-    for garbage in ["\0", "= = =", "[[[[", "a.b.c.d.e = {", "\u{feff}app", "app = '\u{202e}'\n[x"] {
+    for garbage in [
+        "\0",
+        "= = =",
+        "[[[[",
+        "a.b.c.d.e = {",
+        "\u{feff}app",
+        "app = '\u{202e}'\n[x",
+    ] {
         let _ = AppConfig::parse(garbage);
     }
     let deep = "[".repeat(100_000);

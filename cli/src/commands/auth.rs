@@ -16,7 +16,11 @@ pub async fn run(auth: &Auth, global: &Global) -> Result<ExitCode> {
     match auth {
         Auth::Login => {
             let path = Settings::path()?;
-            Settings { api_url: Some(target.url.clone()), token: Some(target.token) }.save(&path)?;
+            Settings {
+                api_url: Some(target.url.clone()),
+                token: Some(target.token),
+            }
+            .save(&path)?;
             eprintln!("Saved to {}", path.display());
         }
         Auth::Whoami => println!("{} accepts the token", target.url),

@@ -22,22 +22,42 @@ pub async fn run(client: &Client, args: Certs) -> Result<ExitCode> {
             }
             let text = |v: &Value| v.as_str().unwrap_or("-").to_owned();
             let row = |c: &Value| {
-                let status = if c["status"].is_string() { &c["status"] } else { &c["state"] };
-                vec![text(&c["hostname"]), text(status), text(&c["not_after"]), text(&c["last_error"])]
+                let status = if c["status"].is_string() {
+                    &c["status"]
+                } else {
+                    &c["state"]
+                };
+                vec![
+                    text(&c["hostname"]),
+                    text(status),
+                    text(&c["not_after"]),
+                    text(&c["last_error"]),
+                ]
             };
             let rows: Vec<_> = certificates(&answer).iter().map(row).collect();
-            output::table(&["HOST NAME", "STATUS", "VALID UNTIL", "LAST ERROR"], &rows, "No host names yet; add one with `tern certs add`.");
+            output::table(
+                &["HOST NAME", "STATUS", "VALID UNTIL", "LAST ERROR"],
+                &rows,
+                "No host names yet; add one with `tern certs add`.",
+            );
         }
         Certs::Add { hostname, app } => {
             let app = app_of(&app)?;
             let _: Value = client
-                .post(&format!("/v1/apps/{app}/certificates/acme"), &json!({"hostname": hostname}))
+                .post(
+                    &format!("/v1/apps/{app}/certificates/acme"),
+                    &json!({"hostname": hostname}),
+                )
                 .await?;
-            println!("{hostname} is served by {app}; its certificate is being got. See `tern certs list`.");
+            println!(
+                "{hostname} is served by {app}; its certificate is being got. See `tern certs list`."
+            );
         }
         Certs::Remove { hostname, app } => {
             let app = app_of(&app)?;
-            client.delete(&format!("/v1/apps/{app}/certificates/{hostname}")).await?;
+            client
+                .delete(&format!("/v1/apps/{app}/certificates/{hostname}"))
+                .await?;
             println!("{hostname} is no longer served.");
         }
     }
@@ -52,5 +72,8 @@ pub async fn hostnames(client: &Client, app: &AppName) -> Result<Vec<String>> {
 }
 
 fn certificates(answer: &Value) -> &[Value] {
-    answer["certificates"].as_array().or(answer.as_array()).map_or(&[], Vec::as_slice)
+    answer["certificates"]
+        .as_array()
+        .or(answer.as_array())
+        .map_or(&[], Vec::as_slice)
 }

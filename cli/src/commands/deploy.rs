@@ -23,9 +23,15 @@ const WAIT: Duration = Duration::from_secs(300);
 const CHECK_POLL: Duration = Duration::from_millis(500);
 
 pub async fn run(client: &Client, args: Deploy) -> Result<ExitCode> {
-    let path = args.config.clone().unwrap_or_else(|| config_path(&args.directory));
+    let path = args
+        .config
+        .clone()
+        .unwrap_or_else(|| config_path(&args.directory));
     if !path.exists() {
-        bail!("there is no {}; make one with `tern launch`, or name one with --config", path.display());
+        bail!(
+            "there is no {}; make one with `tern launch`, or name one with --config",
+            path.display()
+        );
     }
     let loaded = load(&path)?;
     let app = match &args.app {
@@ -35,11 +41,20 @@ pub async fn run(client: &Client, args: Deploy) -> Result<ExitCode> {
     match client.get::<Value>(&format!("/v1/apps/{app}")).await {
         Ok(_) => {}
         Err(e) if is_status(&e, StatusCode::NOT_FOUND) => {
-            bail!("there is no app {app}; make it with `tern apps create {app}`, or with `tern launch`")
+            bail!(
+                "there is no app {app}; make it with `tern apps create {app}`, or with `tern launch`"
+            )
         }
         Err(e) => return Err(e),
     }
-    Deployment { client, app, loaded, args }.run().await
+    Deployment {
+        client,
+        app,
+        loaded,
+        args,
+    }
+    .run()
+    .await
 }
 
 struct Deployment<'a> {
@@ -67,9 +82,18 @@ impl Deployment<'_> {
                 self.replace(old, &config).await?;
             }
         }
-        for gone in machines.iter().filter(|m| !groups.iter().any(|g| g == m.group())) {
-            step(&format!("Destroying Machine {}: there is no process group \"{}\" any more", gone.id, gone.group()));
-            self.client.delete(&format!("{}/{}?force=true", self.machines_path(), gone.id)).await?;
+        for gone in machines
+            .iter()
+            .filter(|m| !groups.iter().any(|g| g == m.group()))
+        {
+            step(&format!(
+                "Destroying Machine {}: there is no process group \"{}\" any more",
+                gone.id,
+                gone.group()
+            ));
+            self.client
+                .delete(&format!("{}/{}?force=true", self.machines_path(), gone.id))
+                .await?;
         }
         self.finish(started).await
     }
@@ -81,7 +105,11 @@ impl Deployment<'_> {
             output::json(&json!({"app": self.app, "machines": machines, "hostnames": hostnames}))?;
             return Ok(ExitCode::SUCCESS);
         }
-        eprintln!("Deployed {} in {:.1} s", self.app, started.elapsed().as_secs_f64());
+        eprintln!(
+            "Deployed {} in {:.1} s",
+            self.app,
+            started.elapsed().as_secs_f64()
+        );
         for hostname in hostnames {
             println!("https://{hostname}/");
         }
@@ -91,7 +119,11 @@ impl Deployment<'_> {
     /// The image reference to run: given, or built and uploaded.
     async fn image(&self) -> Result<String> {
         let tag = format!("deployment-{}", jiff::Timestamp::now().as_millisecond());
-        let given = self.args.image.as_ref().or(self.loaded.config.build.image.as_ref());
+        let given = self
+            .args
+            .image
+            .as_ref()
+            .or(self.loaded.config.build.image.as_ref());
         let scratch = tempfile::tempdir().context("no temporary directory can be made")?;
         let layout = match given.map(|g| (g, g.strip_prefix("oci:"))) {
             Some((reference, None)) => return Ok(reference.clone()),
@@ -102,9 +134,23 @@ impl Deployment<'_> {
             None => {
                 step("Building the image");
                 let base = self.loaded.path.parent().unwrap_or(Path::new("."));
-                let context = if self.args.config.is_some() { &self.args.directory } else { base };
-                let context = if context.as_os_str().is_empty() { Path::new(".") } else { context };
-                image::build(context, &self.loaded.config.build, self.app.as_str(), scratch.path()).await?
+                let context = if self.args.config.is_some() {
+                    &self.args.directory
+                } else {
+                    base
+                };
+                let context = if context.as_os_str().is_empty() {
+                    Path::new(".")
+                } else {
+                    context
+                };
+                image::build(
+                    context,
+                    &self.loaded.config.build,
+                    self.app.as_str(),
+                    scratch.path(),
+                )
+                .await?
             }
         };
         let digest = image::push(self.client, &layout, self.app.as_str(), &tag).await?;
@@ -125,8 +171,13 @@ impl Deployment<'_> {
     /// Puts a new configuration on a Machine; puts the old one back when it does not become healthy.
     async fn replace(&self, old: &Machine, config: &MachineConfig) -> Result<()> {
         step(&format!("Updating Machine {}", old.id));
-        let Err(failure) = self.update(old, config).await else { return Ok(()) };
-        step(&format!("Machine {} is not healthy; going back to its last configuration", old.id));
+        let Err(failure) = self.update(old, config).await else {
+            return Ok(());
+        };
+        step(&format!(
+            "Machine {} is not healthy; going back to its last configuration",
+            old.id
+        ));
         match self.update(old, &old.config).await {
             Ok(()) => Err(failure.context("the deploy was undone")),
             Err(again) => Err(failure.context(format!(
@@ -145,16 +196,38 @@ impl Deployment<'_> {
 
     /// Waits until a Machine runs and its checks pass. Ends at once when it fails.
     async fn healthy(&self, machine: &Machine) -> Result<()> {
-        let strategy = self.loaded.config.deploy.strategy.unwrap_or(Strategy::Rolling);
+        let strategy = self
+            .loaded
+            .config
+            .deploy
+            .strategy
+            .unwrap_or(Strategy::Rolling);
         if self.args.detach || strategy == Strategy::Immediate {
             return Ok(());
         }
-        let patience = self.args.wait_timeout.or(self.loaded.config.deploy.wait_timeout).unwrap_or(WAIT);
+        let patience = self
+            .args
+            .wait_timeout
+            .or(self.loaded.config.deploy.wait_timeout)
+            .unwrap_or(WAIT);
         let deadline = tokio::time::Instant::now() + patience;
         let path = format!("{}/{}", self.machines_path(), machine.id);
-        let checks = machine.config.checks.len() + machine.config.services.iter().map(|s| s.checks.len()).sum::<usize>();
+        let checks = machine.config.checks.len()
+            + machine
+                .config
+                .services
+                .iter()
+                .map(|s| s.checks.len())
+                .sum::<usize>();
         let outcome = async {
-            machine::wait(self.client, &path, "started", &machine.instance_id, patience).await?;
+            machine::wait(
+                self.client,
+                &path,
+                "started",
+                &machine.instance_id,
+                patience,
+            )
+            .await?;
             loop {
                 let now: Machine = self.client.get(&path).await?;
                 let passing = now.checks.iter().filter(|c| c.status == "passing").count();
@@ -163,7 +236,9 @@ impl Deployment<'_> {
                 }
                 // An app that exits in its first seconds will not pass; say so now.
                 if matches!(now.state.as_str(), "failed" | "stopped") {
-                    let reason = now.last_reason().unwrap_or_else(|| "its app exited".to_owned());
+                    let reason = now
+                        .last_reason()
+                        .unwrap_or_else(|| "its app exited".to_owned());
                     bail!("Machine {} {}: {reason}", now.id, now.state);
                 }
                 if tokio::time::Instant::now() >= deadline {
@@ -173,7 +248,11 @@ impl Deployment<'_> {
                         .filter(|c| c.status != "passing")
                         .map(|c| format!("{}: {}", c.name, c.output))
                         .collect();
-                    bail!("after {} s its checks do not pass: {}", patience.as_secs(), failing.join("; "));
+                    bail!(
+                        "after {} s its checks do not pass: {}",
+                        patience.as_secs(),
+                        failing.join("; ")
+                    );
                 }
                 tokio::time::sleep(CHECK_POLL).await;
             }
@@ -189,13 +268,28 @@ impl Deployment<'_> {
 
     /// The last lines of a Machine that failed: what its developer looks for first.
     async fn show_output(&self, machine: &Machine) {
-        let path = format!("/v1/apps/{}/logs?follow=false&machine={}", self.app, machine.id);
-        let Ok(request) = self.client.request(http::Method::GET, &path).body(crate::client::empty()) else { return };
-        let Ok(answer) = self.client.call(request).await else { return };
-        let Ok(body) = http_body_util::BodyExt::collect(answer.into_body()).await else { return };
+        let path = format!(
+            "/v1/apps/{}/logs?follow=false&machine={}",
+            self.app, machine.id
+        );
+        let Ok(request) = self
+            .client
+            .request(http::Method::GET, &path)
+            .body(crate::client::empty())
+        else {
+            return;
+        };
+        let Ok(answer) = self.client.call(request).await else {
+            return;
+        };
+        let Ok(body) = http_body_util::BodyExt::collect(answer.into_body()).await else {
+            return;
+        };
         let text = String::from_utf8_lossy(&body.to_bytes()).into_owned();
-        let lines: Vec<super::wire::LogLine> =
-            text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
+        let lines: Vec<super::wire::LogLine> = text
+            .lines()
+            .filter_map(|l| serde_json::from_str(l).ok())
+            .collect();
         for line in lines.iter().rev().take(20).rev() {
             eprintln!("    {}", line.line.escape_debug());
         }
@@ -213,7 +307,9 @@ fn step(text: &str) {
 /// `DIRECTORY[:TAG]`; a colon inside a path component is not a tag.
 fn split_tag(local: &str) -> (PathBuf, Option<&str>) {
     match local.rsplit_once(':') {
-        Some((dir, tag)) if !tag.contains('/') && !Path::new(local).is_dir() => (dir.into(), Some(tag)),
+        Some((dir, tag)) if !tag.contains('/') && !Path::new(local).is_dir() => {
+            (dir.into(), Some(tag))
+        }
         _ => (local.into(), None),
     }
 }

@@ -14,10 +14,17 @@ use crate::args::Launch;
 use crate::client::{Client, is_status};
 
 pub async fn run(client: &Client, args: Launch) -> Result<ExitCode> {
-    let path = args.deploy.config.clone().unwrap_or_else(|| config_path(&args.deploy.directory));
+    let path = args
+        .deploy
+        .config
+        .clone()
+        .unwrap_or_else(|| config_path(&args.deploy.directory));
     let app = if path.exists() {
         let loaded = load(&path)?;
-        args.deploy.app.clone().map_or_else(|| app_named_by(&loaded), Ok)?
+        args.deploy
+            .app
+            .clone()
+            .map_or_else(|| app_named_by(&loaded), Ok)?
     } else {
         let app = match &args.deploy.app {
             Some(app) => app.clone(),
@@ -29,8 +36,11 @@ pub async fn run(client: &Client, args: Launch) -> Result<ExitCode> {
                 args.deploy.directory.display()
             );
         }
-        std::fs::write(&path, template(&app, args.internal_port, args.deploy.image.as_deref()))
-            .with_context(|| format!("{} cannot be written", path.display()))?;
+        std::fs::write(
+            &path,
+            template(&app, args.internal_port, args.deploy.image.as_deref()),
+        )
+        .with_context(|| format!("{} cannot be written", path.display()))?;
         eprintln!("Wrote {}", path.display());
         app
     };
@@ -51,10 +61,21 @@ pub async fn run(client: &Client, args: Launch) -> Result<ExitCode> {
 
 /// An app name made of the directory's.
 fn name_from(directory: &Path) -> Result<AppName> {
-    let absolute = directory.canonicalize().with_context(|| format!("{} is not there", directory.display()))?;
-    let raw = absolute.file_name().map(|n| n.to_string_lossy().to_lowercase()).unwrap_or_default();
-    let label: String = raw.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-    label.trim_matches('-').parse().context("the directory's name makes no app name; give one with --app")
+    let absolute = directory
+        .canonicalize()
+        .with_context(|| format!("{} is not there", directory.display()))?;
+    let raw = absolute
+        .file_name()
+        .map(|n| n.to_string_lossy().to_lowercase())
+        .unwrap_or_default();
+    let label: String = raw
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .collect();
+    label
+        .trim_matches('-')
+        .parse()
+        .context("the directory's name makes no app name; give one with --app")
 }
 
 fn template(app: &AppName, port: u16, image: Option<&str>) -> String {
@@ -78,7 +99,11 @@ mod tests {
 
     #[test]
     fn the_file_it_writes_is_right() {
-        let text = template(&"shop".parse().unwrap(), 3000, Some("registry.internal/x:1"));
+        let text = template(
+            &"shop".parse().unwrap(),
+            3000,
+            Some("registry.internal/x:1"),
+        );
         let (config, warnings) = AppConfig::parse(&text).unwrap();
         assert_eq!(warnings, []);
         assert_eq!(config.app.as_deref(), Some("shop"));

@@ -17,13 +17,24 @@ const MAX_LINE_BYTES: usize = 1 << 20;
 
 pub async fn run(client: &Client, args: &Logs) -> Result<ExitCode> {
     let app = app_of(&args.app)?;
-    let machine = args.machine.as_ref().map(|m| format!("&machine={m}")).unwrap_or_default();
+    let machine = args
+        .machine
+        .as_ref()
+        .map(|m| format!("&machine={m}"))
+        .unwrap_or_default();
     let path = format!("/v1/apps/{app}/logs?follow={}{machine}", args.follow);
-    let answer = client.call(client.request(Method::GET, &path).body(empty())?).await?;
+    let answer = client
+        .call(client.request(Method::GET, &path).body(empty())?)
+        .await?;
     let mut body = answer.into_body();
     let mut pending = Vec::new();
     while let Some(frame) = body.frame().await {
-        let Ok(data) = frame.context("the stream of log lines broke off")?.into_data() else { continue };
+        let Ok(data) = frame
+            .context("the stream of log lines broke off")?
+            .into_data()
+        else {
+            continue;
+        };
         pending.extend_from_slice(&data);
         while let Some(end) = pending.iter().position(|b| *b == b'\n') {
             let line: Vec<u8> = pending.drain(..=end).collect();
@@ -48,8 +59,17 @@ fn print(raw: &[u8], json: bool) -> std::io::Result<()> {
         Ok(line) if !json => {
             let time = jiff::Timestamp::from_millisecond(line.unix_ms).unwrap_or_default();
             // An app's output must not drive the reader's terminal.
-            let text: String =
-                line.line.chars().map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c }).collect();
+            let text: String = line
+                .line
+                .chars()
+                .map(|c| {
+                    if c.is_control() && c != '\t' {
+                        '\u{fffd}'
+                    } else {
+                        c
+                    }
+                })
+                .collect();
             writeln!(out, "{time:.3} {} {text}", line.machine)
         }
         _ => out.write_all(raw),

@@ -24,7 +24,8 @@ pub async fn run(client: &Client, args: Machine) -> Result<ExitCode> {
     match args {
         Machine::List(arg) => {
             let app = app_of(&arg)?;
-            let machines: Vec<WireMachine> = client.get(&format!("/v1/apps/{app}/machines")).await?;
+            let machines: Vec<WireMachine> =
+                client.get(&format!("/v1/apps/{app}/machines")).await?;
             if arg.json {
                 output::json(&machines)?;
             } else {
@@ -41,7 +42,11 @@ pub async fn run(client: &Client, args: Machine) -> Result<ExitCode> {
             client.delete(&format!("{path}?force={force}")).await?;
             println!("Machine {} is destroyed.", machine.id);
         }
-        Machine::Exec { machine, command, timeout } => return exec(client, &machine, command, timeout).await,
+        Machine::Exec {
+            machine,
+            command,
+            timeout,
+        } => return exec(client, &machine, command, timeout).await,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -56,24 +61,43 @@ async fn act(client: &Client, arg: &MachineArg, verb: &str, state: &str) -> Resu
 }
 
 /// Waits until a Machine is in a state. A Machine that fails ends the wait at once, with its reason.
-pub async fn wait(client: &Client, path: &str, state: &str, instance: &str, patience: Duration) -> Result<()> {
+pub async fn wait(
+    client: &Client,
+    path: &str,
+    state: &str,
+    instance: &str,
+    patience: Duration,
+) -> Result<()> {
     let deadline = tokio::time::Instant::now() + patience;
     loop {
-        let left = deadline.saturating_duration_since(tokio::time::Instant::now()).min(MAX_WAIT);
+        let left = deadline
+            .saturating_duration_since(tokio::time::Instant::now())
+            .min(MAX_WAIT);
         let seconds = left.as_secs().max(1);
         let query = format!("state={state}&state=failed&instance_id={instance}&timeout={seconds}");
         match client.get::<Value>(&format!("{path}/wait?{query}")).await {
             Ok(_) => {
                 let machine: WireMachine = client.get(path).await?;
                 if machine.state == "failed" && state != "failed" {
-                    let reason = machine.last_reason().unwrap_or_else(|| "no reason was given".to_owned());
-                    bail!("Machine {} failed: {reason}. Its output: `tern logs --machine {}`", machine.id, machine.id);
+                    let reason = machine
+                        .last_reason()
+                        .unwrap_or_else(|| "no reason was given".to_owned());
+                    bail!(
+                        "Machine {} failed: {reason}. Its output: `tern logs --machine {}`",
+                        machine.id,
+                        machine.id
+                    );
                 }
                 return Ok(());
             }
             Err(e) if is_status(&e, StatusCode::REQUEST_TIMEOUT) && left < MAX_WAIT => {
                 let machine: WireMachine = client.get(path).await?;
-                bail!("Machine {} is still {} after {} s", machine.id, machine.state, patience.as_secs());
+                bail!(
+                    "Machine {} is still {} after {} s",
+                    machine.id,
+                    machine.state,
+                    patience.as_secs()
+                );
             }
             Err(e) if is_status(&e, StatusCode::REQUEST_TIMEOUT) => {}
             Err(e) => return Err(e),
@@ -92,22 +116,44 @@ async fn show(client: &Client, arg: &MachineArg, json: bool) -> Result<()> {
     println!("Region    {}", machine.region);
     println!("Address   {}", machine.private_ip);
     println!("Image     {}", machine.config.image);
-    println!("Memory    {} MiB, {} vCPU", machine.config.guest.memory_mb, machine.config.guest.cpus);
+    println!(
+        "Memory    {} MiB, {} vCPU",
+        machine.config.guest.memory_mb, machine.config.guest.cpus
+    );
     for check in &machine.checks {
         println!("Check     {} {} {}", check.name, check.status, check.output);
     }
     println!();
     let row = |e: &super::wire::Event| {
         let time = jiff::Timestamp::from_millisecond(e.timestamp).unwrap_or_default();
-        let detail = if e.request.is_null() { String::new() } else { e.request.to_string() };
-        vec![format!("{time:.3}"), e.kind.clone(), e.status.clone(), e.source.clone(), detail]
+        let detail = if e.request.is_null() {
+            String::new()
+        } else {
+            e.request.to_string()
+        };
+        vec![
+            format!("{time:.3}"),
+            e.kind.clone(),
+            e.status.clone(),
+            e.source.clone(),
+            detail,
+        ]
     };
     let rows: Vec<_> = machine.events.iter().map(row).collect();
-    output::table(&["TIME", "EVENT", "STATE", "SOURCE", "DETAIL"], &rows, "No events yet.");
+    output::table(
+        &["TIME", "EVENT", "STATE", "SOURCE", "DETAIL"],
+        &rows,
+        "No events yet.",
+    );
     Ok(())
 }
 
-async fn exec(client: &Client, arg: &MachineArg, command: Vec<String>, timeout: Duration) -> Result<ExitCode> {
+async fn exec(
+    client: &Client,
+    arg: &MachineArg,
+    command: Vec<String>,
+    timeout: Duration,
+) -> Result<ExitCode> {
     #[derive(serde::Deserialize)]
     struct Answer {
         exit_code: Option<i32>,
@@ -144,7 +190,10 @@ async fn find_app(client: &Client, id: &MachineId) -> Result<AppName> {
     let here = config_path(std::path::Path::new("fly.toml"));
     if here.exists() {
         let app = super::app_named_by(&load(&here)?)?;
-        match client.get::<Value>(&format!("/v1/apps/{app}/machines/{id}")).await {
+        match client
+            .get::<Value>(&format!("/v1/apps/{app}/machines/{id}"))
+            .await
+        {
             Ok(_) => return Ok(app),
             Err(e) if is_status(&e, StatusCode::NOT_FOUND) => {}
             Err(e) => return Err(e),
@@ -152,8 +201,13 @@ async fn find_app(client: &Client, id: &MachineId) -> Result<AppName> {
     }
     let apps: Value = client.get("/v1/apps").await?;
     for app in apps["apps"].as_array().into_iter().flatten() {
-        let name = app["name"].as_str().context("the server named an app that has no name")?;
-        match client.get::<Value>(&format!("/v1/apps/{name}/machines/{id}")).await {
+        let name = app["name"]
+            .as_str()
+            .context("the server named an app that has no name")?;
+        match client
+            .get::<Value>(&format!("/v1/apps/{name}/machines/{id}"))
+            .await
+        {
             Ok(_) => return Ok(name.parse()?),
             Err(e) if is_status(&e, StatusCode::NOT_FOUND) => {}
             Err(e) => return Err(e),

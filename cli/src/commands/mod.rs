@@ -25,7 +25,9 @@ use crate::settings::Target;
 
 /// Runs a user command.
 pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         tokio::select! {
             outcome = dispatch(command, global) => outcome,
@@ -70,11 +72,12 @@ fn app_of(arg: &AppArg) -> Result<AppName> {
 }
 
 fn app_named_by(loaded: &Loaded) -> Result<AppName> {
-    let name = loaded
-        .config
-        .app
-        .as_deref()
-        .with_context(|| format!("{} names no app; write `app = \"NAME\"` into it, or give --app", loaded.path.display()))?;
+    let name = loaded.config.app.as_deref().with_context(|| {
+        format!(
+            "{} names no app; write `app = \"NAME\"` into it, or give --app",
+            loaded.path.display()
+        )
+    })?;
     Ok(name.parse()?)
 }
 
@@ -89,7 +92,11 @@ fn load(path: &Path) -> Result<Loaded> {
 
 /// A fly.toml given as itself or by its directory.
 fn config_path(given: &Path) -> PathBuf {
-    if given.is_dir() { given.join("fly.toml") } else { given.to_owned() }
+    if given.is_dir() {
+        given.join("fly.toml")
+    } else {
+        given.to_owned()
+    }
 }
 
 fn validate(arg: &AppArg) -> Result<ExitCode> {

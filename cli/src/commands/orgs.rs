@@ -13,10 +13,18 @@ pub async fn orgs(client: &Client, args: Orgs) -> Result<ExitCode> {
     match args {
         Orgs::List { json } => {
             let answer: Value = client.get("/v1/orgs").await?;
-            list(&answer, "organizations", json, &["slug", "name"], "No organizations yet.")?;
+            list(
+                &answer,
+                "organizations",
+                json,
+                &["slug", "name"],
+                "No organizations yet.",
+            )?;
         }
         Orgs::Create { slug } => {
-            let _: Value = client.post("/v1/orgs", &json!({"slug": slug, "name": slug})).await?;
+            let _: Value = client
+                .post("/v1/orgs", &json!({"slug": slug, "name": slug}))
+                .await?;
             println!("Organization {slug} is made.");
         }
     }
@@ -26,14 +34,21 @@ pub async fn orgs(client: &Client, args: Orgs) -> Result<ExitCode> {
 pub async fn tokens(client: &Client, args: Tokens) -> Result<ExitCode> {
     match args {
         Tokens::Create { name, org } => {
-            let answer: Value =
-                client.post("/v1/tokens", &json!({"name": name, "org_slug": org})).await?;
+            let answer: Value = client
+                .post("/v1/tokens", &json!({"name": name, "org_slug": org}))
+                .await?;
             println!("{}", answer["token"].as_str().unwrap_or_default());
             eprintln!("Keep it: it is not shown again.");
         }
         Tokens::List { json } => {
             let answer: Value = client.get("/v1/tokens").await?;
-            list(&answer, "tokens", json, &["id", "name", "org_slug", "created_at"], "No tokens.")?;
+            list(
+                &answer,
+                "tokens",
+                json,
+                &["id", "name", "org_slug", "created_at"],
+                "No tokens.",
+            )?;
         }
         Tokens::Revoke { id } => {
             client.delete(&format!("/v1/tokens/{id}")).await?;
@@ -48,14 +63,27 @@ pub fn list(answer: &Value, name: &str, json: bool, fields: &[&str], none: &str)
     if json {
         return output::json(answer);
     }
-    let items = answer[name].as_array().or(answer.as_array()).map_or(&[][..], Vec::as_slice);
+    let items = answer[name]
+        .as_array()
+        .or(answer.as_array())
+        .map_or(&[][..], Vec::as_slice);
     let cell = |item: &Value, field: &&str| match &item[*field] {
         Value::String(s) => s.clone(),
         Value::Null => "-".to_owned(),
         other => other.to_string(),
     };
-    let rows: Vec<Vec<String>> = items.iter().map(|i| fields.iter().map(|f| cell(i, f)).collect()).collect();
-    let headers: Vec<String> = fields.iter().map(|f| f.replace('_', " ").to_uppercase()).collect();
-    output::table(&headers.iter().map(String::as_str).collect::<Vec<_>>(), &rows, none);
+    let rows: Vec<Vec<String>> = items
+        .iter()
+        .map(|i| fields.iter().map(|f| cell(i, f)).collect())
+        .collect();
+    let headers: Vec<String> = fields
+        .iter()
+        .map(|f| f.replace('_', " ").to_uppercase())
+        .collect();
+    output::table(
+        &headers.iter().map(String::as_str).collect::<Vec<_>>(),
+        &rows,
+        none,
+    );
     Ok(())
 }

@@ -21,7 +21,10 @@ pub async fn run(client: &Client, args: &AppArg) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     println!("Name      {name}");
-    println!("Owner     {}", app["organization"]["slug"].as_str().unwrap_or("-"));
+    println!(
+        "Owner     {}",
+        app["organization"]["slug"].as_str().unwrap_or("-")
+    );
     println!("Status    {}", app["status"].as_str().unwrap_or("-"));
     for hostname in hostnames {
         println!("URL       https://{hostname}/");
@@ -36,8 +39,11 @@ pub fn table(machines: &[Machine]) {
     let now = jiff::Timestamp::now();
     let row = |m: &Machine| {
         let passing = m.checks.iter().filter(|c| c.status == "passing").count();
-        let checks =
-            if m.checks.is_empty() { "-".to_owned() } else { format!("{passing}/{} passing", m.checks.len()) };
+        let checks = if m.checks.is_empty() {
+            "-".to_owned()
+        } else {
+            format!("{passing}/{} passing", m.checks.len())
+        };
         vec![
             m.id.clone(),
             m.group().to_owned(),
@@ -45,12 +51,15 @@ pub fn table(machines: &[Machine]) {
             m.region.clone(),
             checks,
             m.private_ip.clone(),
-            m.updated_at.map_or_else(|| "-".to_owned(), |t| output::ago(t, now)),
+            m.updated_at
+                .map_or_else(|| "-".to_owned(), |t| output::ago(t, now)),
         ]
     };
     let rows: Vec<_> = machines.iter().map(row).collect();
     output::table(
-        &["ID", "PROCESS", "STATE", "REGION", "CHECKS", "ADDRESS", "UPDATED"],
+        &[
+            "ID", "PROCESS", "STATE", "REGION", "CHECKS", "ADDRESS", "UPDATED",
+        ],
         &rows,
         "No Machines yet; make some with `tern deploy`.",
     );

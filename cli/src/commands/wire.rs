@@ -64,14 +64,25 @@ pub struct LogLine {
 impl Machine {
     /// The process group it belongs to.
     pub fn group(&self) -> &str {
-        let group = self.config.metadata.get(crate::appconfig::machine::GROUP_KEY);
+        let group = self
+            .config
+            .metadata
+            .get(crate::appconfig::machine::GROUP_KEY);
         group.map_or(crate::appconfig::DEFAULT_GROUP, String::as_str)
     }
 
     /// Why it is in the state it is in, as its newest event with a reason tells.
     pub fn last_reason(&self) -> Option<String> {
         let newest = self.events.iter().max_by_key(|e| e.timestamp)?;
-        let field = |name: &str| newest.request.get(name).and_then(|v| v.as_str()).map(str::to_owned);
-        field("reason").or_else(|| field("error")).or_else(|| field("message"))
+        let field = |name: &str| {
+            newest
+                .request
+                .get(name)
+                .and_then(|v| v.as_str())
+                .map(str::to_owned)
+        };
+        field("reason")
+            .or_else(|| field("error"))
+            .or_else(|| field("message"))
     }
 }

@@ -21,7 +21,16 @@ pub async fn build(context: &Path, build: &Build, name: &str, output: &Path) -> 
     }
     let reference = format!("localhost/tern/{name}");
     let mut command = buildah();
-    command.args(["build", "--isolation", "chroot", "--layers", "--format", "oci", "--tag", &reference]);
+    command.args([
+        "build",
+        "--isolation",
+        "chroot",
+        "--layers",
+        "--format",
+        "oci",
+        "--tag",
+        &reference,
+    ]);
     command.arg("--file").arg(&dockerfile);
     if let Some(ignorefile) = &build.ignorefile {
         command.arg("--ignorefile").arg(context.join(ignorefile));
@@ -37,7 +46,14 @@ pub async fn build(context: &Path, build: &Build, name: &str, output: &Path) -> 
 
     let mut command = buildah();
     // Uncompressed layers: the registry is near, and compressing would be the longest step.
-    command.args(["push", "--quiet", "--format", "oci", "--disable-compression", &reference]);
+    command.args([
+        "push",
+        "--quiet",
+        "--format",
+        "oci",
+        "--disable-compression",
+        &reference,
+    ]);
     command.arg(format!("oci:{}:latest", output.display()));
     run(command, "write the image").await?;
     Layout::open(output, None)
@@ -46,7 +62,10 @@ pub async fn build(context: &Path, build: &Build, name: &str, output: &Path) -> 
 fn buildah() -> Command {
     let mut command = Command::new("buildah");
     // What it says goes to people; standard output stays for `--json`.
-    command.stdin(Stdio::null()).stdout(std::io::stderr()).kill_on_drop(true);
+    command
+        .stdin(Stdio::null())
+        .stdout(std::io::stderr())
+        .kill_on_drop(true);
     command
 }
 
@@ -54,7 +73,9 @@ async fn run(mut command: Command, what: &str) -> Result<()> {
     let status = match command.status().await {
         Ok(status) => status,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            bail!("buildah is needed to build images and is not installed; run `apt-get install buildah`")
+            bail!(
+                "buildah is needed to build images and is not installed; run `apt-get install buildah`"
+            )
         }
         Err(e) => return Err(e).context("buildah cannot be started"),
     };

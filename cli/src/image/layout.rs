@@ -60,15 +60,26 @@ impl Layout {
         let index: Index = read_json(&index)
             .with_context(|| format!("{} is not an OCI image layout", dir.display()))?;
         let named = |d: &&Descriptor| match tag {
-            Some(tag) => d.annotations.get("org.opencontainers.image.ref.name").is_some_and(|n| n == tag),
+            Some(tag) => d
+                .annotations
+                .get("org.opencontainers.image.ref.name")
+                .is_some_and(|n| n == tag),
             None => true,
         };
         let mut found = index.manifests.iter().filter(named);
         let (Some(first), rest) = (found.next(), found.next()) else {
-            bail!("{} has no image{}", dir.display(), tag.map(|t| format!(" \"{t}\"")).unwrap_or_default());
+            bail!(
+                "{} has no image{}",
+                dir.display(),
+                tag.map(|t| format!(" \"{t}\"")).unwrap_or_default()
+            );
         };
         if rest.is_some() {
-            bail!("{} has several images; add the tag: oci:{}:TAG", dir.display(), dir.display());
+            bail!(
+                "{} has several images; add the tag: oci:{}:TAG",
+                dir.display(),
+                dir.display()
+            );
         }
         let mut manifest = first.clone();
         let mut depth = 0;
@@ -78,11 +89,19 @@ impl Layout {
                 bail!("{} nests its indexes too deeply", dir.display());
             }
             let inner: Index = read_json(&blob(dir, &manifest.digest)?)?;
-            manifest = inner.manifests.into_iter().find(is_ours).context("it has no linux/amd64 image")?;
+            manifest = inner
+                .manifests
+                .into_iter()
+                .find(is_ours)
+                .context("it has no linux/amd64 image")?;
         }
         let parsed: Manifest = read_json(&blob(dir, &manifest.digest)?)?;
         let blobs = parsed.layers.into_iter().chain([parsed.config]).collect();
-        Ok(Self { dir: dir.to_owned(), manifest, blobs })
+        Ok(Self {
+            dir: dir.to_owned(),
+            manifest,
+            blobs,
+        })
     }
 
     /// Where a blob is.
@@ -92,7 +111,9 @@ impl Layout {
 }
 
 fn is_ours(d: &Descriptor) -> bool {
-    d.platform.as_ref().is_some_and(|p| p.os == "linux" && p.architecture == "amd64")
+    d.platform
+        .as_ref()
+        .is_some_and(|p| p.os == "linux" && p.architecture == "amd64")
 }
 
 fn blob(dir: &Path, digest: &str) -> Result<PathBuf> {
@@ -120,11 +141,20 @@ mod tests {
     #[test]
     fn digests_cannot_leave_the_layout() {
         let dir = Path::new("/layout");
-        for bad in ["sha256:../../etc/passwd", "md5:00", "", &format!("sha256:{}", "g".repeat(64))] {
+        for bad in [
+            "sha256:../../etc/passwd",
+            "md5:00",
+            "",
+            &format!("sha256:{}", "g".repeat(64)),
+        ] {
             assert!(blob(dir, bad).is_err(), "{bad}");
         }
         let good = format!("sha256:{}", "a".repeat(64));
-        assert!(blob(dir, &good).unwrap().starts_with("/layout/blobs/sha256"));
+        assert!(
+            blob(dir, &good)
+                .unwrap()
+                .starts_with("/layout/blobs/sha256")
+        );
     }
 
     #[test]

@@ -38,13 +38,18 @@ pub async fn push(client: &Client, layout: &Layout, app: &str, tag: &str) -> Res
         .request(Method::PUT, &format!("/v2/{app}/manifests/{tag}"))
         .header(header::CONTENT_TYPE, &layout.manifest.media_type)
         .body(full(manifest))?;
-    client.call(request).await.context("the image's manifest was refused")?;
+    client
+        .call(request)
+        .await
+        .context("the image's manifest was refused")?;
     bar.finish_and_clear();
     Ok(layout.manifest.digest.clone())
 }
 
 async fn exists(client: &Client, app: &str, digest: &str) -> Result<bool> {
-    let request = client.request(Method::HEAD, &format!("/v2/{app}/blobs/{digest}")).body(empty())?;
+    let request = client
+        .request(Method::HEAD, &format!("/v2/{app}/blobs/{digest}"))
+        .body(empty())?;
     match client.call(request).await {
         Ok(_) => Ok(true),
         Err(e) if is_status(&e, StatusCode::NOT_FOUND) => Ok(false),
@@ -52,8 +57,16 @@ async fn exists(client: &Client, app: &str, digest: &str) -> Result<bool> {
     }
 }
 
-async fn upload(client: &Client, app: &str, blob: &Descriptor, path: &Path, bar: &ProgressBar) -> Result<()> {
-    let request = client.request(Method::POST, &format!("/v2/{app}/blobs/uploads/")).body(empty())?;
+async fn upload(
+    client: &Client,
+    app: &str,
+    blob: &Descriptor,
+    path: &Path,
+    bar: &ProgressBar,
+) -> Result<()> {
+    let request = client
+        .request(Method::POST, &format!("/v2/{app}/blobs/uploads/"))
+        .body(empty())?;
     let answer = client.call(request).await?;
     let location = answer
         .headers()
@@ -62,7 +75,10 @@ async fn upload(client: &Client, app: &str, blob: &Descriptor, path: &Path, bar:
         .context("the registry did not say where to upload")?;
     let separator = if location.contains('?') { '&' } else { '?' };
     let request = client
-        .request(Method::PUT, &format!("{location}{separator}digest={}", blob.digest))
+        .request(
+            Method::PUT,
+            &format!("{location}{separator}digest={}", blob.digest),
+        )
         .header(header::CONTENT_TYPE, "application/octet-stream")
         .header(header::CONTENT_LENGTH, blob.size)
         .body(file(path, bar.clone()).await?)?;
@@ -71,7 +87,9 @@ async fn upload(client: &Client, app: &str, blob: &Descriptor, path: &Path, bar:
 
 /// A file as a request body, read as it is sent.
 async fn file(path: &Path, bar: ProgressBar) -> Result<Body> {
-    let file = tokio::fs::File::open(path).await.with_context(|| format!("{}", path.display()))?;
+    let file = tokio::fs::File::open(path)
+        .await
+        .with_context(|| format!("{}", path.display()))?;
     let chunks = futures::stream::try_unfold((file, bar), |(mut file, bar)| async move {
         let mut buffer = vec![0; CHUNK];
         let n = file.read(&mut buffer).await?;

@@ -6,7 +6,9 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
-use tern_catalog::{Catalog, CatalogError, Host, HostId, Network, NetworkId, OrgSlug, Organization, Token};
+use tern_catalog::{
+    Catalog, CatalogError, Host, HostId, Network, NetworkId, OrgSlug, Organization, Token,
+};
 
 use crate::settings::{ADMIN_TOKEN_FILE, write_secret};
 
@@ -30,7 +32,11 @@ pub async fn run(catalog: &Catalog, data_dir: &Path, this: ThisHost<'_>) -> Resu
     let now = Timestamp::now();
     let slug: OrgSlug = FIRST_ORG.parse().context("the first organization's name")?;
     if catalog.list::<Organization>().await?.is_empty() {
-        let network = Network { id: FIRST_NETWORK, organization: slug.clone(), name: "default".to_owned() };
+        let network = Network {
+            id: FIRST_NETWORK,
+            organization: slug.clone(),
+            name: "default".to_owned(),
+        };
         let organization = Organization {
             slug,
             name: "Personal".to_owned(),
@@ -68,7 +74,8 @@ async fn admin_token(catalog: &Catalog, path: &Path, now: Timestamp) -> Result<(
         created_at: now,
     };
     // The file first: a token that nobody can read would stay good for ever.
-    write_secret(path, token.as_bytes()).with_context(|| format!("{} cannot be written", path.display()))?;
+    write_secret(path, token.as_bytes())
+        .with_context(|| format!("{} cannot be written", path.display()))?;
     catalog.create(&record).await?;
     tracing::info!(file = %path.display(), "wrote the admin token");
     Ok(())

@@ -97,7 +97,7 @@ fn a_damaged_snapshot_is_refused_and_the_machine_starts_cold() -> Result<()> {
         file.read_exact_at(&mut byte, middle)?;
         file.write_all_at(&[byte[0] ^ 0x40], middle)
     };
-    let damages: [(&str, &dyn Fn(&std::fs::File) -> std::io::Result<()>); 3] = [
+    let damages: [(&str, Damage<'_>); 3] = [
         ("state", &truncate),
         ("state", &flip),
         ("memory", &truncate),
@@ -127,6 +127,9 @@ fn a_damaged_snapshot_is_refused_and_the_machine_starts_cold() -> Result<()> {
     }
     Ok(())
 }
+
+/// Damages a file.
+type Damage<'a> = &'a dyn Fn(&std::fs::File) -> std::io::Result<()>;
 
 /// How often events speak of a snapshot that could not be used.
 fn told(app: &App<'_>) -> Result<usize> {

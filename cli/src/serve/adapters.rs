@@ -1,0 +1,173 @@
+//! The agent, as the gate and the API know it.
+
+use async_trait::async_trait;
+use futures::StreamExt as _;
+use futures::stream::{self, BoxStream};
+use tern_api::{ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery};
+use tern_catalog::{MachineId, View};
+use tern_edge::{MachineControl, StartError};
+use tern_host::{AgentHandle, CommandError, ExecOutput, LogItem, Source, StopRequest};
+
+/// The agent of this host.
+pub struct HostAdapter {
+    agent: AgentHandle,
+    view: View,
+}
+
+/// Output of one command that is kept for its answer; more is cut off.
+const MAX_OUTPUT: usize = 4 << 20;
+
+impl HostAdapter {
+    pub fn new(agent: AgentHandle, view: View) -> Self {
+        Self { agent, view }
+    }
+
+    /// Waits until the agent has taken up a Machine that the catalog has: the gate may see it first.
+    async fn known(&self, id: &MachineId) {
+        let mut tries = 0;
+        while self.view.snapshot().machines.contains_key(id)
+            && self.agent.state(id).is_err()
+            && tries < 100
+        {
+            tries += 1;
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    }
+}
+
+#[async_trait]
+impl MachineControl for HostAdapter {
+    async fn start(&self, id: &MachineId) -> Result<(), StartError> {
+        self.known(id).await;
+        self.agent
+            .start(id, Source::Proxy)
+            .await
+            .map_err(|e| StartError {
+                text: e.to_string(),
+            })
+    }
+
+    async fn suspend(&self, id: &MachineId) -> Result<(), String> {
+        self.agent
+            .suspend(id, Source::Proxy)
+            .await
+            .map_err(|e| e.to_string())
+    }
+
+    async fn stop(&self, id: &MachineId) -> Result<(), String> {
+        self.agent
+            .stop(id, Source::Proxy, StopRequest::default())
+            .await
+            .map_err(|e| e.to_string())
+    }
+}
+
+#[async_trait]
+impl HostGateway for HostAdapter {
+    async fn exec(&self, id: &MachineId, request: ExecRequest) -> Result<ExecResult, GatewayError> {
+        let seconds = request.timeout.as_secs();
+        match tokio::time::timeout(request.timeout, self.run(id, request)).await {
+            Ok(outcome) => outcome,
+            // Dropping the exec ends the command in the guest.
+            Err(_) => Err(GatewayError::Timeout(format!(
+                "the command did not end within {seconds} s"
+            ))),
+        }
+    }
+
+    async fn signal(&self, id: &MachineId, signal: i32) -> Result<(), GatewayError> {
+        self.agent.signal(id, signal).await.map_err(gateway_error)
+    }
+
+    async fn logs(&self, query: LogQuery) -> Result<BoxStream<'static, LogLine>, GatewayError> {
+        let mut streams = Vec::new();
+        for id in query.machines {
+            match self.agent.logs(&id, 0, query.follow).await {
+                Ok(reader) => streams.push(lines(id, reader)),
+                // Its host has not looked at it yet, so it has said nothing.
+                Err(CommandError::Unknown(_)) => {}
+                Err(error) => return Err(gateway_error(error)),
+            }
+        }
+        Ok(stream::select_all(streams).boxed())
+    }
+}
+
+impl HostAdapter {
+    async fn run(&self, id: &MachineId, request: ExecRequest) -> Result<ExecResult, GatewayError> {
+        let guest = tern_guest::ExecRequest {
+            cmd: request.command,
+            env: Vec::new(),
+            user: None,
+            working_dir: None,
+            stdin: !request.stdin.is_empty(),
+            tty: None,
+        };
+        let failed = |e: tern_host::GuestError| GatewayError::Failed(e.to_string());
+        let mut exec = self.agent.exec(id, guest).await.map_err(gateway_error)?;
+        if !request.stdin.is_empty() {
+            for chunk in request.stdin.chunks(32 << 10) {
+                exec.inputs.stdin(chunk).await.map_err(failed)?;
+            }
+            exec.inputs.stdin(&[]).await.map_err(failed)?;
+        }
+        let mut result = ExecResult::default();
+        let keep = |all: &mut Vec<u8>, more: &[u8]| {
+            let room = MAX_OUTPUT.saturating_sub(all.len()).min(more.len());
+            all.extend_from_slice(&more[..room]);
+        };
+        loop {
+            match exec.outputs.next().await.map_err(failed)? {
+                Some(ExecOutput::Stdout(bytes)) => keep(&mut result.stdout, &bytes),
+                Some(ExecOutput::Stderr(bytes)) => keep(&mut result.stderr, &bytes),
+                Some(ExecOutput::Exit(status)) => {
+                    result.exit_code = Some(status.code);
+                    result.exit_signal = status.signal;
+                    return Ok(result);
+                }
+                None => {
+                    return Err(GatewayError::Failed(
+                        "the Machine went away before the command ended".to_owned(),
+                    ));
+                }
+            }
+        }
+    }
+}
+
+/// One Machine's output as the API tells it.
+fn lines(id: MachineId, reader: tern_host::LogReader) -> BoxStream<'static, LogLine> {
+    let next = |(id, mut reader): (MachineId, tern_host::LogReader)| async move {
+        let line = match reader.next().await? {
+            LogItem::Line(line) => LogLine {
+                machine: id.clone(),
+                unix_ms: i64::try_from(line.unix_ms).unwrap_or(i64::MAX),
+                stream: stream_name(line.stream).to_owned(),
+                line: line.line,
+            },
+            LogItem::Dropped(count) => LogLine {
+                machine: id.clone(),
+                unix_ms: jiff::Timestamp::now().as_millisecond(),
+                stream: "tern".to_owned(),
+                line: format!("{count} lines were left out: they came faster than they were read"),
+            },
+        };
+        Some((line, (id, reader)))
+    };
+    stream::unfold((id, reader), next).boxed()
+}
+
+fn stream_name(stream: tern_guest::message::Stream) -> &'static str {
+    match stream {
+        tern_guest::message::Stream::Stdout => "stdout",
+        tern_guest::message::Stream::Stderr => "stderr",
+        tern_guest::message::Stream::Init => "tern",
+    }
+}
+
+fn gateway_error(error: CommandError) -> GatewayError {
+    match error {
+        CommandError::Refused(text) => GatewayError::NotRunning(text),
+        other => GatewayError::Failed(other.to_string()),
+    }
+}

@@ -1,0 +1,247 @@
+//! `tern serve`: the roles of one host, put together.
+//!
+//! The order is that of need: the catalog and its view; the agent, which takes up Machines that run; the
+//! mesh, whose device DNS answers on; certificates; the edge, open to the public once all behind it is
+//! there; the API last. It ends the other way round.
+
+mod adapters;
+mod bootstrap;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use tern_api::{ApiConfig, ApiServer, REGISTRY_NAME};
+use tern_catalog::{Catalog, HostId, SqliteStore, Store, View};
+use tern_certs::{CertsConfig, Issuer};
+use tern_dns::{Dns, DnsConfig};
+use tern_edge::{Edge, EdgeConfig};
+use tern_host::{Agent, HostConfig, Registry};
+use tern_mesh::{Mesh, MeshConfig, MeshKey};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+use crate::args::Serve;
+use adapters::HostAdapter;
+use bootstrap::ThisHost;
+
+/// Longest that requests under way may take once the server is told to end.
+const DRAIN: Duration = Duration::from_secs(20);
+const TUN: &str = "tern0";
+
+/// Runs the server until a signal ends it.
+pub fn run(args: Serve) -> Result<ExitCode> {
+    log(args.log_json);
+    ensure!(
+        nix_root(),
+        "tern serve makes network devices and virtual machines: run it as root"
+    );
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(serve(args))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn serve(args: Serve) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let host = HostId(args.host_id);
+    ensure!(
+        args.host_id > 0,
+        "--host-id starts at 1; 0 is the hosts' network"
+    );
+    let files = Files::find(&args)?;
+    make_private_dir(&args.data_dir)?;
+    probe(&files.vmm).await?;
+
+    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&args.data_dir.join("catalog.db"))?);
+    let catalog = Catalog::new(Arc::clone(&store));
+    let view = View::follow(store).await?;
+    let key = MeshKey::load_or_create(&args.data_dir.join("keys/wireguard.key"))?;
+    let this = ThisHost {
+        id: host,
+        region: &args.region,
+        public_key: key.public_key().to_string(),
+        endpoint: endpoint(&args),
+    };
+    bootstrap::run(&catalog, &args.data_dir, this).await?;
+
+    let internal_token = bootstrap::new_token();
+    let config = host_config(&args, host, &files, &internal_token);
+    let agent = Agent::start(config, catalog.clone(), view.clone())
+        .await
+        .context("the agent")?;
+    let adapter = Arc::new(HostAdapter::new(agent.handle(), view.clone()));
+    let mesh = MeshConfig {
+        listen: args.wireguard,
+        tun_name: TUN.to_owned(),
+        ..MeshConfig::new(host, key)
+    };
+    let mesh = Mesh::start(mesh, view.clone()).await.context("the mesh")?;
+    let upstreams = (!args.upstream_dns.is_empty()).then(|| args.upstream_dns.clone());
+    let dns = DnsConfig {
+        upstreams,
+        ..DnsConfig::new(host)
+    };
+    let dns = Dns::start(dns, view.clone()).await.context("DNS")?;
+    let certs = CertsConfig {
+        directory: args.acme_directory.clone(),
+        root_ca: args.acme_root_ca.clone(),
+        contact: args.acme_contact.clone(),
+        seal_key: args.data_dir.join("keys/seal.key"),
+    };
+    let issuer = Issuer::start(certs, catalog.clone(), view.clone())?;
+    let edge = EdgeConfig {
+        http: args.http.clone(),
+        https: args.https.clone(),
+        region: args.region.clone(),
+        host,
+        autostop_after: args.autostop_after,
+        wake_timeout: args.wake_timeout,
+    };
+    let edge = Edge::start(edge, view.clone(), issuer.resolver(), adapter.clone())
+        .await
+        .context("the edge")?;
+    let api = ApiConfig {
+        listen: args.api,
+        registry_dir: args.data_dir.join("registry"),
+        region: args.region.clone(),
+        domain: args.domain.clone(),
+        internal_token,
+    };
+    let api = ApiServer::bind(api, catalog, view, adapter)
+        .await
+        .with_context(|| format!("the API on {}", args.api))?;
+    let end = CancellationToken::new();
+    let api = tokio::spawn(api.run(end.clone()));
+    tracing::info!(api = %args.api, data = %args.data_dir.display(), "serving");
+
+    let ended = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        error = mesh.ended() => Some(error),
+    };
+    tracing::info!("ending; Machines go on");
+    end.cancel();
+    edge.drain(DRAIN).await;
+    issuer.shutdown().await;
+    dns.shutdown().await;
+    mesh.shutdown().await;
+    agent.shutdown().await;
+    // Calls that follow something would go on for ever: they end with the process.
+    api.abort();
+    ended.map_or(Ok(()), |error| {
+        Err(error).context("the mesh ended by itself")
+    })
+}
+
+/// What is run, and what Machines boot.
+struct Files {
+    vmm: PathBuf,
+    kernel: PathBuf,
+    initramfs: PathBuf,
+}
+
+impl Files {
+    fn find(args: &Serve) -> Result<Self> {
+        let own = std::env::current_exe().context("this program does not know where it is")?;
+        let beside = own.parent().unwrap_or(Path::new("/"));
+        let find = |given: &Option<PathBuf>, name: &str, flag: &str| {
+            let path = given.clone().unwrap_or_else(|| beside.join(name));
+            if !path.exists() {
+                bail!(
+                    "there is no {}; build it with `make build`, or say where it is with --{flag}",
+                    path.display()
+                );
+            }
+            std::path::absolute(&path).with_context(|| format!("{}", path.display()))
+        };
+        Ok(Self {
+            vmm: find(&args.vmm, "tern-vmm", "vmm")?,
+            kernel: find(&args.kernel, "guest/vmlinux", "kernel")?,
+            initramfs: find(&args.initramfs, "guest/initramfs.cpio", "initramfs")?,
+        })
+    }
+}
+
+/// Refuses to serve where no Machine could run, rather than failing at the first deploy.
+async fn probe(vmm: &Path) -> Result<()> {
+    let output = tokio::process::Command::new(vmm)
+        .arg("probe")
+        .output()
+        .await;
+    let output = output.with_context(|| format!("{} cannot be started", vmm.display()))?;
+    if !output.status.success() {
+        bail!(
+            "this machine cannot run Machines: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(())
+}
+
+fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) -> HostConfig {
+    let mut config = HostConfig::new(host, &args.data_dir);
+    config.vmm_binary.clone_from(&files.vmm);
+    config.kernel.clone_from(&files.kernel);
+    config.initramfs.clone_from(&files.initramfs);
+    let registry = Registry {
+        address: reachable(args.api).to_string(),
+        credentials: Some(("host".to_owned(), internal_token.to_owned())),
+        insecure: true,
+    };
+    config.registries.insert(REGISTRY_NAME.to_owned(), registry);
+    config
+}
+
+/// An address to connect to for one that is listened on.
+fn reachable(listen: SocketAddr) -> SocketAddr {
+    match listen.ip() {
+        ip if ip.is_unspecified() => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), listen.port()),
+        _ => listen,
+    }
+}
+
+/// Where WireGuard clients are told to connect: as given, or the address that leads outside.
+fn endpoint(args: &Serve) -> SocketAddr {
+    let port = args.wireguard.port();
+    let outside = || {
+        // Connecting a UDP socket sends nothing; it asks the routing table for a source address.
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+        socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9)).ok()?;
+        socket.local_addr().ok().map(|a| a.ip())
+    };
+    let listen = Some(args.wireguard.ip()).filter(|ip| !ip.is_unspecified());
+    let ip = listen
+        .or_else(outside)
+        .unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    args.wireguard_endpoint.unwrap_or(SocketAddr::new(ip, port))
+}
+
+fn make_private_dir(path: &Path) -> Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("{} cannot be made", path.display()))
+}
+
+/// Whether this process is root: the owner of its own entry in /proc tells.
+fn nix_root() -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0)
+}
+
+fn log(json: bool) {
+    let filter = EnvFilter::try_from_env("TERN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if json { log.json().init() } else { log.init() }
+}
