@@ -92,8 +92,10 @@ pub fn load(config: &VmConfig, memory: &Memory, devices: usize) -> Result<Entry,
     let cmdline = write_cmdline(&config.cmdline, ram)?;
     let rsdp = acpi::write(ram, config.vcpus, devices)?;
 
-    let mut params = boot_params::default();
-    params.hdr = kernel.header;
+    let mut params = boot_params {
+        hdr: kernel.header,
+        ..Default::default()
+    };
     params.hdr.type_of_loader = 0xff; // "undefined": we have no number of our own
     params.hdr.boot_flag = 0xaa55;
     params.hdr.header = 0x5372_6448; // "HdrS"

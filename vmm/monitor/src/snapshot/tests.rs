@@ -125,7 +125,7 @@ fn another_machines_snapshot_is_refused() {
         },
         VmConfig {
             memory_mib: 64,
-            ..config.clone()
+            ..config
         },
     ] {
         assert!(matches!(refusal(&other), Refused::Foreign { .. }));

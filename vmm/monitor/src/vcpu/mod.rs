@@ -6,7 +6,7 @@
 //!     │ Save, Quit
 //! ```
 //!
-//! The machine's owner talks to the thread by a channel; [`Vcpu::kick`] brings it out of the guest to
+//! The machine's owner talks to the thread by a channel; a kick (a signal) brings it out of the guest to
 //! read it. A thread parks only where KVM itself reported an interruption, which is after it has
 //! finished any I/O instruction that was half done: so a parked processor can always be saved.
 

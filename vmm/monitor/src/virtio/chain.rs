@@ -291,7 +291,7 @@ mod tests {
         file.seek(SeekFrom::Start(0)).unwrap();
         let mut text = String::new();
         file.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "2XYZ676789"[..].replace("2XYZ67", "2XYZ67"));
+        assert_eq!(text, "2XYZ676789");
         let error = buffers.read_file_at(file.as_fd(), 5).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }

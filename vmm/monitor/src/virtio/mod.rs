@@ -20,10 +20,21 @@ pub mod vsock;
 pub mod worker;
 
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
 
 pub use worker::Context;
+
+/// Whether one more line may be logged about something the guest brought about.
+///
+/// A guest can make mistakes a million times a second; the first hundred say what there is to say, and
+/// a hostile one does not get to fill the host's disk.
+pub(crate) fn may_log() -> bool {
+    const LINES: u32 = 100;
+    static USED: AtomicU32 = AtomicU32::new(0);
+    USED.load(Ordering::Relaxed) < LINES && USED.fetch_add(1, Ordering::Relaxed) < LINES
+}
 
 /// Offered by every device: the driver speaks virtio 1.0 or later.
 pub const VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;

@@ -183,7 +183,7 @@ impl VirtQueue {
     }
 
     fn fail(&mut self, error: &dyn std::fmt::Display) {
-        if !self.broken {
+        if !self.broken && super::may_log() {
             tracing::warn!(%error, "the guest broke a virtqueue; ignored until it resets the device");
         }
         self.broken = true;

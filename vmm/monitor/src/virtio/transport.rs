@@ -312,10 +312,12 @@ impl Transport {
                 Kind::Vsock => "guest_vsock_ready",
             });
         } else {
-            tracing::warn!(
-                device = self.kind.name(),
-                "the guest's queues lie outside its memory"
-            );
+            if super::may_log() {
+                tracing::warn!(
+                    device = self.kind.name(),
+                    "the guest\'s queues lie outside its memory"
+                );
+            }
             self.needs_reset();
         }
     }

@@ -5,6 +5,7 @@
 //! runs scripts sent to it over vsock, so that a test reads like what a person would type.
 
 #![allow(dead_code)] // each test file uses its own part
+#![allow(clippy::unwrap_used)] // helpers of tests, but not in `#[test]` functions
 
 mod archive;
 

@@ -40,6 +40,9 @@ const SECTOR: u64 = 512;
 const QUEUE_SIZE: u16 = 256;
 /// Data pieces in one request: what fits a descriptor table beside header and status.
 const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
+/// A request holds up the device's thread, and so a pause, for as long as it takes. Linux asks for some
+/// MiB at a time at most.
+const MAX_REQUEST_BYTES: usize = 64 << 20;
 /// Type (4 bytes), reserved (4), sector (8).
 const HEADER_BYTES: usize = 16;
 const STATUS_BYTES: usize = 1;
@@ -106,7 +109,9 @@ impl Block {
                 (VIRTIO_BLK_S_IOERR, 0)
             }
             Err(Refusal::Io(error)) => {
-                tracing::error!(%error, "disk request failed");
+                if super::may_log() {
+                    tracing::error!(%error, "disk request failed");
+                }
                 (VIRTIO_BLK_S_IOERR, 0)
             }
         };
@@ -153,6 +158,9 @@ impl Block {
 
     /// Where `len` bytes from `sector` on are in the file, if they are.
     fn offset(&self, sector: u64, len: usize) -> Result<u64, Refusal> {
+        if len > MAX_REQUEST_BYTES {
+            return Err(Refusal::Invalid("more than a request may have"));
+        }
         let len = len as u64;
         if !len.is_multiple_of(SECTOR) {
             return Err(Refusal::Invalid("part of a sector"));

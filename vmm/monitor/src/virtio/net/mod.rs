@@ -101,7 +101,7 @@ impl<L: Link> Net<L> {
                     Ok(len) if len > VNET_HEADER_BYTES => self.waiting = len,
                     Ok(_) => continue,
                     Err(error) => {
-                        if error.kind() != io::ErrorKind::WouldBlock {
+                        if error.kind() != io::ErrorKind::WouldBlock && super::may_log() {
                             tracing::warn!(%error, "cannot read from the TAP device");
                         }
                         break;

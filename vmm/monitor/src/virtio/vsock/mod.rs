@@ -7,7 +7,7 @@
 //! - A guest program that connects to the host's port `n` reaches whoever listens at `<path>_<n>`, or is
 //!   refused.
 //!
-//! [`connection`] is one such stream, [`muxer`] all of them, [`packet`] the header; this file moves
+//! `connection` is one such stream, `muxer` all of them, `packet` the header; this file moves
 //! packets between the rings and the muxer.
 
 mod connection;
@@ -73,8 +73,9 @@ const EVENT: usize = 2;
 const QUEUE_SIZE: u16 = 128;
 /// `struct virtio_vsock_event` with `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`.
 const TRANSPORT_RESET: [u8; 4] = 0_u32.to_le_bytes();
-/// Linux handles the event within microseconds of running again.
-const RESET_PATIENCE: Duration = Duration::from_secs(1);
+/// Linux handles the event within microseconds of running again; its processor may have to be waited
+/// for, on a host that is short of them.
+const RESET_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Vsock {
     /// The device of a guest that boots.
