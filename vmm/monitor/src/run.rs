@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use crate::bus::Power;
 use crate::config::VmConfig;
@@ -11,6 +12,9 @@ use crate::exit::{Exit, PidFile, Reason};
 use crate::machine::{EventSink, Machine, MachineError};
 use crate::trace::Trace;
 use crate::vcpu::VcpuEvent;
+
+/// How long a stop waits for its own answer to be written.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What the main thread waits for.
 #[derive(Debug)]
@@ -95,10 +99,15 @@ fn vcpu_sink(events: Sender<Event>) -> EventSink {
 fn serve(machine: &mut Machine, events: &Receiver<Event>) -> Exit {
     loop {
         match events.recv() {
-            Ok(Event::Request(Request { command, reply })) => {
-                let stop = command == Command::Stop;
+            Ok(Event::Request(Request {
+                command,
+                reply,
+                answered,
+            })) => {
                 reply.send(carry_out(machine, command));
-                if stop {
+                if command == Command::Stop {
+                    // Nothing is ever sent: this waits for the other end to be dropped.
+                    let _ = answered.recv_timeout(ANSWER_PATIENCE);
                     return Exit::new(Reason::Stopped, "stopped by the control API");
                 }
             }

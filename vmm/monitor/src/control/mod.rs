@@ -14,7 +14,8 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -55,6 +56,8 @@ pub struct Request {
     pub command: Command,
     /// Where to say how it went.
     pub reply: Reply,
+    /// Disconnected when the client has its answer, or is gone.
+    pub answered: Receiver<Infallible>,
 }
 
 /// Where an answer goes. It is used once.
@@ -171,9 +174,11 @@ fn serve(listener: UnixListener, events: Sender<Event>) -> io::Result<()> {
 }
 
 async fn serve_client(stream: tokio::net::UnixStream, events: Sender<Event>) {
-    let service = service_fn(move |request| {
-        let events = events.clone();
-        async move { Ok::<_, Infallible>(handle(&request, events).await) }
+    // Lives as long as the connection, whose end is the only sign that an answer has been written.
+    let open = Arc::new(Mutex::new(Vec::new()));
+    let service = service_fn(|request| {
+        let (events, open) = (events.clone(), open.clone());
+        async move { Ok::<_, Infallible>(handle(&request, &events, &open).await) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -188,21 +193,28 @@ async fn serve_client(stream: tokio::net::UnixStream, events: Sender<Event>) {
 
 type Response = hyper::Response<Full<Bytes>>;
 
-async fn handle(request: &hyper::Request<Incoming>, events: Sender<Event>) -> Response {
+async fn handle(
+    request: &hyper::Request<Incoming>,
+    events: &Sender<Event>,
+    open: &Mutex<Vec<Sender<Infallible>>>,
+) -> Response {
     let command = match route(request.method(), request.uri().path()) {
         Ok(command) => command,
         Err((status, message)) => return error(status, message),
     };
     let (reply, answer) = oneshot::channel();
-    let sent = events.send(Event::Request(Request {
+    let (until_answered, answered) = channel();
+    let request = Request {
         command,
         reply: Reply(reply),
-    }));
+        answered,
+    };
+    let sent = events.send(Event::Request(request));
     let gone = || error(StatusCode::SERVICE_UNAVAILABLE, "the monitor is ending");
     if sent.is_err() {
         return gone();
     }
-    match answer.await {
+    let mut response = match answer.await {
         Err(_) => gone(),
         Ok(Ok(Answer::Done)) => response(StatusCode::NO_CONTENT, Bytes::new()),
         Ok(Ok(Answer::Description(description))) => match serde_json::to_vec(&description) {
@@ -213,7 +225,16 @@ async fn handle(request: &hyper::Request<Incoming>, events: Sender<Event>) -> Re
         Ok(Err(ControlError::Failed(message))) => {
             error(StatusCode::INTERNAL_SERVER_ERROR, &message)
         }
+    };
+    if command == Command::Stop {
+        // The process ends when this answer has been written, which the connection's end tells.
+        let close = header::HeaderValue::from_static("close");
+        response.headers_mut().insert(header::CONNECTION, close);
+        open.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(until_answered);
     }
+    response
 }
 
 fn route(method: &Method, path: &str) -> Result<Command, (StatusCode, &'static str)> {
