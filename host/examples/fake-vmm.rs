@@ -6,6 +6,9 @@
 //! does not stop; `FAKE_NO_SNAPSHOT` refuses to be suspended; `FAKE_KILL_AGENT_AT=<step>` kills the
 //! agent, once, at `boot`, `pause`, `snapshot`, `stop`, `restore` or `resumed`.
 
+// A stand-in that cannot go on may panic.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use parking_lot::RwLock;
@@ -36,10 +38,19 @@ use crate::vm::Vm;
 /// crash: nothing is lost, and monitors go on.
 pub struct Agent {
     handle: AgentHandle,
-    supervisor: JoinHandle<()>,
+    supervisor: SupervisorTask,
     stop: oneshot::Sender<()>,
     /// One agent per data directory.
     _lock: File,
+}
+
+/// Ends with the agent.
+struct SupervisorTask(JoinHandle<()>);
+
+impl Drop for SupervisorTask {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Asks things of the Machines of this host. Clones share it.
@@ -52,6 +63,8 @@ struct Shared {
     host: Arc<Host>,
     catalog: Catalog,
     machines: RwLock<HashMap<MachineId, Entry>>,
+    /// Changes whenever the agent has done all that the catalog says.
+    rounds: watch::Sender<u64>,
 }
 
 /// A Machine that has a task.
@@ -93,6 +106,8 @@ pub enum AgentError {
 
 /// What a monitor accepts.
 const MAX_SOCKET_PATH: usize = 96;
+/// How long a Machine that is new in the catalog may take to be taken up.
+const TAKE_UP_TIME: Duration = Duration::from_secs(2);
 /// Machines taken up at once when an agent starts.
 const TAKEN_UP_AT_ONCE: usize = 16;
 
@@ -121,6 +136,7 @@ impl Agent {
             host,
             catalog,
             machines: RwLock::default(),
+            rounds: watch::channel(0).0,
         });
         let mut supervisor = Supervisor {
             shared: Arc::clone(&shared),
@@ -132,7 +148,7 @@ impl Agent {
         let (stop, stopped) = oneshot::channel();
         Ok(Self {
             handle: AgentHandle { shared },
-            supervisor: tokio::spawn(supervisor.run(stopped)),
+            supervisor: SupervisorTask(tokio::spawn(supervisor.run(stopped))),
             stop,
             _lock: lock,
         })
@@ -144,10 +160,10 @@ impl Agent {
     }
 
     /// Ends the agent. Monitors, and with them Machines, go on; the next agent adopts them.
-    pub async fn shutdown(self) {
+    pub async fn shutdown(mut self) {
         // It may have ended on its own, with an error that was told.
         let _ = self.stop.send(());
-        if let Err(error) = self.supervisor.await {
+        if let Err(error) = (&mut self.supervisor.0).await {
             tracing::error!(%error, "the agent's supervisor has failed");
         }
     }
@@ -234,6 +250,7 @@ impl AgentHandle {
         source: Source,
         order: Order,
     ) -> Result<(), CommandError> {
+        self.known(id).await;
         let (reply, outcome) = oneshot::channel();
         {
             let machines = self.shared.machines.read();
@@ -244,6 +261,19 @@ impl AgentHandle {
             let _ = entry.messages.send(message);
         }
         outcome.await.unwrap_or(Err(CommandError::ShuttingDown))
+    }
+
+    /// Waits until the agent has taken up a Machine that others see in the catalog already.
+    async fn known(&self, id: &MachineId) {
+        let mut rounds = self.shared.rounds.subscribe();
+        let expected = || {
+            let host = &self.shared.host;
+            !self.shared.machines.read().contains_key(id)
+                && host.machine(id).is_some_and(|m| m.host == host.config.host)
+        };
+        let taken_up = async { while expected() && rounds.changed().await.is_ok() {} };
+        // One that cannot be taken up is unknown: why is in its status.
+        let _ = tokio::time::timeout(TAKE_UP_TIME, taken_up).await;
     }
 
     fn vm(&self, id: &MachineId) -> Result<Arc<Vm>, CommandError> {
@@ -282,6 +312,7 @@ impl Supervisor {
         loop {
             changes.mark_unchanged();
             self.reconcile(&view.snapshot()).await;
+            self.shared.rounds.send_modify(|rounds| *rounds += 1);
             tokio::select! {
                 _ = &mut stopped => break,
                 changed = changes.changed() => if changed.is_err() { break },
@@ -445,7 +476,8 @@ async fn begin(
             memo
         }
     };
-    let opened = Vm::open(Arc::clone(host), machine.id.clone(), memo).await;
+    let starting = status.is_some_and(|s| s.state == MachineState::Starting);
+    let opened = Vm::open(Arc::clone(host), machine.id.clone(), memo, starting).await;
     let (vm, found) = opened.map_err(|e| e.to_string())?;
     if !matches!(found, Found::Nothing { .. }) {
         // Now, so that no wake has to wait for it. One that needs it tries again.
@@ -500,7 +532,10 @@ fn prepare_dirs(config: &HostConfig) -> Result<File, AgentError> {
             path: config.data_dir.display().to_string(),
         });
     }
-    fs::create_dir_all(&machines).map_err(io_at(&machines.display()))?;
+    // Memory, disks and output of apps: nobody's business but root's.
+    fs::create_dir_all(&machines)
+        .and_then(|()| fs::set_permissions(&machines, fs::Permissions::from_mode(0o700)))
+        .map_err(io_at(&machines.display()))?;
     let path = config.data_dir.join("agent.lock");
     let lock = File::options()
         .create(true)

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use tern_catalog::{Machine, MachineId, View};
 use tern_image::{
-    Credentials, Digest, Image, ImageError, ImageStore, Reference, RegistryOptions, Source,
+    Credentials, Digest, Image, ImageError, ImageStore, Progress, Reference, RegistryOptions,
+    Source,
 };
 
 use crate::config::HostConfig;
@@ -50,7 +51,16 @@ impl Host {
         }
         let source = self.source(name, known).map_err(|e| failed(&e, true))?;
         let named = name.to_owned();
-        let progress = move |progress| tracing::info!(image = named, ?progress, "image");
+        let progress = move |progress| match progress {
+            Progress::Resolved {
+                digest,
+                layers,
+                bytes,
+            } => {
+                tracing::info!(image = named, %digest, layers, bytes, "fetching an image");
+            }
+            progress => tracing::trace!(image = named, ?progress, "image"),
+        };
         let image = self.images.ensure(&source, progress).await;
         image.map_err(|e| failed(&e, false))
     }

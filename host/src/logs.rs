@@ -79,9 +79,7 @@ pub enum LogItem {
 
 impl Logs {
     pub(crate) fn new(path: PathBuf, metrics: Arc<Metrics>) -> Self {
-        let last = read_kept(&path, 0)
-            .ok()
-            .and_then(|mut kept| kept.pop_back());
+        let last = last_kept(&path).or_else(|| last_kept(&previous(&path)));
         let inner = Inner {
             file: None,
             length: 0,
@@ -213,6 +211,21 @@ fn previous(path: &Path) -> PathBuf {
     path.with_extension("log.1")
 }
 
+/// The last line of a file.
+fn last_kept(path: &Path) -> Option<LogLine> {
+    let mut file = File::open(path).ok()?;
+    let length = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(LONGEST_LINE)))
+        .ok()?;
+    let mut bytes = Vec::new();
+    file.take(LONGEST_LINE).read_to_end(&mut bytes).ok()?;
+    let lines = bytes.rsplit(|&b| b == b'\n');
+    // A line that was cut by a crash is not one.
+    lines
+        .filter_map(|line| serde_json::from_slice(line).ok())
+        .next()
+}
+
 /// The lines kept in both files, from number `from` on, at most [`MAX_READ`] of them.
 fn read_kept(path: &Path, from: u64) -> io::Result<VecDeque<LogLine>> {
     let mut kept = VecDeque::new();
@@ -245,6 +258,8 @@ fn read_kept(path: &Path, from: u64) -> io::Result<VecDeque<LogLine>> {
     Ok(kept)
 }
 
+/// A line as JSON, with every byte escaped, and one that was cut after it.
+const LONGEST_LINE: u64 = 128 * 1024;
 /// A Machine keeps between one and two of these.
 const MAX_FILE: u64 = 4 << 20;
 /// Lines a reader gets of what was kept.

@@ -51,6 +51,13 @@ impl Running {
         *self.collector.lock() = Some(collector);
     }
 
+    /// Stops to collect: the agent ends.
+    pub(crate) fn leave(&self) {
+        if let Some(collector) = self.collector.lock().take() {
+            collector.abort();
+        }
+    }
+
     /// Waits for the app: that it runs, or how it ended instead.
     pub(crate) async fn app_started(&self) -> Result<(), ExitStatus> {
         let mut news = self.news.subscribe();

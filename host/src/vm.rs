@@ -51,6 +51,7 @@ impl Vm {
         host: Arc<Host>,
         id: MachineId,
         memo: Memo,
+        starting: bool,
     ) -> std::io::Result<(Arc<Self>, Found)> {
         let dir = MachineDir::new(&host.config.machines_dir(), &id);
         let slot = Slot::new(memo.slot)
@@ -69,7 +70,7 @@ impl Vm {
             host,
             dir,
         });
-        let found = vm.find().await?;
+        let found = vm.find(starting).await?;
         Ok((vm, found))
     }
 
@@ -78,7 +79,7 @@ impl Vm {
         self.memo.lock().instance_id.clone()
     }
 
-    async fn find(&self) -> std::io::Result<Found> {
+    async fn find(&self, starting: bool) -> std::io::Result<Found> {
         let Some(monitor) = Monitor::adopt(&self.dir.pid_file())? else {
             let seal = self.dir.seal(&self.host.boot_id)?;
             if seal.is_some() {
@@ -95,11 +96,10 @@ impl Vm {
             });
         };
         let running = Running::new(ADOPTED, monitor);
-        match self.adopt(&running).await {
+        match self.adopt(&running, starting).await {
             Ok(()) => {
                 tracing::info!(machine = %self.id, pid = running.monitor.pid(), "adopted a monitor");
                 self.host.metrics.adopted.add(1);
-                self.attend(&running);
                 *self.running.lock() = Some(running);
                 Ok(Found::Running { epoch: ADOPTED })
             }
@@ -117,8 +117,9 @@ impl Vm {
         }
     }
 
-    /// A living monitor wins over a snapshot, and must run.
-    async fn adopt(&self, running: &Running) -> Result<(), String> {
+    /// A living monitor wins over a snapshot, and must run. One that was `starting` when it was last
+    /// seen must come as far as its app.
+    async fn adopt(&self, running: &Arc<Running>, starting: bool) -> Result<(), String> {
         self.dir
             .break_seal()
             .and_then(|()| self.dir.sync())
@@ -140,6 +141,15 @@ impl Vm {
         match self.guest.ask(&resumed(), QUICK).await {
             Ok(_) => {}
             Err(error) => tracing::debug!(machine = %self.id, %error, "not told the time"),
+        }
+        self.attend(running);
+        if starting {
+            let limit = self.host.config.boot_timeout;
+            tokio::select! {
+                started = running.app_started() => started.map_err(|e| self.why_app_ended(&e))?,
+                _ = running.monitor.ended() => return Err("it has just ended".to_owned()),
+                () = tokio::time::sleep(limit) => return Err("its app does not start".to_owned()),
+            }
         }
         Ok(())
     }
@@ -513,6 +523,14 @@ impl Vm {
             None => format!("code {}", exit.code),
         };
         format!("the app ended with {how} before it was up; its last words: {lines}")
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Some(running) = self.running.lock().take() {
+            running.leave();
+        }
     }
 }
 

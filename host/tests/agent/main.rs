@@ -1,5 +1,8 @@
 //! The agent with real processes, files, devices and rules, and a monitor that only looks like one.
 
+// A test that cannot go on may panic.
+#![allow(clippy::unwrap_used)]
+
 mod crashes;
 mod lifecycle;
 mod world;
