@@ -10,7 +10,7 @@ mod world;
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use tern_catalog::{HostId, MachineNumber, NetworkId, PrivateAddress};
@@ -341,6 +341,43 @@ fn netns_hosts_carry_their_machines_to_each_other() -> Result<()> {
             .await?;
         laptop.join(&world.client_config(7, 5, &private, &laptop))?;
         laptop.inside(|| converse(machine(7, 2, 4), PATIENCE))??;
+        Ok(())
+    })
+}
+
+#[test]
+fn netns_who_calls_what_is_not_there_is_told_at_once() -> Result<()> {
+    World::run(|world| async move {
+        serve(machine(7, 1, 9))?;
+        let laptop = world.laptop(0)?;
+        let private = PrivateKey::generate();
+        world
+            .add_peer(7, "laptop", 5, &private.public_key())
+            .await?;
+        let absent = SocketAddr::from((machine(7, 1, 77), 8080));
+        let asleep = SocketAddr::from((machine(7, 1, 5), 8080));
+        for to in [absent, asleep] {
+            let before = Instant::now();
+            let called = world::connect_from(machine(7, 1, 9), to, PATIENCE);
+            let why = called.err().context("nobody is there")?;
+            ensure!(
+                why.to_string().contains("EHOSTUNREACH") || why.to_string().contains("ENETUNREACH"),
+                "{why}"
+            );
+            ensure!(before.elapsed() < LONG_ENOUGH);
+        }
+        // Through the tunnel, too.
+        laptop.join(&world.client_config(7, 5, &private, &laptop))?;
+        laptop.inside(|| converse(machine(7, 1, 9), PATIENCE))??;
+        let called = laptop.inside(move || TcpStream::connect_timeout(&absent, PATIENCE))?;
+        let why = called.err().context("nobody is there")?.kind();
+        ensure!(
+            matches!(
+                why,
+                ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable
+            ),
+            "{why}"
+        );
         Ok(())
     })
 }
