@@ -88,10 +88,7 @@ async fn started_machines_have_addresses() {
     );
     assert_eq!(aaaa(&format!("{}.vm.web", id(10))), Ok(vec![ten.clone()]));
     assert_eq!(aaaa("worker.process.web"), Ok(vec![ten.clone()]));
-    assert_eq!(
-        aaaa("db.primary.role.kv._metadata.web"),
-        Ok(vec![ten])
-    );
+    assert_eq!(aaaa("db.primary.role.kv._metadata.web"), Ok(vec![ten]));
     assert_eq!(
         aaaa("app.fly_process_group.kv._metadata.web"),
         Ok(vec![nine.clone()])
