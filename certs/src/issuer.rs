@@ -199,7 +199,7 @@ impl Worker {
                 let record = plan::failed(
                     hostname,
                     before.as_deref(),
-                    error.to_string(),
+                    told(&error),
                     Timestamp::now(),
                     rand::random(),
                 );
@@ -286,6 +286,20 @@ impl Worker {
             tracing::warn!(%error, "the catalog did not take what came of an order");
         }
     }
+}
+
+/// An error with its causes: a directory's certificate that is not trusted is only named in the last.
+fn told(error: &Failure) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(next) = cause {
+        let more = next.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = next.source();
+    }
+    text
 }
 
 /// Anything that keeps a certificate from being got.

@@ -174,7 +174,7 @@ mod tests {
             },
             SealedKey {
                 algorithm: "rot13".into(),
-                ..sealed.clone()
+                ..sealed
             },
         ] {
             assert!(sealer.open("x", &damaged).is_err());

@@ -51,11 +51,6 @@ impl Client {
         Ok(Self { target, http })
     }
 
-    /// The API's address.
-    pub fn url(&self) -> &str {
-        &self.target.url
-    }
-
     /// `GET`, answered as JSON.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         self.json(Method::GET, path, empty()).await

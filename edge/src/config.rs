@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pingora_core::apps::HttpServerApp as _;
+use pingora_core::apps::{HttpServerApp as _, HttpServerOptions};
 use pingora_core::protocols::http::v2::server::H2Options;
 use pingora_core::server::configuration::ServerConf;
 use pingora_proxy::{HttpProxy, http_proxy};
@@ -53,6 +53,8 @@ pub struct Edge {
 
 /// Streams of one HTTP/2 connection at once.
 const MAX_STREAMS: u32 = 256;
+/// An HTTP/2 connection without a stream is closed after this time.
+const H2_IDLE: Duration = Duration::from_secs(75);
 /// Tries of one request; the ingress decides which failures are tried again.
 const MAX_TRIES: usize = 5;
 
@@ -109,6 +111,9 @@ impl Edge {
             };
             let mut proxy = http_proxy(&conf, ingress);
             proxy.h2_options = Some(h2_options());
+            let mut options = HttpServerOptions::default();
+            options.h2_idle_timeout = Some(H2_IDLE);
+            proxy.server_options = Some(options);
             let proxy = Arc::new(proxy);
             edge.proxies.push(Arc::clone(&proxy));
             let tls = (entrance == Entrance::Https).then(|| Arc::clone(&acceptor));

@@ -56,6 +56,26 @@ pub fn check(uri_bytes: usize, headers: &HeaderMap) -> Result<(), BadHead> {
     Ok(())
 }
 
+/// The headers that a client's `Connection` header takes for this hop alone (RFC 9110 section 7.6.1). What
+/// asks for an upgrade goes on to the app; what ends here does not.
+pub fn of_this_hop(given: &HeaderMap) -> Vec<HeaderName> {
+    let all = given
+        .get_all(http::header::CONNECTION)
+        .iter()
+        .filter_map(|v| v.to_str().ok());
+    let named = all
+        .flat_map(|v| v.split(','))
+        .filter_map(|n| n.trim().parse::<HeaderName>().ok());
+    let kept = [
+        http::header::UPGRADE,
+        http::header::CONNECTION,
+        http::header::HOST,
+    ];
+    named
+        .filter(|n| !kept.contains(n) && !n.as_str().starts_with("sec-websocket"))
+        .collect()
+}
+
 /// The headers to set on a request for an app; each replaces all of its name.
 pub fn for_app(
     given: &HeaderMap,
@@ -186,6 +206,17 @@ mod tests {
             (value("fly-forwarded-port"), value("via")),
             ("443".into(), "2 tern".into())
         );
+    }
+
+    #[test]
+    fn what_is_for_this_hop_ends_here() {
+        let given = map(&[
+            ("connection", "X-Mine, upgrade, close"),
+            ("connection", "fly-client-ip, b@d"),
+        ]);
+        let named = of_this_hop(&given);
+        let names: Vec<&str> = named.iter().map(HeaderName::as_str).collect();
+        assert_eq!(names, ["x-mine", "close", "fly-client-ip"]);
     }
 
     #[test]

@@ -122,6 +122,9 @@ impl ProxyHttp for Ingress {
             version,
             &ctx.id,
         );
+        for name in headers::of_this_hop(&session.req_header().headers) {
+            upstream.remove_header(&name);
+        }
         for (name, value) in set {
             upstream.insert_header(name, value)?;
         }

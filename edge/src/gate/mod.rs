@@ -19,6 +19,7 @@ mod ready;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -45,6 +46,8 @@ struct Inner {
     machines: Mutex<HashMap<MachineId, Entry>>,
     /// Told whenever a request ends.
     room: Notify,
+    /// Requests that wait for room.
+    waiting: AtomicU32,
 }
 
 struct Entry {
@@ -106,6 +109,7 @@ impl Gate {
             wake_timeout,
             machines,
             room: Notify::new(),
+            waiting: AtomicU32::new(0),
         }))
     }
 
@@ -145,6 +149,10 @@ impl Gate {
                     failed.push(admission.machine.clone());
                 }
                 Taken::Full => {
+                    let Some(_place) = Waiting::join(&self.0.waiting) else {
+                        self.0.metrics.at_capacity.add();
+                        return Err(Refused::AtCapacity);
+                    };
                     let waiting = async {
                         tokio::select! {
                             () = room => {}
@@ -176,7 +184,6 @@ impl Gate {
         let mut machines = self.0.machines.lock();
         let mut addresses = HashMap::new();
         let mut candidates = Vec::new();
-        let mut waiting = 0u32;
         for (machine, status) in snapshot.machines_of(app) {
             let Some(service) = service_of(machine, port).filter(|_| eligible(machine, status))
             else {
@@ -185,17 +192,18 @@ impl Gate {
             if failed.contains(&machine.id) {
                 continue;
             }
+            let says_started = status.is_some_and(|s| s.state == MachineState::Started);
             let entry = machines
                 .entry(machine.id.clone())
                 .or_insert_with(Entry::new);
-            waiting = waiting.saturating_add(entry.in_flight);
             addresses.insert(
                 machine.id.clone(),
                 SocketAddr::new(IpAddr::V6(machine.private_ip), port),
             );
             candidates.push(Candidate {
                 id: machine.id.clone(),
-                awake: entry.is_awake(status.map(|s| &**s)),
+                // One that may not be started is tried as long as its host says it runs.
+                awake: entry.is_awake(status.map(|s| &**s)) || (!service.autostart && says_started),
                 autostart: service.autostart,
                 in_flight: entry.in_flight,
                 soft: service.concurrency.soft(),
@@ -204,8 +212,8 @@ impl Gate {
         }
         let choice = choose(&candidates);
         let (Choice::Admit(id) | Choice::Wake(id)) = &choice else {
-            let wait = choice == Choice::Wait && waiting < MAX_WAITING;
-            return if wait { Taken::Full } else { Taken::Nobody };
+            let full = choice == Choice::Wait;
+            return if full { Taken::Full } else { Taken::Nobody };
         };
         let (Some(entry), Some(&address)) = (machines.get_mut(id), addresses.get(id)) else {
             return Taken::Nobody;
@@ -353,6 +361,22 @@ impl Gate {
     }
 }
 
+/// A place among those that wait, given up when dropped.
+struct Waiting<'a>(&'a AtomicU32);
+
+impl<'a> Waiting<'a> {
+    fn join(count: &'a AtomicU32) -> Option<Self> {
+        let place = Self(count);
+        (count.fetch_add(1, Ordering::Relaxed) < MAX_WAITING).then_some(place)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 enum Taken {
     Admitted(Admission),
     MustWake(Admission),
@@ -386,6 +410,8 @@ impl Entry {
             }
             Belief::Asleep { since } => {
                 if news(since).is_some_and(|s| s.state == MachineState::Started) {
+                    // Somebody else woke it: its time without requests begins now.
+                    self.last_active = Instant::now();
                     self.belief = Belief::Unknown;
                     return true;
                 }
@@ -424,6 +450,7 @@ impl Drop for Admission {
             entry.in_flight = entry.in_flight.saturating_sub(1);
             entry.last_active = Instant::now();
         }
-        self.gate.0.room.notify_one();
+        // All of them: one that waits for another app's room must not swallow the only call.
+        self.gate.0.room.notify_waiters();
     }
 }

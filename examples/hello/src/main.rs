@@ -16,6 +16,9 @@
 //! | `/sleep?ms=…` | waits, then says `done` |
 //! | `/ws` | a WebSocket that says everything back |
 //! | `/crash` | ends the program with code 1 |
+//!
+//! As a command, beside the server: `hello --version`, and `hello probe ADDRESS`, which succeeds when a
+//! TCP connection to the address does.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -47,6 +50,22 @@ struct App {
 // A thread per processor of the smallest Machine, and one more for what blocks.
 #[tokio::main(worker_threads = 2)]
 async fn main() -> io::Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => serve().await,
+        ["--version"] => {
+            println!("hello {}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+        ["probe", address] => {
+            let connection = tokio::net::TcpStream::connect(address);
+            tokio::time::timeout(Duration::from_secs(5), connection).await?.map(drop)
+        }
+        _ => Err(io::Error::other("usage: hello [--version | probe ADDRESS]")),
+    }
+}
+
+async fn serve() -> io::Result<()> {
     let data = PathBuf::from(env("DATA_DIR", "/data"));
     let port = env("PORT", "8080").parse().map_err(io::Error::other)?;
     let app = Arc::new(App {

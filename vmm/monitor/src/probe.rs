@@ -52,6 +52,8 @@ const SECOND_ROUND: u32 = 10_000_000;
 /// Real mode, at address 0: `dec ecx` (with operand-size prefix), `jnz` back to it, `hlt`.
 const PROGRAM: [u8; 5] = [0x66, 0x49, 0x75, 0xfc, 0xf4];
 const INSTRUCTIONS_PER_TURN: f64 = 2.0;
+/// Measurements before a host is told that it is too slow.
+const ATTEMPTS: u32 = 5;
 const GUEST_BYTES: u64 = 64 << 10;
 
 /// Runs the tiny guest.
@@ -73,9 +75,9 @@ pub fn probe() -> Result<Report, ProbeError> {
     // VM are dropped before it below, or are declared after it where an error returns.
     unsafe { vm.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(call("KVM_CREATE_VCPU"))?;
-    let mut mips = measure(&mut vcpu, FIRST_ROUND)?;
+    let mut mips = best(&mut vcpu, FIRST_ROUND, MIN_FIRST_MIPS)?;
     if mips >= MIN_FIRST_MIPS {
-        mips = measure(&mut vcpu, SECOND_ROUND)?;
+        mips = best(&mut vcpu, SECOND_ROUND, MIN_MIPS)?;
     }
     drop((vcpu, vm));
     if mips < MIN_MIPS {
@@ -84,6 +86,19 @@ pub fn probe() -> Result<Report, ProbeError> {
     // What a Machine needs beyond instructions.
     Vm::create()?;
     Ok(Report { mips })
+}
+
+/// The best of some measurements, or the first that is enough: a host that is busy at one moment is not
+/// one that emulates.
+fn best(vcpu: &mut VcpuFd, turns: u32, enough: f64) -> Result<f64, ProbeError> {
+    let mut best = 0.0;
+    for _ in 0..ATTEMPTS {
+        best = f64::max(best, measure(vcpu, turns)?);
+        if best >= enough {
+            break;
+        }
+    }
+    Ok(best)
 }
 
 fn measure(vcpu: &mut VcpuFd, turns: u32) -> Result<f64, ProbeError> {
