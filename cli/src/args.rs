@@ -82,7 +82,7 @@ pub struct Serve {
     /// This host's region
     #[arg(long, env = "TERN_REGION", default_value = "local")]
     pub region: String,
-    /// Apps get the host name <app>.<DOMAIN>; point *.<DOMAIN> at this server
+    /// Apps get the host name APP.DOMAIN; point *.DOMAIN at this server
     #[arg(long, env = "TERN_DOMAIN")]
     pub domain: Option<String>,
     /// Where the API listens

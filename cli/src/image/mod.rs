@@ -1,6 +1,6 @@
 //! From a Dockerfile to an image in the API's registry.
 //!
-//! `buildah` builds (as root, without a daemon) into an OCI layout in a temporary directory; [`push`]
+//! `buildah` builds (as root, without a daemon) into an OCI layout in a temporary directory; [`push()`]
 //! uploads what the registry lacks. The token never appears on a command line.
 
 mod build;
