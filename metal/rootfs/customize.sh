@@ -40,14 +40,15 @@ cp "$TERN_METAL_ASSETS/initramfs.sh" "$ir/init"
 chmod 0755 "$ir/init"
 # Dependencies come first in modprobe's answer, so inserting in this order needs no modprobe later.
 for module in virtio_pci virtio_blk erofs overlay ext4; do
-    chroot "$root" modprobe -S "$release" --show-depends "$module"
-done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' | while read -r file; do
+    chroot "$root" modprobe -S "$release" --show-depends "$module" >> "$out/needed"
+done
+sed -n 's/^insmod \([^ ]*\).*/\1/p' "$out/needed" | awk '!seen[$0]++' | while read -r file; do
     cp "$root$file" "$ir/modules/"
     basename "$file" >> "$ir/modules/order"
 done
 chroot "$root" sh -c 'cd /tern-metal/initramfs && find . | busybox cpio -o -H newc' \
     > "$out/initramfs.cpio" 2>/dev/null
-rm -rf "$ir" "$out/kernel"
+rm -rf "$ir" "$out/kernel" "$out/needed"
 
 step "making the root disk"
 rm -f "$root/etc/resolv.conf" "$root/etc/machine-id"

@@ -204,8 +204,10 @@ fn explained(error: anyhow::Error, words: impl FnOnce() -> String) -> anyhow::Er
 }
 
 fn post_mortem(machine: &mut Virtual) -> String {
+    let cpu_seconds = machine.qemu.cpu_seconds();
     machine.qemu.kill();
     let mut words: Vec<String> = machine.words.last_lines();
+    words.extend(cpu_seconds.map(|seconds| format!("QEMU had {seconds} s of CPU time")));
     // Said at every start, about instructions that nobody misses.
     words.retain(|line| !line.contains("TCG doesn't support"));
     if words
@@ -241,10 +243,12 @@ impl std::error::Error for Interrupted {}
 
 fn wait_until_ready(inbox: &Inbox, timings: &mut Timings) -> Result<u16> {
     let deadline = Instant::now() + START_PATIENCE;
+    let mut reached = "nothing".to_owned();
     loop {
         match inbox.next(Some(deadline)) {
             Some(Event::Host(plan::Event::Phase { name, .. })) => {
                 timings.mark(format!("inside: {name}"));
+                reached = name;
             }
             Some(Event::Host(plan::Event::Ready { port })) => {
                 timings.mark("agent ready");
@@ -256,9 +260,9 @@ fn wait_until_ready(inbox: &Inbox, timings: &mut Timings) -> Result<u16> {
             Some(Event::HostEnded) => bail!("the host ended while it started"),
             Some(Event::Signal(Signal::SIGWINCH)) => {}
             Some(Event::Signal(signal)) => return Err(Interrupted(signal).into()),
-            Some(Event::Frame(_) | Event::Disconnected(_)) => {}
+            Some(Event::Host(plan::Event::Idle) | Event::Frame(_) | Event::Disconnected(_)) => {}
             None => bail!(
-                "the host did not start within {} s: is the machine very busy?",
+                "the host did not start within {} s (it reached: {reached}): is the machine very busy?",
                 START_PATIENCE.as_secs()
             ),
         }

@@ -89,7 +89,9 @@ pub enum Event {
         /// On this port.
         port: u16,
     },
-    /// The host cannot start, and ends.
+    /// There was no command for the plan's idle time; the host ends.
+    Idle,
+    /// The host cannot start or go on, and ends.
     Failed {
         /// Why.
         message: String,

@@ -5,7 +5,7 @@
 //! kills it when `tern-metal` ends, however that ends.
 
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
@@ -29,10 +29,14 @@ use crate::usernet::{self, Listening};
 const PROGRAM: &str = "qemu-system-x86_64";
 /// Kernel command line. No mitigations: they only cost, nothing in here is secret from itself. The
 /// clock is the TSC (QEMU's is invariant), or a restored Machine's wall clock could not be set right.
+/// The timer is not checked: it works, but on a starved outer machine too late for the kernel's taste.
+/// One CPU until `tern-metal init` switches on the others: a starting kernel makes its CPUs wait for
+/// each other all the time, which is slow where two emulated CPUs share half a real one.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr \
-     tsc=reliable clocksource=tsc random.trust_cpu=on";
-/// How long QEMU may take to answer on its monitor. It does so before it runs the first instruction.
-const MONITOR_PATIENCE: Duration = Duration::from_secs(30);
+     tsc=reliable clocksource=tsc no_timer_check random.trust_cpu=on maxcpus=1";
+/// How long QEMU may take to answer on its monitor: a moment, but not on a machine whose disk or CPUs
+/// are swamped.
+const MONITOR_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Size of the virtual machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,6 +160,18 @@ impl Qemu {
             bail!("QEMU ended at once");
         }
         serde_json::from_str(&line).context("QEMU's monitor is not understood")
+    }
+
+    /// CPU time it has had so far, in seconds: tells a slow host from a starved one.
+    pub fn cpu_seconds(&self) -> Option<u64> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).ok()?;
+        // proc(5): the name in parentheses may contain anything; utime and stime are the 12th and
+        // 13th fields after it, in clock ticks of 1/100 s.
+        let (_, fields) = stat.rsplit_once(')')?;
+        let mut fields = fields.split_whitespace().skip(11);
+        let user: u64 = fields.next()?.parse().ok()?;
+        let system: u64 = fields.next()?.parse().ok()?;
+        Some((user + system) / 100)
     }
 
     /// Ends it, at once: its disk is thrown away, and shared files are written through.
@@ -282,6 +298,12 @@ fn arguments(machine: &Machine<'_>, fds: &Descriptors) -> Vec<OsString> {
     add(
         "-device",
         format!("virtio-net-pci,netdev=control,mac={}", machine.control.mac),
+    );
+
+    // Memory that is free again inside goes back to the outer machine.
+    add(
+        "-device",
+        "virtio-balloon-pci,free-page-reporting=on".into(),
     );
 
     // Only root can show owners and devices as they are.

@@ -13,9 +13,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::Signal;
 use sha2::{Digest as _, Sha256};
 
 use crate::kernel;
+use crate::process::spawn_bound;
 
 /// Debian release. The root file system's C library must be as new as the one that the checkout's
 /// programs are linked to.
@@ -195,7 +197,9 @@ fn build(work: &Path) -> Result<()> {
             started.elapsed().as_secs_f64()
         );
     };
-    report("building the root disk from Debian packages, once (about half a minute)");
+    report(
+        "building the root disk from Debian packages, once (half a minute, or more on a busy machine)",
+    );
     let assets = work.join("assets");
     fs::create_dir(&assets)?;
     for (name, contents) in [
@@ -235,20 +239,16 @@ fn build(work: &Path) -> Result<()> {
         String::from_utf8_lossy(&made.stderr).trim()
     );
     fs::remove_dir_all(assets)?;
+    if work.join("tmp").exists() {
+        fs::remove_dir_all(work.join("tmp")).context("cannot remove mmdebstrap's scratch files")?;
+    }
     report("the root disk is ready");
     Ok(())
 }
 
 /// Runs mmdebstrap, showing its steps as they come and all it said if it fails.
 fn bootstrap(work: &Path, assets: &Path, report: &impl Fn(&str)) -> Result<()> {
-    let copy_out = |name: &str| {
-        let to = work.join(name);
-        format!(
-            "--customize-hook=download /tern-metal/{name} {}",
-            to.display()
-        )
-    };
-    let mut command = Command::new("mmdebstrap");
+    let mut command = isolated("mmdebstrap", work)?;
     command
         .arg("--variant=essential")
         .arg(format!("--include={}", names(PACKAGES).join(",")))
@@ -261,22 +261,22 @@ fn bootstrap(work: &Path, assets: &Path, report: &impl Fn(&str)) -> Result<()> {
             "--customize-hook={}",
             assets.join("customize.sh").display()
         ))
-        .arg(copy_out("vmlinuz"))
-        .arg(copy_out("initramfs.cpio"))
-        .arg(copy_out("root.erofs"))
+        .arg(copy_out(work, "vmlinuz"))
+        .arg(copy_out(work, "initramfs.cpio"))
+        .arg(copy_out(work, "root.erofs"))
         .args(["--format=null", SUITE, "-"])
         .env("TERN_METAL_ASSETS", assets)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
-    let mut child = crate::process::spawn_bound(&mut command, nix::sys::signal::Signal::SIGTERM)
+    let mut child = spawn_bound(&mut command, Signal::SIGKILL)
         .context("cannot run mmdebstrap: apt-get install mmdebstrap")?;
     let mut said = Vec::new();
     for line in BufReader::new(child.stderr.take().context("its output is a pipe")?).lines() {
         let line = line.context("cannot read what mmdebstrap says")?;
         if let Some(step) = line
             .strip_prefix("I: ")
-            .filter(|step| !step.starts_with("running --"))
+            .filter(|step| !step.starts_with("running -") && !step.starts_with("running special"))
         {
             report(step);
         }
@@ -294,6 +294,37 @@ fn bootstrap(work: &Path, assets: &Path, report: &impl Fn(&str)) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// A command that leaves nothing behind when it is killed. As root, mmdebstrap mounts file systems
+/// in its new root: in namespaces of its own they vanish with it, and what it wrote is in `work`,
+/// to be swept. (Otherwise it makes such namespaces by itself, where it may write to /tmp only.)
+fn isolated(program: &str, work: &Path) -> Result<Command> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(Command::new(program));
+    }
+    let scratch = work.join("tmp");
+    fs::create_dir(&scratch)?;
+    let mut command = Command::new("unshare");
+    command
+        .args([
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "--",
+            program,
+        ])
+        .env("TMPDIR", scratch);
+    Ok(command)
+}
+
+/// The hook that takes a file out of the new root.
+fn copy_out(work: &Path, name: &str) -> String {
+    // mmdebstrap splits this as a shell would.
+    let to = work.join(name).display().to_string().replace('\'', r"'\''");
+    format!("--customize-hook=download /tern-metal/{name} '{to}'")
 }
 
 #[cfg(test)]

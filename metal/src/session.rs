@@ -126,8 +126,14 @@ impl Session {
 
     /// The host that is up, or what to do.
     pub fn require(&self) -> Result<State> {
-        self.find()?
-            .context("no host is up for this checkout: `tern-metal up` starts one")
+        self.find()?.with_context(|| {
+            let log = self.log();
+            let more = match fs::metadata(&log) {
+                Ok(_) => format!(" (last words of the one before: {})", log.display()),
+                Err(_) => String::new(),
+            };
+            format!("no host is up for this checkout: `tern-metal up` starts one{more}")
+        })
     }
 
     /// Ends the host and waits until it is gone; false if none was up.
@@ -167,6 +173,11 @@ impl Session {
         }
     }
 
+    /// Where the `up` process writes what it has to say once nobody listens.
+    pub fn log(&self) -> PathBuf {
+        self.directory.join("log")
+    }
+
     fn read(&self) -> Result<State> {
         Ok(serde_json::from_slice(&fs::read(
             self.directory.join("state.json"),
@@ -175,11 +186,6 @@ impl Session {
 }
 
 impl Claim {
-    /// Where the `up` process writes what it has to say once nobody listens.
-    pub fn log(&self) -> PathBuf {
-        self.session.directory.join("log")
-    }
-
     /// Tells others that the host takes commands.
     pub fn publish(&self, state: &State) -> Result<()> {
         let directory = &self.session.directory;
@@ -194,7 +200,15 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         // The lock is still held. What cannot be removed is harmless: the lock tells the truth.
-        let _ = fs::remove_dir_all(&self.session.directory);
+        let Session { directory } = &self.session;
+        let _ = fs::remove_file(directory.join("state.json"));
+        // Last words stay, and with them the directory.
+        let log = self.session.log();
+        if fs::metadata(&log).is_ok_and(|log| log.len() == 0) {
+            let _ = fs::remove_file(log);
+        }
+        let _ = fs::remove_file(directory.join("lock"));
+        let _ = fs::remove_dir(directory);
     }
 }
 
@@ -269,6 +283,7 @@ mod tests {
         session(dir.path(), "/a", "y").claim().unwrap();
         session(dir.path(), "/b", "x").claim().unwrap();
         drop(claim);
+        assert!(!one.directory.exists());
         assert_eq!(one.find().unwrap(), None);
         assert!(
             one.require()
@@ -277,6 +292,22 @@ mod tests {
                 .contains("tern-metal up")
         );
         one.claim().unwrap();
+    }
+
+    #[test]
+    fn last_words_are_kept_and_pointed_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let session = session(dir.path(), "/a", "x");
+        let claim = session.claim().unwrap();
+        std::io::Write::write_all(&mut open_log(&session.log()).unwrap(), b"it crashed").unwrap();
+        drop(claim);
+        let error = session.require().unwrap_err().to_string();
+        assert!(error.contains(session.log().to_str().unwrap()), "{error}");
+        assert_eq!(fs::read(session.log()).unwrap(), b"it crashed");
+        let claim = session.claim().unwrap();
+        open_log(&session.log()).unwrap();
+        drop(claim);
+        assert!(!session.directory.exists());
     }
 
     #[test]

@@ -19,7 +19,8 @@ use crate::client;
 use crate::inbox::{Event, Inbox};
 use crate::mode::Mode;
 use crate::place::Place;
-use crate::session::{Claim, Session, State, open_log};
+use crate::plan;
+use crate::session::{Session, State, open_log};
 use crate::timings::Timings;
 use crate::{prepare, variable};
 
@@ -114,26 +115,28 @@ pub fn stay(up: &Up<'_>) -> Result<ExitCode> {
         .flush()
         .context("nobody waits for this host any more")?;
     if up.detached {
-        detach(&claim)?;
+        detach(&session)?;
     }
+    let mut reason = "unexpectedly".to_owned();
     let ended = loop {
         match inbox.next(None) {
             Some(Event::Signal(Signal::SIGTERM | Signal::SIGINT | Signal::SIGHUP)) => break None,
+            Some(Event::Host(plan::Event::Idle)) => reason = "no command for a while".to_owned(),
+            Some(Event::Host(plan::Event::Failed { message })) => reason = message,
             Some(Event::HostEnded) | None => break Some(host.post_mortem()),
             Some(_) => {}
         }
     };
     drop(host);
     if let Some(words) = ended {
-        // By itself, after its idle time; or it crashed, and then these are the words that matter.
-        eprintln!("tern-metal: the host ended\n{words}");
+        eprintln!("tern-metal: the host ended: {reason}\n{words}");
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Lets go of the streams of the `up` in the foreground, which returns when they are closed.
-fn detach(claim: &Claim) -> Result<()> {
-    let log = open_log(&claim.log())?;
+fn detach(session: &Session) -> Result<()> {
+    let log = open_log(&session.log())?;
     dup2_stdout(&log).context("cannot let go of standard output")?;
     dup2_stderr(&log).context("cannot let go of standard error")
 }

@@ -193,6 +193,41 @@ fn a_taken_port_is_an_error_with_a_next_step() {
     assert!(err.contains("choose another, or 0"), "{err}");
 }
 
+/// The virtual host is a machine with virtualization, so `tern-metal` inside may use it itself. The
+/// verdict on its /dev/kvm is given here, not measured: measuring is tern-vmm's own to test.
+#[test]
+fn a_machine_that_virtualizes_is_the_host_itself() {
+    let scene = Scene::new();
+    let program = env!("CARGO_BIN_EXE_tern-metal");
+    let script = format!(
+        r#"set -e; unset CARGO_TARGET_DIR; mkdir -p /tmp/bin /tmp/cwd; cd /tmp/cwd; cp {program} /tmp/bin
+        verdict() {{ printf '#!/bin/sh\n%s\n' "$1" > /tmp/bin/tern-vmm; chmod +x /tmp/bin/tern-vmm; }}
+        verdict 'exit 0'
+        code=0; /tmp/bin/tern-metal run -- sh -c '
+            test -c /dev/kvm; echo data > /var/lib/tern/file; sleep 1111 & exit 9' || code=$?
+        test $code = 9
+        if pgrep -f '^sleep 1111'; then exit 1; fi
+        test -z "$(ls /var/lib/tern /var/tmp/tern-metal | grep -v :)"
+        test ! -e /sys/fs/cgroup/tern-metal-*
+        /tmp/bin/tern-metal up --forward 0:8080 > status
+        port=$(sed -n 's/.*127.0.0.1:\([0-9]*\) .*/\1/p' status)
+        /tmp/bin/tern-metal exec -- true
+        socat -d -d TCP-LISTEN:8080 'SYSTEM:echo served' 2> words & tail -f words | grep -q -m1 listening
+        socat -u TCP:127.0.0.1:$port -
+        /tmp/bin/tern-metal down
+        verdict 'echo only emulated; exit 3'
+        code=0; TERN_METAL=native /tmp/bin/tern-metal run -- true 2> words || code=$?
+        cat words; test $code = 125"#
+    );
+    let output = scene.run(&["run", "--", "bash", "-c", &script]);
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{out}{err}");
+    assert!(
+        out.contains("served\n") && out.contains("only emulated"),
+        "{out}{err}"
+    );
+}
+
 #[test]
 fn a_host_that_is_up_runs_many_commands() {
     let scene = Scene::new();

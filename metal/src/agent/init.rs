@@ -24,13 +24,14 @@ use crate::plan::{Card, Event, GuestShare, Kind, Plan};
 const HOSTNAME: &str = "metal";
 /// Loaded before the first command. Others (nftables' expressions, device mapper...) come by
 /// themselves when the kernel is asked for them.
-const MODULES: [&str; 6] = [
+const MODULES: [&str; 7] = [
     "kvm-amd",
     "tun",
     "wireguard",
     "nf_tables",
     "vhost-net",
     "vhost-vsock",
+    "virtio_balloon",
 ];
 /// One request of 9p, the largest QEMU's virtio ring takes (128 pages minus a header).
 const NINE_P_MESSAGE: u32 = 512_000;
@@ -79,7 +80,7 @@ fn host(plan: &Plan, plan_file: &Path, reporter: &mut Reporter) -> Result<()> {
         .spawn()
         .context("cannot start the agent")?;
     let status = reap_until(&agent)?;
-    ensure!(status.success(), "the agent ended with {status}");
+    ensure!(status.success(), "the agent inside ended with {status}");
     Ok(())
 }
 
@@ -90,6 +91,7 @@ fn set_up_virtual(
     reporter: &mut Reporter,
 ) -> Result<()> {
     kernel_trees()?;
+    switch_on_cpus()?;
     // The three slow things (finding modules, the cards, file systems over 9p) do not need each
     // other, and the host has more than one CPU.
     thread::scope(|scope| {
@@ -151,6 +153,20 @@ fn kernel_trees() -> Result<()> {
     fs::write("/etc/hostname", format!("{HOSTNAME}\n")).context("cannot write /etc/hostname")?;
     let hosts = format!("127.0.0.1 localhost {HOSTNAME}\n::1 localhost ip6-localhost\n");
     fs::write("/etc/hosts", hosts).context("cannot write /etc/hosts")
+}
+
+/// The kernel was started with one (see the arguments in `qemu`).
+fn switch_on_cpus() -> Result<()> {
+    let all = "/sys/devices/system/cpu";
+    for number in 1.. {
+        // The first, which is always on, has no such file; the last one's successor neither.
+        let online = format!("{all}/cpu{number}/online");
+        match fs::write(&online, "1") {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
+            done => done.with_context(|| format!("cannot switch on {all}/cpu{number}"))?,
+        }
+    }
+    Ok(())
 }
 
 fn load_modules() -> Result<()> {

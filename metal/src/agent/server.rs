@@ -60,12 +60,14 @@ pub fn serve(plan_file: &Path) -> Result<()> {
         }
     });
     match plan.idle_seconds {
-        Some(limit) => activity.wait_idle(Duration::from_secs(limit)),
+        Some(limit) => {
+            activity.wait_idle(Duration::from_secs(limit));
+            reporter.report(&Event::Idle)
+        }
         None => loop {
             thread::park();
         },
     }
-    Ok(())
 }
 
 fn listen(kind: &Kind) -> Result<TcpListener> {
