@@ -223,9 +223,7 @@ fn metal_a_paused_guest_stands_still_and_keeps_its_connections() {
     stream
         .write_all(b"i=0; while :; do i=$((i+1)); echo $i > /tmp/i; read -t 0.01 x; done\n")
         .unwrap();
-    guest.until("the counter", || {
-        (guest.sh("cat /tmp/i").parse::<u64>().ok()? > 5).then_some(())
-    });
+    guest.until("the counter", || (counter(&guest) > 5).then_some(()));
     let before = fs::metadata(guest.path("rw.img"))
         .unwrap()
         .modified()
@@ -240,11 +238,14 @@ fn metal_a_paused_guest_stands_still_and_keeps_its_connections() {
         before
     );
     guest.post("resume");
-    let one: u64 = guest.sh("cat /tmp/i").parse().unwrap();
-    guest.until("more counting", || {
-        (guest.sh("cat /tmp/i").parse::<u64>().ok()? > one).then_some(())
-    });
+    let one = counter(&guest);
+    guest.until("more counting", || (counter(&guest) > one).then_some(()));
     stream.write_all(b"echo still here\n").unwrap();
+}
+
+/// What the guest has counted to; between its opening and writing the file there is nothing in it.
+fn counter(guest: &Guest) -> u64 {
+    guest.until("a number", || guest.sh("cat /tmp/i").parse().ok())
 }
 
 #[test]
@@ -253,18 +254,20 @@ fn metal_memory_disk_clock_and_network_survive_suspend() {
     guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null; printf before | dd of=/dev/vdb conv=sync 2>/dev/null; (i=0; while :; do i=$((i+1)); echo $i > /tmp/i; sleep 0.02; done) < /dev/null > /dev/null 2>&1 &");
     let sum = guest.sh("md5sum < /tmp/data");
     let booted = clock_offset(&guest);
-    let mut counter: u64 = guest.sh("sleep 0.3; cat /tmp/i").parse().unwrap();
+    guest.until("some counting", || (counter(&guest) > 5).then_some(()));
+    let mut counted = counter(&guest);
     for round in 0..3 {
         guest.suspend();
         thread::sleep(Duration::from_secs(2)); // asleep: the clock must have gone on
         guest.restore();
         assert_eq!(guest.sh("md5sum < /tmp/data"), sum, "round {round}");
-        let now: u64 = guest.sh("sleep 0.3; cat /tmp/i").parse().unwrap();
-        assert!(
-            now > counter && now < counter + 2000,
-            "round {round}: {counter} -> {now}"
-        );
-        counter = now;
+        guest.until("more counting", || {
+            (counter(&guest) > counted).then_some(())
+        });
+        let now = counter(&guest);
+        // It went on where it was; from the start it would have to count for longer than this takes.
+        assert!(now < counted + 2000, "round {round}: {counted} -> {now}");
+        counted = now;
         // A guest that booted slowly may have lost time then; what matters is that no more is lost.
         let (offset, uncertainty) = clock_offset(&guest);
         let lost = booted.0 - offset;
