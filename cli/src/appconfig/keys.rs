@@ -139,6 +139,12 @@ const TAKEN: &[&str] = &[
     "raw_value",
 ];
 
+/// A path as it stands in the file: `serde_ignored` writes a step of its own where a key is optional.
+pub(super) fn written(path: &str) -> String {
+    let steps: Vec<&str> = path.split('.').filter(|step| *step != "?").collect();
+    steps.join(".")
+}
+
 /// What to say of an unknown key at this path (`http_service.checks.0.hedaers`).
 pub(super) fn judge(path: &str) -> Verdict {
     // Array indices do not matter to the lists above.

@@ -78,9 +78,10 @@ impl AppConfig {
         let table = toml::de::DeTable::parse(text).map_err(syntax)?;
         let mut unknown = Vec::new();
         let deserializer = toml::de::Deserializer::from(table.clone());
-        let config: Self =
-            serde_ignored::deserialize(deserializer, |path| unknown.push(path.to_string()))
-                .map_err(syntax)?;
+        let config: Self = serde_ignored::deserialize(deserializer, |path| {
+            unknown.push(keys::written(&path.to_string()))
+        })
+        .map_err(syntax)?;
 
         let (mut errors, mut warnings) = (Vec::new(), Vec::new());
         for path in unknown {
