@@ -1,9 +1,11 @@
-//! The part of `tern-metal` that runs inside a host: its first process ([`init`]), and the server
-//! that runs commands there ([`server`]).
+//! The part of `tern-metal` that runs inside a host: its first process ([`init()`]), and the server
+//! that runs commands there ([`serve()`]).
 
 mod child;
+mod group;
 mod init;
 mod server;
+mod streams;
 
 pub use init::init;
 pub use server::serve;

@@ -43,8 +43,12 @@ impl World {
 
     /// As [`World::new`], with this validity of certificates and these arguments for `tern serve`.
     pub fn with(name: &str, validity: Duration, serve: &[&str]) -> Result<Self> {
-        let base = Path::new("/var/lib/tern-e2e");
-        let dir = base.join(name);
+        Self::with_dir(&Path::new("/var/lib/tern-e2e").join(name), validity, serve)
+    }
+
+    /// As [`World::with`], in this directory.
+    pub fn with_dir(dir: &Path, validity: Duration, serve: &[&str]) -> Result<Self> {
+        let dir = dir.to_owned();
         match std::fs::remove_dir_all(&dir) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 return Err(e).context("the last run's files");

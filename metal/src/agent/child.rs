@@ -5,35 +5,29 @@
 //! caller's frames, one writes standard input. A caller that goes away kills the whole group.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io;
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, setsid};
 
+use super::group::{Group, Groups};
+use super::streams::{Order, Output, feed, hear, pump};
 use crate::process;
-use crate::wire::{Command, Exit, Failure, Frame, STDIN_WINDOW, WindowSize};
+use crate::wire::{Command, Exit, Failure, Frame, WindowSize};
 
-/// Output is passed on in pieces of at most this size, half of a pipe's default capacity.
-const OUTPUT_PIECE: usize = 32 * 1024;
-/// How long to wait for killed leftovers to be gone. They are dead already; this is for a process
-/// that hangs in the kernel, which must not hang its successor.
-const LEFTOVER_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a finished connection may linger until its caller has closed it.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
 /// What a command finds in its environment before the caller's own variables.
@@ -47,83 +41,6 @@ const ENVIRONMENT: [(&str, &str); 5] = [
     ),
     ("USER", "root"),
 ];
-
-/// Control groups for commands, one each, below a directory of this agent's own.
-#[derive(Debug)]
-pub struct Groups {
-    root: PathBuf,
-    next: AtomicU64,
-}
-
-impl Groups {
-    /// Makes the directory.
-    pub fn new(root: PathBuf) -> Result<Self> {
-        fs::create_dir_all(&root).with_context(|| {
-            format!(
-                "cannot make the control group {} (is cgroup v2 mounted?)",
-                root.display()
-            )
-        })?;
-        Ok(Self {
-            root,
-            next: AtomicU64::new(1),
-        })
-    }
-
-    fn make(&self) -> io::Result<Group> {
-        let path = self
-            .root
-            .join(self.next.fetch_add(1, Ordering::Relaxed).to_string());
-        fs::create_dir(&path)?;
-        Ok(Group { path })
-    }
-}
-
-/// All processes of one command, wherever they forked to.
-#[derive(Debug)]
-struct Group {
-    path: PathBuf,
-}
-
-impl Group {
-    fn entrance(&self) -> io::Result<File> {
-        File::options()
-            .write(true)
-            .open(self.path.join("cgroup.procs"))
-    }
-
-    fn kill(&self) -> io::Result<()> {
-        fs::write(self.path.join("cgroup.kill"), "1")
-    }
-
-    /// Waits until no process is left, or patience is.
-    fn wait_empty(&self) -> io::Result<()> {
-        let deadline = Instant::now() + LEFTOVER_PATIENCE;
-        let mut events = File::open(self.path.join("cgroup.events"))?;
-        loop {
-            let mut text = String::new();
-            io::Seek::rewind(&mut events)?;
-            events.read_to_string(&mut text)?;
-            let left = deadline.saturating_duration_since(Instant::now());
-            if text.contains("populated 0") || left.is_zero() {
-                return Ok(());
-            }
-            // The kernel flags the file each time the group becomes empty or not empty.
-            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            poll(
-                &mut [PollFd::new(events.as_fd(), PollFlags::POLLPRI)],
-                timeout,
-            )?;
-        }
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // Not empty when processes were to live on: then it stays with them.
-        let _ = fs::remove_dir(&self.path);
-    }
-}
 
 /// Runs `command` for the caller at the other end of `stream`, to its end.
 pub fn run(stream: TcpStream, command: Command, groups: &Groups) -> Result<()> {
@@ -211,11 +128,6 @@ struct Running {
     input: File,
     outputs: Vec<Output>,
     terminal: Option<OwnedFd>,
-}
-
-struct Output {
-    from: File,
-    frame: fn(Vec<u8>) -> Frame,
 }
 
 fn start(command: &Command, group: &Group) -> Result<Running, Failure> {
@@ -345,137 +257,6 @@ fn exit_of(status: Option<ExitStatus>) -> Exit {
         Some((None, Some(signal))) => Exit::Signal(signal),
         _ => Exit::Signal(libc::SIGKILL),
     }
-}
-
-/// Passes output on until the process has ended and the pipes are empty. `ended` is called once,
-/// at the end of the process; what leftovers print after that is theirs to lose.
-fn pump<T>(
-    mut outputs: Vec<Output>,
-    process: &OwnedFd,
-    caller: &Mutex<TcpStream>,
-    ended: impl FnOnce() -> io::Result<T>,
-) -> Result<T> {
-    for Output { from, .. } in &outputs {
-        let flags = OFlag::from_bits_retain(fcntl(from, FcntlArg::F_GETFL)?);
-        fcntl(from, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    }
-    let mut deaf = false;
-    loop {
-        let mut polled: Vec<PollFd<'_>> = outputs
-            .iter()
-            .map(|o| PollFd::new(o.from.as_fd(), PollFlags::POLLIN))
-            .collect();
-        polled.push(PollFd::new(process.as_fd(), PollFlags::POLLIN));
-        match poll(&mut polled, PollTimeout::NONE) {
-            Err(Errno::EINTR) => continue,
-            other => other?,
-        };
-        let ready: Vec<bool> = polled.iter().map(|fd| fd.any().unwrap_or(true)).collect();
-        let mut still_open = ready.iter();
-        outputs.retain_mut(|output| match still_open.next() {
-            Some(true) => pass_on(output, caller, &mut deaf, 1),
-            _ => true,
-        });
-        if ready.last() == Some(&true) {
-            let result = ended()?;
-            for output in &mut outputs {
-                pass_on(output, caller, &mut deaf, usize::MAX);
-            }
-            return Ok(result);
-        }
-    }
-}
-
-/// Passes on up to `pieces` pieces; false at the end of the output. Once the caller is gone, output
-/// is read and dropped, so that the command does not hang on a full pipe before it is killed.
-fn pass_on(output: &mut Output, caller: &Mutex<TcpStream>, deaf: &mut bool, pieces: usize) -> bool {
-    for _ in 0..pieces {
-        let mut piece = vec![0; OUTPUT_PIECE];
-        match output.from.read(&mut piece) {
-            Ok(0) => return false,
-            Ok(length) => {
-                piece.truncate(length);
-                let mut caller = caller.lock().unwrap_or_else(PoisonError::into_inner);
-                *deaf = *deaf || (output.frame)(piece).write_to(&mut *caller).is_err();
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // A terminal whose last process is gone answers EIO: that is its end of file.
-            Err(_) => return false,
-        }
-    }
-    true
-}
-
-enum Order {
-    Signal(i32),
-    Resize(WindowSize),
-}
-
-/// Reads the caller's frames until it closes.
-fn hear(
-    mut stream: &TcpStream,
-    input: mpsc::Sender<Vec<u8>>,
-    queued: &AtomicUsize,
-    mut obey: impl FnMut(Order),
-) -> io::Result<()> {
-    let mut input = Some(input);
-    while let Some(frame) = Frame::read_from(&mut stream)? {
-        match frame {
-            Frame::Stdin(bytes) if bytes.is_empty() => input = None,
-            Frame::Stdin(bytes) => {
-                let before = queued.fetch_add(bytes.len(), Ordering::Relaxed);
-                if before + bytes.len() > STDIN_WINDOW {
-                    return Err(io::Error::other("more input than there was credit for"));
-                }
-                // A command that has closed its input wants no more of it; that is no error.
-                let _ = input.as_ref().map(|input| input.send(bytes));
-            }
-            Frame::Signal(signal) => obey(Order::Signal(signal)),
-            Frame::Resize(size) => obey(Order::Resize(size)),
-            other => return Err(io::Error::other(format!("unexpected {other:?}"))),
-        }
-    }
-    Ok(())
-}
-
-/// Writes standard input and gives credit for more.
-fn feed(
-    mut input: File,
-    queue: &mpsc::Receiver<Vec<u8>>,
-    queued: &AtomicUsize,
-    caller: &Mutex<TcpStream>,
-) {
-    for bytes in queue {
-        if write_all(&mut input, &bytes).is_err() {
-            return;
-        }
-        queued.fetch_sub(bytes.len(), Ordering::Relaxed);
-        let credit = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        let mut caller = caller.lock().unwrap_or_else(PoisonError::into_inner);
-        if Frame::StdinCredit(credit).write_to(&mut *caller).is_err() {
-            return;
-        }
-    }
-}
-
-/// As `Write::write_all`, for a descriptor that may be non-blocking (a terminal's two directions
-/// share the flag).
-fn write_all(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match to.write(bytes) {
-            Ok(written) => bytes = &bytes[written..],
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                poll(
-                    &mut [PollFd::new(to.as_fd(), PollFlags::POLLOUT)],
-                    PollTimeout::NONE,
-                )?;
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 fn signal_if_alive(child: &Mutex<Option<Child>>, pid: Pid, signal: i32) {

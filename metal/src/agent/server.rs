@@ -15,13 +15,14 @@ use nix::sched::{CloneFlags, unshare};
 use nix::unistd::gettid;
 
 use super::Reporter;
-use super::child::{self, Groups};
+use super::child;
+use super::group::Groups;
 use crate::plan::{Card, Event, Kind, Plan};
 use crate::wire::{Failure, Frame};
 
 /// How long a caller may take to say what it wants. Long, because the outer machine may be loaded;
 /// bounded, so that strangers who only connect do not pile up.
-const REQUEST_PATIENCE: Duration = Duration::from_secs(30);
+const REQUEST_PATIENCE: Duration = Duration::from_secs(120);
 
 /// Serves until the plan's idle time has passed without a command; without one, for ever.
 pub fn serve(plan_file: &Path) -> Result<()> {
