@@ -1,6 +1,6 @@
 //! Keeps every wanted host name's certificate current.
 //!
-//! Wanted is what [`HostnameRoute`] records name. One task looks at them whenever the catalog changes or
+//! Wanted is what [`HostnameRoute`](tern_catalog::HostnameRoute) records name. One task looks at them whenever the catalog changes or
 //! something falls due; each order runs in a task of its own, a few at a time. All it knows is in the
 //! catalog, so a restart goes on where it was, back-off included.
 

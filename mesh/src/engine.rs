@@ -5,7 +5,7 @@
 //!
 //! The cryptography and the timers of one session are boringtun's `Tunn`. Around it stand the parts
 //! that a server with strangers at its door needs: the [`gate`](crate::gate), sessions only for
-//! peers that have proved their key, and the [`policy`](crate::policy).
+//! peers that have proved their key, and the `policy`.
 //!
 //! One thing is not virtual: `Tunn` reads the clock itself. The time given here drives all the rest.
 
