@@ -4,41 +4,27 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use tern_api::{ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery};
-use tern_catalog::{MachineId, View};
+use tern_catalog::MachineId;
 use tern_edge::{MachineControl, StartError};
 use tern_host::{AgentHandle, CommandError, ExecOutput, LogItem, Source, StopRequest};
 
 /// The agent of this host.
 pub struct HostAdapter {
     agent: AgentHandle,
-    view: View,
 }
 
 /// Output of one command that is kept for its answer; more is cut off.
 const MAX_OUTPUT: usize = 4 << 20;
 
 impl HostAdapter {
-    pub fn new(agent: AgentHandle, view: View) -> Self {
-        Self { agent, view }
-    }
-
-    /// Waits until the agent has taken up a Machine that the catalog has: the gate may see it first.
-    async fn known(&self, id: &MachineId) {
-        let mut tries = 0;
-        while self.view.snapshot().machines.contains_key(id)
-            && self.agent.state(id).is_err()
-            && tries < 100
-        {
-            tries += 1;
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
+    pub fn new(agent: AgentHandle) -> Self {
+        Self { agent }
     }
 }
 
 #[async_trait]
 impl MachineControl for HostAdapter {
     async fn start(&self, id: &MachineId) -> Result<(), StartError> {
-        self.known(id).await;
         self.agent
             .start(id, Source::Proxy)
             .await

@@ -77,7 +77,7 @@ async fn serve(args: Serve) -> Result<()> {
     let agent = Agent::start(config, catalog.clone(), view.clone())
         .await
         .context("the agent")?;
-    let adapter = Arc::new(HostAdapter::new(agent.handle(), view.clone()));
+    let adapter = Arc::new(HostAdapter::new(agent.handle()));
     let mesh = MeshConfig {
         listen: args.wireguard,
         tun_name: TUN.to_owned(),
