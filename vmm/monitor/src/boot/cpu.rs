@@ -100,7 +100,9 @@ pub fn boot_msrs() -> Msrs {
 ///
 /// The topology is one package of `count` cores with one thread each. The invariant-TSC bit is
 /// hidden: with it Linux would prefer the TSC to KVM's clock, and the TSC knows nothing of the time
-/// a Machine slept.
+/// a Machine slept. Asynchronous page faults are hidden too: after a resume every page is first read
+/// from the snapshot, KVM then tells the guest of each by a page fault and an interrupt whose state no
+/// snapshot can hold, and guests die of it (Cloud Hypervisor 2498 and Firecracker 3043 met the same).
 pub fn cpuid(supported: &CpuId, id: u8, count: u8) -> CpuId {
     let mut cpuid = supported.clone();
     for entry in cpuid.as_mut_slice() {
@@ -114,6 +116,8 @@ fn fix_entry(entry: &mut kvm_cpuid_entry2, id: u8, count: u8) {
     const TSC_DEADLINE: u32 = 1 << 24;
     const MULTI_THREADING: u32 = 1 << 28;
     const INVARIANT_TSC: u32 = 1 << 8;
+    // KVM_FEATURE_ASYNC_PF, _ASYNC_PF_VMEXIT and _ASYNC_PF_INT of KVM_CPUID_FEATURES.
+    const ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
     let (id, count) = (u32::from(id), u32::from(count));
     // Bits of the APIC id that number the cores of a package.
     let core_bits = count.next_power_of_two().trailing_zeros();
@@ -145,6 +149,7 @@ fn fix_entry(entry: &mut kvm_cpuid_entry2, id: u8, count: u8) {
             entry.ebx = processors;
             entry.ecx = entry.index | kind << 8;
         }
+        0x4000_0001 => entry.eax &= !ASYNC_PAGE_FAULTS,
         0x8000_0007 => entry.edx &= !INVARIANT_TSC,
         0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | core_bits << 12 | (count - 1),
         0x8000_001d => {
