@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use pingora_core::protocols::TcpKeepalive;
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
@@ -35,6 +36,8 @@ pub struct Ctx {
     /// What to answer when it goes wrong.
     failure: Option<Page>,
     connects: u32,
+    /// Whether it was lost with a Machine once, and sent again.
+    replayed: bool,
 }
 
 /// RFC 8555 section 8.3.
@@ -43,6 +46,14 @@ const HTTP_01: &str = "/.well-known/acme-challenge/";
 const CONNECT: Duration = Duration::from_secs(2);
 /// Idle connections to Machines are kept this long.
 const KEEP: Duration = Duration::from_secs(30);
+/// A Machine that ends with requests under way says nothing: its kernel is gone, and nobody speaks for its
+/// address until it runs again. Probes find that out, or meet the new kernel, which resets them.
+const PROBES: TcpKeepalive = TcpKeepalive {
+    idle: Duration::from_secs(5),
+    interval: Duration::from_secs(1),
+    count: 5,
+    user_timeout: Duration::ZERO,
+};
 /// Connections tried for one request before it is given up.
 const MAX_CONNECTS: u32 = 4;
 
@@ -58,6 +69,7 @@ impl ProxyHttp for Ingress {
             admission: None,
             failure: None,
             connects: 0,
+            replayed: false,
         }
     }
 
@@ -96,6 +108,7 @@ impl ProxyHttp for Ingress {
         peer.group_key = admission.epoch;
         peer.options.connection_timeout = Some(CONNECT);
         peer.options.idle_timeout = Some(KEEP);
+        peer.options.tcp_keepalive = Some(PROBES);
         if route.h2_backend {
             peer.options.set_http_version(2, 2);
         }
@@ -166,6 +179,36 @@ impl ProxyHttp for Ingress {
         // Nothing was sent yet: trying again is safe whatever the method.
         ctx.connects += 1;
         error.set_retry(ctx.connects < MAX_CONNECTS);
+        error
+    }
+
+    /// A request that was lost with its connection is sent again, once, if that may be done without asking
+    /// (RFC 9110, section 9.2.2) and can be: the client has seen nothing of a reply, its body is at hand.
+    fn error_while_proxy(
+        &self,
+        _peer: &HttpPeer,
+        session: &mut Session,
+        mut error: Box<Error>,
+        ctx: &mut Ctx,
+        reused: bool,
+    ) -> Box<Error> {
+        let repeatable = session.req_header().method.is_idempotent()
+            && session.response_written().is_none()
+            && !session.as_ref().retry_buffer_truncated();
+        let lost = error.esource() == &ErrorSource::Upstream
+            && matches!(
+                error.etype(),
+                ErrorType::ReadError | ErrorType::WriteError | ErrorType::ConnectionClosed
+            );
+        if !repeatable {
+            error.set_retry(false);
+        } else if lost && !ctx.replayed {
+            ctx.replayed = true;
+            self.metrics.replayed.add();
+            error.set_retry(true);
+        } else {
+            error.retry.decide_reuse(reused);
+        }
         error
     }
 

@@ -107,6 +107,33 @@ async fn a_machine_that_died_unseen_is_started_again() {
 }
 
 #[tokio::test]
+async fn a_request_lost_with_its_machine_is_sent_again_if_that_may_be_done() {
+    let world = World::new("", NEVER).await;
+    let hold = world.agent.hold.clone();
+    hold.armed.store(true, Ordering::SeqCst);
+    let crash = async {
+        hold.held.notified().await;
+        world.agent.crash().await;
+    };
+    let (reply, ()) = tokio::join!(request(&world, "/again"), crash);
+    assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+    assert_eq!(world.agent.starts.load(Ordering::SeqCst), 2);
+
+    // A POST may have been carried out: its sender has to decide.
+    hold.armed.store(true, Ordering::SeqCst);
+    let crash = async {
+        hold.held.notified().await;
+        world.agent.crash().await;
+    };
+    let post = world.text("/once", &["--http1.1", "--data", "x"]);
+    let (reply, ()) = tokio::join!(post, crash);
+    assert!(
+        reply.contains("closed the connection without an answer"),
+        "{reply}"
+    );
+}
+
+#[tokio::test]
 async fn a_start_that_fails_is_told_and_tried_again_by_the_next_request() {
     let world = World::new("", NEVER).await;
     world.agent.broken.store(true, Ordering::SeqCst);

@@ -47,6 +47,14 @@ pub struct Agent {
     pub broken: AtomicBool,
     app: OnceLock<SocketAddr>,
     server: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
+    pub hold: Arc<Hold>,
+}
+
+/// Once armed, the app keeps the next request for ever, and says that it has it.
+#[derive(Default)]
+pub struct Hold {
+    pub armed: AtomicBool,
+    pub held: tokio::sync::Notify,
 }
 
 struct OneCertificate(Arc<CertifiedKey>);
@@ -98,6 +106,7 @@ impl World {
             broken: AtomicBool::new(false),
             app: OnceLock::from(free),
             server: tokio::sync::Mutex::new(None),
+            hold: Arc::default(),
         });
         agent.tell(MachineState::Suspended).await;
         view.wait_for(|s| s.machine_status.contains_key(&machine.id).then_some(()))
@@ -205,10 +214,11 @@ impl MachineControl for Agent {
             });
         }
         let address = *self.app.get().unwrap();
+        let hold = self.hold.clone();
         // The app listens a while after its process runs, as apps do.
         *server = Some(tokio::spawn(async move {
             tokio::time::sleep(Duration::from_millis(150)).await;
-            serve(TcpListener::bind(address).await.unwrap()).await;
+            serve(TcpListener::bind(address).await.unwrap(), hold).await;
         }));
         drop(server);
         self.tell(MachineState::Started).await;
@@ -228,19 +238,20 @@ impl MachineControl for Agent {
 }
 
 /// Answers with the request it got, headers a line each.
-async fn serve(listener: TcpListener) {
+async fn serve(listener: TcpListener, hold: Arc<Hold>) {
     let mut connections = tokio::task::JoinSet::new();
     loop {
         let (stream, _) = listener.accept().await.unwrap();
-        let answer = service_fn(|request: Request<Incoming>| async move {
-            if let Some(millis) = request.uri().path().strip_prefix("/slow/") {
-                tokio::time::sleep(Duration::from_millis(millis.parse().unwrap_or(0))).await;
+        let hold = hold.clone();
+        let answer = service_fn(move |request: Request<Incoming>| {
+            let hold = hold.clone();
+            async move {
+                if hold.armed.swap(false, Ordering::SeqCst) {
+                    hold.held.notify_one();
+                    std::future::pending::<()>().await;
+                }
+                reply(request).await
             }
-            let mut text = format!("{} {}\n", request.method(), request.uri());
-            for (name, value) in request.headers() {
-                text.push_str(&format!("got-{name}: {}\n", value.to_str().unwrap_or("?")));
-            }
-            Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(text))))
         });
         connections.spawn(async move {
             let _ = hyper::server::conn::http1::Builder::new()
@@ -248,6 +259,17 @@ async fn serve(listener: TcpListener) {
                 .await;
         });
     }
+}
+
+async fn reply(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+    if let Some(millis) = request.uri().path().strip_prefix("/slow/") {
+        tokio::time::sleep(Duration::from_millis(millis.parse().unwrap_or(0))).await;
+    }
+    let mut text = format!("{} {}\n", request.method(), request.uri());
+    for (name, value) in request.headers() {
+        text.push_str(&format!("got-{name}: {}\n", value.to_str().unwrap_or("?")));
+    }
+    Ok(Response::new(Full::new(Bytes::from(text))))
 }
 
 fn machine(config: MachineConfig) -> Machine {
