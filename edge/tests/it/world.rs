@@ -10,7 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -237,7 +237,7 @@ impl MachineControl for Agent {
     }
 }
 
-/// Answers with the request it got, headers a line each.
+/// Answers with the request it got, headers a line each; under `/echo` with its body.
 async fn serve(listener: TcpListener, hold: Arc<Hold>) {
     let mut connections = tokio::task::JoinSet::new();
     loop {
@@ -264,6 +264,10 @@ async fn serve(listener: TcpListener, hold: Arc<Hold>) {
 async fn reply(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     if let Some(millis) = request.uri().path().strip_prefix("/slow/") {
         tokio::time::sleep(Duration::from_millis(millis.parse().unwrap_or(0))).await;
+    }
+    if request.uri().path() == "/echo" {
+        let body = request.into_body().collect().await.unwrap();
+        return Ok(Response::new(Full::new(body.to_bytes())));
     }
     let mut text = format!("{} {}\n", request.method(), request.uri());
     for (name, value) in request.headers() {

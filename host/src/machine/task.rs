@@ -40,7 +40,7 @@ pub(crate) struct Task {
     checks: Checks,
     metrics: Arc<Metrics>,
     messages: mpsc::UnboundedReceiver<Message>,
-    /// What watches of monitors tell between their beginning and their end.
+    /// What watches of monitors tell.
     told: (mpsc::UnboundedSender<Input>, mpsc::UnboundedReceiver<Input>),
     operations: FuturesUnordered<Operation>,
     waiting: HashMap<Waiter, oneshot::Sender<Result<(), CommandError>>>,
@@ -275,17 +275,21 @@ impl Task {
     fn begin(&mut self, operation: impl Future<Output = Input> + Send + 'static) {
         self.operations.push(Box::pin(operation));
     }
-    /// Follows a monitor to its end.
+
+    /// Follows a monitor to its end. Both ends are told on one channel: the app's comes first, also
+    /// when both are found at once.
     fn watch(&mut self, epoch: Epoch) {
         let hands = Arc::clone(&self.hands);
+        // The receiver is this task's own: it is there for as long as anything is told.
         let told = self.told.0.clone();
         self.begin(async move {
+            let app = told.clone();
             let exited = Box::new(move |exit| {
-                // Its receiver is this task's own.
-                let _ = told.send(Input::AppExited { epoch, exit });
+                let _ = app.send(Input::AppExited { epoch, exit });
             });
             let end = hands.watch(exited).await;
-            Input::MonitorExited { epoch, end }
+            let _ = told.send(Input::MonitorExited { epoch, end });
+            Input::Tick
         });
     }
 

@@ -29,9 +29,11 @@ fn machines_outlive_their_agent_and_are_adopted() {
     assert_eq!(world.count(&machines[0]), 3);
     kill(world.monitor(&machines[1]), Signal::SIGKILL).unwrap();
     until("it is started again", || {
-        kinds(&world.status(&machines[1])).ends_with(&["start".into()])
-            && world.status(&machines[1])["state"] == "started"
-            && kinds(&world.status(&machines[1])).contains(&"exit".into())
+        let status = world.status(&machines[1]);
+        let kinds = kinds(&status);
+        status["state"] == "started"
+            && kinds.contains(&"exit".into())
+            && kinds.ends_with(&["start".into()])
     });
     world.stop(&machines[2]);
     assert_eq!(world.metric("cold_starts"), 1);
