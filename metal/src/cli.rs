@@ -136,8 +136,8 @@ pub struct HostArgs {
     #[arg(long, value_name = "MIB", default_value_t = 3072,
         value_parser = clap::value_parser!(u32).range(512..=1_048_576))]
     pub memory: u32,
-    /// CPUs of the host
-    #[arg(long, value_name = "N", default_value_t = 2,
+    /// CPUs of the host; with more than one, QEMU's emulation of AMD-V now and then breaks a guest
+    #[arg(long, value_name = "N", default_value_t = 1,
         value_parser = clap::value_parser!(u32).range(1..=64))]
     pub cpus: u32,
 }

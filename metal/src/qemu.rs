@@ -30,8 +30,8 @@ const PROGRAM: &str = "qemu-system-x86_64";
 /// Kernel command line. No mitigations: they only cost, nothing in here is secret from itself. The
 /// clock is the TSC (QEMU's is invariant), or a restored Machine's wall clock could not be set right.
 /// The timer is not checked: it works, but on a starved outer machine too late for the kernel's taste.
-/// One CPU until `tern-metal init` switches on the others: a starting kernel makes its CPUs wait for
-/// each other all the time, which is slow where two emulated CPUs share half a real one.
+/// One CPU until `tern-metal init` switches on the others, if there are any: a starting kernel makes its
+/// CPUs wait for each other all the time, which is slow where two emulated CPUs share half a real one.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr \
      tsc=reliable clocksource=tsc no_timer_check random.trust_cpu=on maxcpus=1";
 /// How long QEMU may take to answer on its monitor: a moment, but not on a machine whose disk or CPUs
