@@ -1,7 +1,6 @@
 //! Apps.
 
-use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::State;
 use http::StatusCode;
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -13,6 +12,7 @@ use tern_catalog::{
 
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::{Json, Path, Query};
 use crate::server::Shared;
 
 /// Both spellings of the name are in use.

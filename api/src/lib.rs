@@ -11,6 +11,7 @@ mod apps;
 mod auth;
 mod certificates;
 mod error;
+mod extract;
 mod gateway;
 mod logs;
 mod machines;

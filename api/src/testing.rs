@@ -251,7 +251,7 @@ impl HostGateway for FakeGateway {
             "absent" => Err(GatewayError::NotRunning("it is not running".into())),
             _ => Ok(ExecResult {
                 exit_code: Some(3),
-                stdout: request.command.join(" ").into(),
+                stdout: request.command.join("|").into(),
                 ..Default::default()
             }),
         }

@@ -1,27 +1,23 @@
 //! Making Machines and changing what they run.
 
-use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use http::HeaderMap;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::Value;
 use tern_catalog::{
-    App, AppName, Compare, Desired, DesiredState, Machine, MachineConfig, MachineId, Op,
-    PrivateAddress, Record as _, Transaction,
+    App, AppName, Compare, Desired, DesiredState, Machine, MachineId, Op, PrivateAddress,
+    Record as _, Transaction,
 };
 
-use super::lease::must_hold;
+use super::config::accept;
+use super::lease::{self, MachineLease, must_hold};
 use super::{At, find, place, shape};
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::{Json, Path};
 use crate::number;
 use crate::server::Shared;
-
-/// Largest memory of a Machine.
-const MAX_MEMORY_MB: u32 = 64 << 10;
-/// Smallest: Debian's kernel and an init need some 60 MiB.
-const MIN_MEMORY_MB: u32 = 128;
 
 #[derive(Debug, Deserialize)]
 pub struct Create {
@@ -30,6 +26,9 @@ pub struct Create {
     region: Option<String>,
     #[serde(default)]
     skip_launch: bool,
+    /// Seconds; more than 0 takes the Machine's lease with the same stroke.
+    #[serde(default)]
+    lease_ttl: i64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -39,6 +38,9 @@ pub struct Update {
     current_version: Option<String>,
     #[serde(default)]
     skip_launch: bool,
+    /// Seconds; more than 0 takes the Machine's lease too.
+    #[serde(default)]
+    lease_ttl: i64,
 }
 
 /// `POST …/machines`.
@@ -95,13 +97,19 @@ pub async fn create(
         key: found.key(),
         revision: Some(app_revision),
     };
-    let transaction = Transaction {
+    let mut transaction = Transaction {
         compares: vec![still_there, Compare::absent(&machine)],
         ops: vec![Op::put(&machine)],
     };
+    let mut answer = shape::machine(&machine, None);
+    if create.lease_ttl > 0 {
+        let lease = MachineLease::new(&machine.id, create.lease_ttl);
+        transaction.ops.push(Op::put(&lease));
+        answer["nonce"] = lease.nonce.into();
+    }
     let revision = shared.catalog.store().commit(transaction).await?;
     shared.seen(revision).await;
-    Ok(Json(shape::machine(&machine, None)))
+    Ok(Json(answer))
 }
 
 /// `POST …/machines/{id}`: the whole configuration anew.
@@ -109,10 +117,17 @@ pub async fn update(
     State(shared): State<Shared>,
     caller: Caller,
     Path(at): Path<At>,
-    headers: HeaderMap,
+    mut headers: HeaderMap,
     Json(update): Json<Update>,
 ) -> Result<Json<Value>, ApiError> {
     let config = accept(&shared, &caller, update.config)?;
+    // Taken before the change, so that a caller who does not get it has changed nothing.
+    let lease = if update.lease_ttl > 0 {
+        find(&shared.view.snapshot(), &caller, &at)?;
+        Some(lease::take(&shared, &at, &mut headers, update.lease_ttl, String::new()).await?)
+    } else {
+        None
+    };
     let machine = edit(&shared, &caller, &at, &headers, |machine| {
         if update
             .current_version
@@ -141,10 +156,12 @@ pub async fn update(
     })
     .await?;
     let snapshot = shared.view.snapshot();
-    Ok(Json(shape::machine(
-        &machine,
-        snapshot.machine_status.get(&at.id).map(|s| &**s),
-    )))
+    let status = snapshot.machine_status.get(&at.id).map(|s| &**s);
+    let mut answer = shape::machine(&machine, status);
+    if let Some(lease) = lease {
+        answer["nonce"] = lease.nonce.into();
+    }
+    Ok(Json(answer))
 }
 
 /// Changes a Machine's record, where the caller may and holds its lease, if there is one.
@@ -170,42 +187,6 @@ pub(super) async fn edit(
     let entry = shared.catalog.store().get(&machine.key()).await?;
     shared.seen(entry.map_or(0, |e| e.revision)).await;
     Ok(machine)
-}
-
-/// A configuration that can be run, its image pinned to a digest where it is in our registry.
-fn accept(shared: &Shared, caller: &Caller, config: Value) -> Result<MachineConfig, ApiError> {
-    let mut config: MachineConfig =
-        serde_json::from_value(config).map_err(|e| ApiError::invalid(format!("config: {e}")))?;
-    let guest = &config.guest;
-    if !(1..=8).contains(&guest.cpus) {
-        return Err(ApiError::invalid(format!(
-            "config.guest.cpus is {}; 1 to 8 are possible",
-            guest.cpus
-        )));
-    }
-    if !(MIN_MEMORY_MB..=MAX_MEMORY_MB).contains(&guest.memory_mb) {
-        return Err(ApiError::invalid(format!(
-            "config.guest.memory_mb is {}; {MIN_MEMORY_MB} to {MAX_MEMORY_MB} are possible",
-            guest.memory_mb
-        )));
-    }
-    if let Some(signal) = &config.stop_config.signal {
-        super::SignalName::Name(signal.clone()).number()?;
-    }
-    for file in &config.files {
-        if !file.guest_path.starts_with('/') {
-            return Err(ApiError::invalid(format!(
-                "config.files: \"{}\" is not absolute",
-                file.guest_path
-            )));
-        }
-    }
-    config.image = shared.registry.pin(&config.image, |app| {
-        // An image of another organization's app must not be had by naming it.
-        let app: AppName = app.parse()?;
-        caller.app(&shared.view.snapshot(), &app).map(drop)
-    })?;
-    Ok(config)
 }
 
 /// A ULID: 48 bits of milliseconds, 80 of randomness, in Crockford's base 32.

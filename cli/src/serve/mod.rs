@@ -239,9 +239,11 @@ fn nix_root() -> bool {
 }
 
 fn log(json: bool) {
+    use std::io::IsTerminal as _;
     let filter = EnvFilter::try_from_env("TERN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     if json { log.json().init() } else { log.init() }
 }
