@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tern_catalog::{
     App, AppName, Compare, Desired, DesiredState, Hostname, HostnameRoute, Machine, Op, OrgSlug,
-    Snapshot, StoreError, Transaction,
+    Snapshot, StoreError, Transaction, Volume,
 };
 
 use crate::auth::Caller;
@@ -141,6 +141,13 @@ pub async fn destroy(
             "app {name} has {count} Machines; destroy them too with ?force=true"
         )));
     }
+    let volumes: Vec<_> = snapshot.volumes_of(&name).map(|v| v.id.clone()).collect();
+    if !volumes.is_empty() && !query.force {
+        let count = volumes.len();
+        return Err(ApiError::conflict(format!(
+            "app {name} has {count} volumes with data; destroy them too with ?force=true"
+        )));
+    }
     for id in machines {
         let destroy = |machine: &mut Machine| {
             let generation = machine.desired.generation + 1;
@@ -149,6 +156,13 @@ pub async fn destroy(
                 generation,
             };
             machine.updated_at = Timestamp::now();
+            Ok::<_, ApiError>(())
+        };
+        shared.catalog.update(id.as_str(), destroy).await??;
+    }
+    for id in volumes {
+        let destroy = |volume: &mut Volume| {
+            volume.destroyed = true;
             Ok::<_, ApiError>(())
         };
         shared.catalog.update(id.as_str(), destroy).await??;
@@ -187,7 +201,7 @@ fn shape(snapshot: &Snapshot, app: &App) -> Value {
         "name": app.name,
         "status": if machines == 0 { "pending" } else { "deployed" },
         "machine_count": machines,
-        "volume_count": 0,
+        "volume_count": snapshot.volumes_of(&app.name).count(),
         "network": organization.map(|_| "default"),
         "organization": {"slug": app.organization, "name": organization.map(|o| &o.name)},
         "created_at": app.created_at.as_millisecond(),

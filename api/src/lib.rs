@@ -23,6 +23,7 @@ mod registry;
 mod routes;
 mod server;
 mod tokens;
+mod volumes;
 
 #[cfg(test)]
 mod testing;

@@ -4,11 +4,11 @@ use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::middleware::{self, Next};
 use axum::response::Response;
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 use http::{HeaderName, HeaderValue, StatusCode};
 
 use crate::server::Shared;
-use crate::{apps, certificates, logs, machines, orgs, peers, platform, registry, tokens};
+use crate::{apps, certificates, logs, machines, orgs, peers, platform, registry, tokens, volumes};
 
 /// Largest body of a call: a configuration with files in it. Images go to the registry, which streams.
 const MAX_BODY_BYTES: usize = 4 << 20;
@@ -60,6 +60,23 @@ pub fn router(shared: Shared) -> Router {
             get(machines::list).post(machines::create),
         )
         .nest("/apps/{app}/machines/{id}", machine)
+        .route(
+            "/apps/{app}/volumes",
+            get(volumes::list).post(volumes::create),
+        )
+        .route(
+            "/apps/{app}/volumes/{id}",
+            get(volumes::get).delete(volumes::destroy),
+        )
+        .route("/apps/{app}/volumes/{id}/extend", put(volumes::extend))
+        .route(
+            "/apps/{app}/volumes/{id}/snapshots",
+            get(volumes::snapshots::list).post(volumes::snapshots::create),
+        )
+        .route(
+            "/apps/{app}/volumes/{id}/snapshots/{snapshot}",
+            delete(volumes::snapshots::remove),
+        )
         .route("/apps/{app}/certificates", get(certificates::list))
         .route("/apps/{app}/certificates/acme", post(certificates::add))
         .route(

@@ -15,7 +15,8 @@ use jiff::Timestamp;
 use serde_json::Value;
 use tern_catalog::{
     Catalog, DesiredState, Host, HostId, Machine, MachineId, MachineState, MachineStatus, Network,
-    NetworkId, Organization, SqliteStore, Store, Token, View,
+    NetworkId, Organization, SnapshotStatus, SqliteStore, Store, Token, View, Volume, VolumeState,
+    VolumeStatus,
 };
 use tower::ServiceExt as _;
 
@@ -206,6 +207,9 @@ async fn agent(catalog: Catalog, view: View) {
                 obey(&catalog, machine).await;
             }
         }
+        for volume in snapshot.volumes.values() {
+            tend(&catalog, volume, snapshot.volume_status.get(&volume.id)).await;
+        }
         if changes.changed().await.is_err() {
             return;
         }
@@ -242,6 +246,36 @@ async fn obey(catalog: &Catalog, machine: &Machine) {
         updated_at: Timestamp::now(),
     };
     catalog.put(&status).await.unwrap();
+}
+
+async fn tend(catalog: &Catalog, volume: &Volume, seen: Option<&Arc<VolumeStatus>>) {
+    if volume.destroyed {
+        catalog
+            .delete::<VolumeStatus>(volume.id.as_str())
+            .await
+            .unwrap();
+        catalog.delete::<Volume>(volume.id.as_str()).await.unwrap();
+        return;
+    }
+    let snapshots = volume.snapshots.keys().map(|id| {
+        let made = SnapshotStatus {
+            created_at: Timestamp::UNIX_EPOCH,
+            bytes: 4096,
+            reason: None,
+        };
+        (id.clone(), made)
+    });
+    let status = VolumeStatus {
+        id: volume.id.clone(),
+        state: VolumeState::Created,
+        reason: None,
+        size_gb: volume.size_gb,
+        snapshots: snapshots.collect(),
+        updated_at: Timestamp::UNIX_EPOCH,
+    };
+    if seen.is_none_or(|seen| **seen != status) {
+        catalog.put(&status).await.unwrap();
+    }
 }
 
 #[async_trait]

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use tern_catalog::{
     App, AppName, Compare, Desired, DesiredState, Machine, MachineId, Op, PrivateAddress,
-    Record as _, Transaction,
+    Record as _, StoreError, Transaction,
 };
 
 use super::config::accept;
@@ -18,6 +18,10 @@ use crate::error::ApiError;
 use crate::extract::{Json, Path};
 use crate::number;
 use crate::server::Shared;
+use crate::volumes::attach;
+
+/// How often a change that others are faster with is tried.
+const ATTEMPTS: u32 = 16;
 
 #[derive(Debug, Deserialize)]
 pub struct Create {
@@ -53,10 +57,16 @@ pub async fn create(
     let snapshot = shared.view.snapshot();
     let network = caller.app(&snapshot, &app)?.network;
     let config = accept(&shared, &caller, create.config)?;
-    let region = create
-        .region
-        .unwrap_or_else(|| shared.config.region.clone());
-    let host = place::choose(&snapshot, &region)?.id;
+    // A volume's data is on one host, and where it is not said otherwise its region is meant.
+    let (host, region) = match attach::host(&snapshot, &config)? {
+        Some(place) => place,
+        None => {
+            let region = create
+                .region
+                .unwrap_or_else(|| shared.config.region.clone());
+            (place::choose(&snapshot, &region)?.id, region)
+        }
+    };
     let number = number::next_in_network(&**shared.catalog.store(), network).await?;
     let now = Timestamp::now();
     let id = MachineId::random();
@@ -101,6 +111,7 @@ pub async fn create(
         compares: vec![still_there, Compare::absent(&machine)],
         ops: vec![Op::put(&machine)],
     };
+    attach::add(&shared, &machine, &mut transaction).await?;
     let mut answer = shape::machine(&machine, None);
     if create.lease_ttl > 0 {
         let lease = MachineLease::new(&machine.id, create.lease_ttl);
@@ -174,19 +185,37 @@ pub(super) async fn edit(
 ) -> Result<Machine, ApiError> {
     find(&shared.view.snapshot(), caller, at)?;
     must_hold(shared, at, headers).await?;
-    let changed = shared
-        .catalog
-        .update(at.id.as_str(), |machine: &mut Machine| {
-            change(machine)?;
-            machine.updated_at = Timestamp::now();
-            Ok::<_, ApiError>(())
-        })
-        .await??;
-    let machine = changed.ok_or_else(|| ApiError::not_found(format!("machine {}", at.id)))?;
-    // The caller's next call must see this one.
-    let entry = shared.catalog.store().get(&machine.key()).await?;
-    shared.seen(entry.map_or(0, |e| e.revision)).await;
-    Ok(machine)
+    for _ in 0..ATTEMPTS {
+        let found = shared.catalog.get::<Machine>(at.id.as_str()).await?;
+        let (before, revision) =
+            found.ok_or_else(|| ApiError::not_found(format!("machine {}", at.id)))?;
+        let mut machine = before.clone();
+        change(&mut machine)?;
+        machine.updated_at = Timestamp::now();
+        let mut transaction = Transaction {
+            compares: vec![Compare {
+                key: machine.key(),
+                revision: Some(revision),
+            }],
+            ops: vec![Op::put(&machine)],
+        };
+        if machine.config.mounts != before.config.mounts {
+            attach::add(shared, &machine, &mut transaction).await?;
+        }
+        match shared.catalog.store().commit(transaction).await {
+            Ok(revision) => {
+                // The caller's next call must see this one.
+                shared.seen(revision).await;
+                return Ok(machine);
+            }
+            Err(StoreError::Conflict { .. }) => {}
+            Err(other) => return Err(other.into()),
+        }
+    }
+    Err(ApiError::conflict(format!(
+        "machine {} is changed by others all the time; try again",
+        at.id
+    )))
 }
 
 /// A ULID: 48 bits of milliseconds, 80 of randomness, in Crockford's base 32.

@@ -56,6 +56,20 @@ pub(super) fn accept(
         }
     }
     check_metadata(&config.metadata)?;
+    if config.mounts.len() > 1 {
+        return Err(ApiError::invalid(
+            "config.mounts: a machine has one volume at most",
+        ));
+    }
+    for mount in &config.mounts {
+        let path = &mount.path;
+        let clean = path.starts_with('/') && path.len() > 1 && !path.contains('\0');
+        if !clean || path.split('/').any(|step| step == "..") {
+            return Err(ApiError::invalid(format!(
+                "config.mounts: {path:?} is no place for a volume; give an absolute path other than /"
+            )));
+        }
+    }
     for file in &config.files {
         if !file.guest_path.starts_with('/') {
             return Err(ApiError::invalid(format!(

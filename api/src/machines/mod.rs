@@ -5,9 +5,9 @@ mod checks;
 mod config;
 mod lease;
 pub mod metadata;
-mod place;
+pub(crate) mod place;
 mod run;
-mod shape;
+pub(crate) mod shape;
 mod wait;
 
 use std::collections::BTreeMap;
@@ -21,7 +21,7 @@ use tern_catalog::{AppName, DesiredState, Machine, MachineId, Snapshot};
 pub use change::{create, update};
 pub use lease::{get_lease, release_lease, take_lease};
 pub use run::{exec, signal};
-pub use wait::wait;
+pub use wait::{MOST, wait};
 
 use crate::auth::Caller;
 use crate::error::ApiError;
@@ -236,7 +236,7 @@ pub async fn destroy(
     let gone = shared
         .view
         .wait_for(|s| (!s.machines.contains_key(&at.id)).then_some(()));
-    match tokio::time::timeout(wait::MOST, gone).await {
+    match tokio::time::timeout(MOST, gone).await {
         Ok(()) => Ok(ok()),
         Err(_) => Err(ApiError::timeout(format!(
             "machine {} is being destroyed, but is not gone yet",
