@@ -12,7 +12,8 @@ use tern_catalog::HostId;
 pub struct HostConfig {
     /// This host: the agent looks after its Machines and no others.
     pub host: HostId,
-    /// Where Machines (`machines/`), converted images (`images/`) and blank disks are kept. Paths
+    /// Where Machines (`machines/`), volumes (`volumes/`), converted images (`images/`) and blank disks
+    /// are kept. Paths
     /// under it must stay short: a Unix socket's has 108 bytes.
     pub data_dir: PathBuf,
     /// The monitor, `tern-vmm`.
@@ -67,6 +68,11 @@ impl HostConfig {
     /// Where Machines are kept.
     pub fn machines_dir(&self) -> PathBuf {
         self.data_dir.join("machines")
+    }
+
+    /// Where volumes are kept.
+    pub fn volumes_dir(&self) -> PathBuf {
+        self.data_dir.join("volumes")
     }
 }
 

@@ -13,6 +13,7 @@ use crate::disk::Blank;
 use crate::machine::core::BootFailure;
 use crate::metrics::Metrics;
 use crate::network::Network;
+use crate::volumes::Volumes;
 
 /// What all Machines of a host share.
 pub(crate) struct Host {
@@ -21,6 +22,7 @@ pub(crate) struct Host {
     pub(crate) images: ImageStore,
     pub(crate) network: Network,
     pub(crate) blank: Blank,
+    pub(crate) volumes: Volumes,
     pub(crate) metrics: Arc<Metrics>,
     /// The boot of the host's kernel.
     pub(crate) boot_id: String,

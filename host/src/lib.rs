@@ -33,6 +33,7 @@ mod monitor;
 mod network;
 mod running;
 mod vm;
+mod volumes;
 
 pub use agent::{Agent, AgentError, AgentHandle};
 pub use config::{HostConfig, Registry};

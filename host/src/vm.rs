@@ -23,6 +23,7 @@ use crate::machine::hands::{Hands, SleepFailure};
 use crate::monitor::{Monitor, control};
 use crate::network::Slot;
 use crate::running::Running;
+use crate::volumes::Turn;
 
 /// The hands of one Machine's task.
 pub(crate) struct Vm {
@@ -173,6 +174,8 @@ impl Vm {
         // Before anything else: whatever comes, the disk may be written from here on.
         self.void_snapshot().await.map_err(&passing)?;
         let image = self.image(machine).await?;
+        // Until the app is up: by then the monitor has locked the disks.
+        let _turns = self.volumes_ready(machine).await.map_err(&passing)?;
         let run = bundle::run_config(machine, &image.config, self.slot)
             .map_err(|e| lasting(e.to_string()))?;
         let archive = run_archive(&run).map_err(|e| lasting(e.to_string()))?;
@@ -181,6 +184,11 @@ impl Vm {
             machine,
             &self.dir,
             &image.disk,
+            machine
+                .config
+                .mounts
+                .iter()
+                .map(|m| self.host.volumes.disk(&m.volume)),
             self.slot,
         );
         let vm = serde_json::to_vec_pretty(&vm).map_err(|e| lasting(e.to_string()))?;
@@ -253,7 +261,12 @@ impl Vm {
             move || dir.sync()
         });
         let machine = self.host.machine(&self.id);
+        // Who copies a volume while its Machine sleeps has it locked.
+        let mut turns = Vec::new();
         if let Some(machine) = &machine {
+            for mount in &machine.config.mounts {
+                turns.push(self.host.volumes.turn(&mount.volume).await);
+            }
             self.plug(machine).await?;
         }
         let running = self.spawn(epoch, true)?;
@@ -416,6 +429,28 @@ impl Vm {
         self.host
             .image(&machine.config.image, known.as_deref())
             .await
+    }
+
+    /// Makes the Machine's volumes ready, and keeps others here from them until the turns are dropped.
+    async fn volumes_ready(&self, machine: &Machine) -> Result<Vec<Turn>, String> {
+        let mut turns = Vec::new();
+        for mount in &machine.config.mounts {
+            let told = |why: &dyn std::fmt::Display| format!("volume {}: {why}", mount.volume);
+            turns.push(self.host.volumes.turn(&mount.volume).await);
+            let volume = self
+                .host
+                .view
+                .snapshot()
+                .volumes
+                .get(&mount.volume)
+                .cloned();
+            let volume = volume.ok_or_else(|| told(&"there is none"))?;
+            let host = Arc::clone(&self.host);
+            let ready = tokio::task::spawn_blocking(move || host.volumes.ready(&volume));
+            let ready = ready.await.map_err(|e| told(&e))?;
+            ready.map_err(|e| told(&e))?;
+        }
+        Ok(turns)
     }
 
     /// Makes the Machine's device and rules, where they are missing.
