@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
-use tern_catalog::{AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName};
+use tern_catalog::{
+    AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,
+};
 
 /// Run apps on your own servers: KVM Machines behind HTTPS, asleep while nobody calls.
 ///
@@ -53,6 +55,9 @@ pub enum Command {
     /// Look at and drive single Machines
     #[command(subcommand, visible_alias = "machines")]
     Machine(Machine),
+    /// Disks that outlive Machines: list, make, grow, copy and destroy them
+    #[command(subcommand, visible_alias = "volume")]
+    Volumes(Volumes),
     /// Join the private network with any WireGuard client
     #[command(subcommand)]
     Wireguard(Wireguard),
@@ -324,6 +329,88 @@ pub enum Wireguard {
         /// The organization
         #[arg(short, long, default_value = "personal")]
         org: OrgSlug,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Volumes {
+    /// List an app's volumes
+    List(AppArg),
+    /// Make a volume; `tern deploy` makes those that fly.toml names by itself
+    Create {
+        /// Its name, as `source` in fly.toml
+        name: VolumeName,
+        /// Its size in GB
+        #[arg(short, long, default_value_t = 1)]
+        size: u32,
+        /// Its region. Default: the server's
+        #[arg(short, long)]
+        region: Option<String>,
+        /// Restore this snapshot into it
+        #[arg(long)]
+        snapshot: Option<SnapshotId>,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Make a volume larger; a Machine sees it at its next cold start
+    Extend {
+        /// The volume
+        id: VolumeId,
+        /// Its new size in GB
+        #[arg(short, long)]
+        size: u32,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Make a new volume with the data of another, whose Machine must not be running
+    Fork {
+        /// The volume to copy
+        id: VolumeId,
+        /// The new one's name. Default: the same
+        #[arg(short, long)]
+        name: Option<VolumeName>,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Destroy a volume, its data and its snapshots
+    Destroy {
+        /// The volume
+        id: VolumeId,
+        /// Do not ask
+        #[arg(short, long)]
+        yes: bool,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// What a volume held at some time
+    #[command(subcommand)]
+    Snapshots(Snapshots),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Snapshots {
+    /// List a volume's snapshots
+    List {
+        /// The volume
+        id: VolumeId,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Make a snapshot of a volume, whose Machine must not be running
+    Create {
+        /// The volume
+        id: VolumeId,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Remove a snapshot
+    Destroy {
+        /// The volume
+        id: VolumeId,
+        /// The snapshot
+        snapshot: SnapshotId,
+        #[command(flatten)]
+        app: AppArg,
     },
 }
 
