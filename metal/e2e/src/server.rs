@@ -48,6 +48,20 @@ impl Server {
                 .into();
         arguments.extend(["--data-dir".to_owned(), text(&data)?]);
         arguments.extend(["--acme-root-ca".to_owned(), text(&pebble.directory_ca)?]);
+        // As on a host where Tern is installed: what a start reads is on the host's own disk, and in its
+        // memory from the second time on. The checkout is seen over a network protocol.
+        let installed = dir.join("installed");
+        std::fs::create_dir_all(&installed)?;
+        for (option, from) in [
+            ("--vmm", artefacts.program("tern-vmm")),
+            ("--kernel", artefacts.program("guest/vmlinux")),
+            ("--initramfs", artefacts.program("guest/initramfs.cpio")),
+        ] {
+            let name = from.file_name().context("a file without a name")?;
+            let to = installed.join(name);
+            std::fs::copy(&from, &to).with_context(|| format!("copy {}", from.display()))?;
+            arguments.extend([option.to_owned(), text(&to)?]);
+        }
         arguments.extend(more.iter().map(|&m| m.to_owned()));
         let log = dir.join("serve.log");
         let mut server = Self {
