@@ -30,6 +30,7 @@ pub const RIVAL: &str = "tern_rival";
 
 pub struct World {
     router: Router,
+    pub shared: Shared,
     pub catalog: Catalog,
     pub gateway: Arc<FakeGateway>,
     agent: tokio::task::JoinHandle<()>,
@@ -107,7 +108,8 @@ impl World {
             registry: Arc::new(Registry::open(&registry_dir).unwrap()),
         };
         Self {
-            router: crate::routes::router(shared),
+            router: crate::routes::router(shared.clone()),
+            shared,
             catalog,
             gateway,
             agent,

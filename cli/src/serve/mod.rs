@@ -134,8 +134,9 @@ async fn serve(args: Serve) -> Result<()> {
     dns.shutdown().await;
     mesh.shutdown().await;
     agent.shutdown().await;
-    // Calls that follow something would go on for ever: they end with the process.
-    api.abort();
+    if let Err(error) = api.await {
+        tracing::error!(%error, "the API ended badly");
+    }
     ended.map_or(Ok(()), |error| {
         Err(error).context("the mesh ended by itself")
     })
