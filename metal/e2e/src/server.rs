@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::artefacts::Artefacts;
 use crate::pebble::{DIRECTORY, Pebble};
 use crate::process::{Background, checked, output, wait_for};
+use crate::world::PATIENCE;
 
 /// The domain of the test's apps.
 pub const DOMAIN: &str = "tern.test";
@@ -80,7 +81,7 @@ impl Server {
         let mut command = Command::new(self.artefacts.program("tern"));
         command.args(&self.arguments).env("RUST_BACKTRACE", "1");
         let mut process = Background::start("tern serve", &mut command, &self.log)?;
-        wait_for("the API answers", Duration::from_secs(60), || {
+        wait_for("the API answers", PATIENCE, || {
             process.must_run()?;
             let health = format!("{API}/healthz");
             Ok(checked(Command::new("curl").args(["-sf", "--max-time", "5", &health])).ok())
