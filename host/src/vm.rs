@@ -273,7 +273,7 @@ impl Vm {
         let spawned = began.elapsed();
         let limit = self.host.config.wake_timeout;
         let speak = async {
-            let spoken = self.guest.insist(&resumed(), limit).await.map(drop);
+            let spoken = self.guest.insist(resumed, limit).await.map(drop);
             spoken.map_err(|e| e.to_string())?;
             let spoke = began.elapsed();
             // Long done, as a rule: the monitor had memory to load meanwhile.
