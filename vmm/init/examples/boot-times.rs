@@ -11,7 +11,7 @@
 //! `BOOT_TIMES_LOG=1` (print each guest's kernel log once) change what is started.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -59,7 +59,7 @@ fn main() -> Result<()> {
     let mut times: BTreeMap<(usize, &str), Vec<f64>> = BTreeMap::new();
     for round in 0..rounds {
         for (index, variant) in variants.iter().enumerate() {
-            let log = round == 0 && std::env::var_os("BOOT_TIMES_LOG").is_some();
+            let log = round == 0 && std::env::var("BOOT_TIMES_LOG").is_ok_and(|v| v == "1");
             let start = world
                 .start(variant, log)
                 .with_context(|| format!("{}, round {round}", variant.name))?;
@@ -185,7 +185,7 @@ impl World {
             .args(["run", "--config"])
             .arg(self.path("vm.json"))
             .stdin(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(File::create(self.path("vmm.log"))?)
             .spawn()
             .with_context(|| self.vmm.display().to_string())?;
         let mut monitor = Monitor(monitor);
@@ -225,6 +225,9 @@ impl World {
         }
         let started = ms(begin);
         let boot: Value = self.describe()?;
+        if print_log {
+            println!("{boot}");
+        }
         let phase = |name: &str| boot["boot"][name].as_f64().unwrap_or(f64::NAN) / 1000.0;
         // Its first act may come after init says that it has started.
         let log = loop {
