@@ -35,7 +35,8 @@ struct Variant {
 }
 
 /// The moments of one start, in milliseconds; the table has them in this order.
-const MOMENTS: [&str; 9] = [
+const MOMENTS: [&str; 11] = [
+    "monitor locked",
     "kernel loaded",
     "first instruction",
     "kernel: init starts",
@@ -45,6 +46,7 @@ const MOMENTS: [&str; 9] = [
     "app started",
     "kernel KiB",
     "free KiB",
+    "monitor's resident KiB",
 ];
 
 fn main() -> Result<()> {
@@ -55,7 +57,7 @@ fn main() -> Result<()> {
         .map(|argument| parse_variant(&argument))
         .collect::<Result<Vec<_>>>()?;
     ensure!(rounds > 0 && !variants.is_empty(), usage);
-    let world = World::new()?;
+    let world = World::new(&variants)?;
     let mut times: BTreeMap<(usize, &str), Vec<f64>> = BTreeMap::new();
     for round in 0..rounds {
         for (index, variant) in variants.iter().enumerate() {
@@ -107,7 +109,7 @@ struct World {
 }
 
 impl World {
-    fn new() -> Result<Self> {
+    fn new(variants: &[Variant]) -> Result<Self> {
         let own = std::env::current_exe()?;
         let target = own
             .ancestors()
@@ -118,9 +120,19 @@ impl World {
         fs::create_dir_all(root.join("bin"))?;
         fs::copy("/bin/busybox", root.join("bin/busybox")).context("/bin/busybox")?;
         let world = Self {
-            vmm: target.join("tern-vmm"),
+            vmm: dir.path().join("tern-vmm"),
             dir,
         };
+        // In memory, as all others: the checkout may lie on a slow share.
+        fs::copy(target.join("tern-vmm"), &world.vmm)
+            .context("tern-vmm: cargo build -p tern-vmm")?;
+        for variant in variants {
+            for name in ["vmlinux", "initramfs.cpio"] {
+                let from = variant.guest.join(name);
+                fs::copy(&from, world.path(&format!("{}.{name}", variant.name)))
+                    .with_context(|| from.display().to_string())?;
+            }
+        }
         run(Command::new("mkfs.erofs")
             .arg("--quiet")
             .arg(world.path("image.erofs"))
@@ -165,8 +177,11 @@ impl World {
         let config = json!({
             "id": "boot", "vcpus": number("BOOT_TIMES_VCPUS", 1)?,
             "memory_mib": number("BOOT_TIMES_MEMORY_MIB", 128)?,
-            "kernel": variant.guest.join("vmlinux"),
-            "initramfs": [variant.guest.join("initramfs.cpio"), self.path("run.cpio")],
+            "kernel": self.path(&format!("{}.vmlinux", variant.name)),
+            "initramfs": [
+                self.path(&format!("{}.initramfs.cpio", variant.name)),
+                self.path("run.cpio"),
+            ],
             "cmdline": variant.cmdline,
             "disks": [
                 {"path": self.path("image.erofs"), "read_only": true},
@@ -252,13 +267,17 @@ impl World {
             Ok(seconds * 1000.0)
         };
         let memory = self.exec(&["/bin/busybox", "cat", "/proc/meminfo"])?;
+        let status = fs::read_to_string(format!("/proc/{}/status", monitor.0.id()))?;
+        let both = format!("{memory}\n{status}");
         let kib = |name: &str| -> Result<f64> {
-            let value = memory.lines().find_map(|line| line.strip_prefix(name));
+            let value = both.lines().find_map(|line| line.strip_prefix(name));
             let word = value.and_then(|line| line.split_whitespace().next());
             Ok(word.with_context(|| name.to_owned())?.parse()?)
         };
         let total = number_of_kib(&boot);
+        let resident = kib("VmRSS:")?;
         Ok(vec![
+            ("monitor locked", phase("locked_us")),
             ("kernel loaded", phase("kernel_loaded_us")),
             ("first instruction", first),
             ("kernel: init starts", kernel("Run /init as init process")?),
@@ -268,6 +287,7 @@ impl World {
             ("app started", started),
             ("kernel KiB", total - kib("MemTotal:")?),
             ("free KiB", kib("MemFree:")?),
+            ("monitor's resident KiB", resident),
         ])
     }
 
