@@ -7,8 +7,8 @@
 #
 # The source is the package linux-source-6.1, fetched by apt (and so verified by it), with Debian's own
 # patches. The result lies in ~/.cache/tern/guest under a name made of all that it is made of but the
-# compiler: source version, configuration, this script. make-guest.sh takes it from there. JOBS says how
-# many compilers run at once.
+# compiler: source version, configuration, the way it is built here. make-guest.sh takes it from there.
+# JOBS says how many compilers run at once.
 set -euo pipefail
 
 SOURCE_PACKAGE=linux-source-6.1
@@ -16,13 +16,14 @@ CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/tern/guest
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CONFIG=$HERE/tern.config
 # Lines that make prints for one build: for the progress report only.
-STEPS=2000
+STEPS=2160
 
 main() {
     local version dir
     version=$(source_version)
     [[ -n $version ]] || die "apt knows no $SOURCE_PACKAGE: apt-get update"
-    dir=$CACHE/kernel-tern-$(cat "$CONFIG" "${BASH_SOURCE[0]}" <(echo "$version") | sha256sum | cut -c1-16)
+    dir=$CACHE/kernel-tern-$({ echo "$version" && config_lines && declare -f build configure; } |
+        sha256sum | cut -c1-16)
     case ${1:-} in
         --cached) [[ -d $dir ]] && echo "$dir" && return || exit 1 ;;
         '') ;;
@@ -73,11 +74,15 @@ build() {
     say "built in $(((SECONDS - started + 59) / 60)) minutes"
 }
 
+config_lines() {
+    grep -E '^(CONFIG_|# CONFIG_.* is not set)' "$CONFIG"
+}
+
 # Kconfig drops silently what it does not know or whose needs are not met; here that is an error.
 configure() {
     local source=$1 lost
     make -s -C "$source" allnoconfig KCONFIG_ALLCONFIG="$CONFIG" >&2
-    lost=$(grep -E '^(CONFIG_|# CONFIG_)' "$CONFIG" | grep -vxF -f "$source/.config" || true)
+    lost=$(config_lines | grep -vxF -f "$source/.config" || true)
     [[ -z $lost ]] || die "Kconfig does not take these lines of tern.config:"$'\n'"$lost"
 }
 
