@@ -1,7 +1,7 @@
 # Everything a person can run here. Each target installs what it lacks and says so.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help demo test check bench build fmt clean
+.PHONY: help demo test check bench build kernel fmt clean
 
 help:          ## Show this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,10 @@ bench:         ## Wake latency beside a warm request and a cold start: a table a
 build:         ## The programs, the guest's kernel and initramfs, the examples' images
 	@.ci/setup build guest demo
 	@.ci/build
+
+kernel:        ## The guest's small kernel (15 minutes, once): Machines start faster with it
+	@.ci/setup kernel
+	@vmm/kernel/make-kernel.sh
 
 fmt:           ## Format the source
 	cargo fmt --all
