@@ -4,6 +4,7 @@
 //! specification](https://github.com/opencontainers/distribution-spec/blob/main/spec.md#pull), over
 //! HTTP/1.1. A blob is one long response: if it breaks off, the rest is asked for by `Range`.
 
+mod address;
 mod auth;
 mod http;
 

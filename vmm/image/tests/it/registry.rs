@@ -221,6 +221,7 @@ impl Registry {
             reference: format!("{}/{name}", self.address).parse().unwrap(),
             options: RegistryOptions {
                 insecure: true,
+                anywhere: true,
                 credentials: credentials.map(|(username, password)| Credentials {
                     username: username.to_owned(),
                     password: password.to_owned(),
@@ -457,7 +458,10 @@ async fn a_registry_that_is_not_there_or_speaks_no_tls_is_named() {
     let reference: Reference = format!("{}/a/b:v1", registry.address).parse().unwrap();
     let source = Source::Registry {
         reference,
-        options: RegistryOptions::default(),
+        options: RegistryOptions {
+            anywhere: true,
+            ..RegistryOptions::default()
+        },
     };
     let workshop = Workshop::new();
     let message = workshop.refusal_of(&source).await;
@@ -484,4 +488,23 @@ async fn a_dropped_store_leaves_no_download_behind() {
     }
     drop(task);
     assert!(ensure(&workshop, &source).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_reference_cannot_make_the_host_visit_its_own_network() {
+    let inside = Registry::start(|_| ()).await;
+    let port = inside.address.port();
+    let workshop = Workshop::new();
+    for host in ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]"] {
+        let source = Source::Registry {
+            reference: format!("{host}:{port}/a/b:v1").parse().unwrap(),
+            options: RegistryOptions {
+                insecure: true,
+                ..RegistryOptions::default()
+            },
+        };
+        let message = workshop.refusal_of(&source).await;
+        assert!(message.contains("public Internet"), "{host}: {message}");
+    }
+    assert!(inside.asked().is_empty(), "{:?}", inside.asked());
 }
