@@ -75,7 +75,10 @@ impl ImageStore {
                 Kind::Image => inner.remove_image(&item.digest, round)?,
                 Kind::Layer { .. } => {
                     let path = inner.layers.path(&item.digest);
-                    inner.layers.forget(&item.digest).map_err(ImageError::io("remove", path))?;
+                    inner
+                        .layers
+                        .forget(&item.digest)
+                        .map_err(ImageError::io("remove", path))?;
                     true
                 }
             };
@@ -87,6 +90,12 @@ impl ImageStore {
                     Kind::Layer { .. } => done.layers.push(item.digest),
                 }
             }
+        }
+        if !done.images.is_empty() {
+            // Names of indexes that led to them.
+            inner
+                .remove_halves()
+                .map_err(ImageError::io("tidy", &inner.dir))?;
         }
         Ok(done)
     }
@@ -116,7 +125,12 @@ fn order(items: Vec<Item>, now: SystemTime, min_age: Duration) -> Vec<Item> {
     let mut going: Vec<Item> = items
         .into_iter()
         // What was used in the future was used just now: somebody has set the clock.
-        .filter(|item| !item.stays && now.duration_since(item.used).is_ok_and(|age| age >= min_age))
+        .filter(|item| {
+            !item.stays
+                && now
+                    .duration_since(item.used)
+                    .is_ok_and(|age| age >= min_age)
+        })
         .collect();
     going.sort_by_key(|item| {
         let last = item.kind == Kind::Layer { needed: true };
@@ -179,8 +193,15 @@ impl Inner {
             return Ok(false);
         }
         let dir = File::open(&self.dir).map_err(ImageError::io("open", &self.dir))?;
-        // Not between another process's disk and its description.
-        dir.lock().map_err(ImageError::io("lock", &self.dir))?;
+        // Not between somebody's disk and its description; nor do we wait for those, as whoever asks
+        // for an image waits for us. It goes the next time.
+        match dir.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => return Ok(false),
+            Err(fs::TryLockError::Error(error)) => {
+                return Err(ImageError::io("lock", &self.dir)(error));
+            }
+        }
         for path in [self.description(digest), self.disk(digest)] {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -206,7 +227,10 @@ impl Inner {
         }
         for entry in fs::read_dir(&self.dir)? {
             let path = entry?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or("");
+            let name = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or("");
             let alone = if let Some(digest) = digest_of(name, ".erofs") {
                 !self.description(&digest).exists()
             } else if let Some(digest) = digest_of(name, ".json") {
@@ -282,6 +306,107 @@ mod tests {
                 prop_assert!(needed(&pair[0]) <= needed(&pair[1]));
                 prop_assert!(needed(&pair[0]) != needed(&pair[1]) || pair[0].used <= pair[1].used);
             }
+        }
+    }
+
+    /// An image of a store, made up.
+    #[derive(Debug, Clone)]
+    struct Made {
+        size: u64,
+        layers: Vec<u8>,
+        age: u64,
+        in_use: bool,
+        held: bool,
+        handed_out: bool,
+    }
+
+    fn made() -> impl Strategy<Value = Made> {
+        let layers = prop::collection::vec(0u8..6, 0..4);
+        let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+        (0u64..5000, layers, 0u64..1000, flags).prop_map(|(size, layers, age, flags)| Made {
+            size,
+            layers,
+            age,
+            in_use: flags.0,
+            held: flags.1,
+            handed_out: flags.2,
+        })
+    }
+
+    fn write(path: &std::path::Path, content: &[u8], age: u64) {
+        fs::write(path, content).unwrap();
+        let at = SystemTime::now() - Duration::from_secs(age);
+        File::open(path).unwrap().set_modified(at).unwrap();
+    }
+
+    fn bytes_in(dir: &std::path::Path) -> u64 {
+        let entries = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let size = |path: std::path::PathBuf| match path.is_dir() {
+            true => bytes_in(&path),
+            false => fs::metadata(path).unwrap().len(),
+        };
+        entries.map(size).sum()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whatever a store holds: what is used stays whole, the rest goes until the budget is met and no
+        /// further, and the account of it is true.
+        #[test]
+        fn a_store_comes_within_its_budget_and_keeps_what_is_used(
+            made in prop::collection::vec(made(), 0..8),
+            bytes in 0u64..20_000,
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let layers = dir.path().join("layers");
+            fs::create_dir(&layers).unwrap();
+            let store = ImageStore::open(dir.path(), crate::Limits::default()).unwrap();
+            let (mut in_use, mut leases) = (HashSet::new(), Vec::new());
+            let digest = |n: usize| Digest::of(format!("image {n}").as_bytes());
+            for (n, image) in made.iter().enumerate() {
+                let own: Vec<Digest> = image.layers.iter().map(|n| Digest::of(&[*n])).collect();
+                for layer in &own {
+                    write(&layers.join(layer.file_stem()), &[0; 700], image.age);
+                }
+                let text = serde_json::json!({
+                    "digest": digest(n), "size": image.size, "config": crate::ImageConfig::default(),
+                    "layers": own,
+                });
+                let size = usize::try_from(image.size).unwrap();
+                write(&store.inner.disk(&digest(n)), &vec![0; size], 0);
+                write(&store.inner.description(&digest(n)), text.to_string().as_bytes(), image.age);
+                if image.in_use {
+                    in_use.insert(digest(n));
+                }
+                if image.held {
+                    leases.push(store.get(&digest(n)).unwrap().unwrap());
+                }
+            }
+            let before = bytes_in(dir.path());
+            let round = store.round();
+            for (n, _) in made.iter().enumerate().filter(|(_, image)| image.handed_out) {
+                prop_assert!(store.get(&digest(n)).unwrap().is_some());
+            }
+            let budget = Budget { bytes, min_age: Duration::ZERO };
+            let done = store.collect(round, &in_use, &budget).unwrap();
+
+            let after = bytes_in(dir.path());
+            prop_assert_eq!((done.kept, done.freed), (after, before - after));
+            let mut free = 0;
+            for (n, image) in made.iter().enumerate() {
+                let there = store.get(&digest(n)).unwrap().is_some();
+                let used = image.in_use || image.held || image.handed_out;
+                prop_assert!(there || !used);
+                prop_assert_eq!(there, !done.images.contains(&digest(n)));
+                free += usize::from(there && !used);
+            }
+            free += fs::read_dir(&layers).unwrap().count();
+            prop_assert!(after <= bytes || free == 0, "{} over {}, and {} may go", after, bytes, free);
+            let removed = done.images.len() + done.layers.len();
+            prop_assert!(before > bytes || removed == 0);
         }
     }
 }

@@ -84,7 +84,10 @@ impl Layers {
         let key = (server.to_owned(), digest);
         let mut busy = lock(&self.busy);
         while !busy.insert(key.clone()) {
-            busy = self.freed.wait(busy).unwrap_or_else(PoisonError::into_inner);
+            busy = self
+                .freed
+                .wait(busy)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         Claim { layers: self, key }
     }
@@ -218,7 +221,10 @@ impl Plan {
                 turn.next += 1;
                 return Some(turn.next - 1);
             }
-            turn = self.changed.wait(turn).unwrap_or_else(PoisonError::into_inner);
+            turn = self
+                .changed
+                .wait(turn)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -297,7 +303,10 @@ impl Read for Reader {
         let growing = &self.plan.wanted[self.layer].1;
         let mut state = lock(&growing.state);
         while state.length == self.offset && !state.ended {
-            state = growing.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = growing
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         let left = state.length - self.offset;
         if left == 0 {
@@ -310,7 +319,9 @@ impl Read for Reader {
             return Err(io::Error::other("a layer without a file"));
         };
         drop(state);
-        let wanted = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let wanted = buffer
+            .len()
+            .min(usize::try_from(left).unwrap_or(usize::MAX));
         let read = file.read_at(&mut buffer[..wanted], self.offset)?;
         self.offset += read as u64;
         Ok(read)

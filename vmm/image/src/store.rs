@@ -88,7 +88,8 @@ impl Leases {
         self.clock += 1;
         let known = self.given.get(&digest).and_then(|(_, held)| held.upgrade());
         let lease = known.map(Lease).unwrap_or_default();
-        self.given.insert(digest, (self.clock, Arc::downgrade(&lease.0)));
+        self.given
+            .insert(digest, (self.clock, Arc::downgrade(&lease.0)));
         lease
     }
 
@@ -186,6 +187,13 @@ impl ImageStore {
         Ok(found.map(|image| Image { lease, ..image }))
     }
 
+    /// The manifest that a digest stands for: itself, or where the index leads that it is of, if
+    /// that has been here.
+    #[must_use]
+    pub fn follow(&self, digest: &Digest) -> Digest {
+        self.inner.resolve_alias(digest).unwrap_or(*digest)
+    }
+
     /// All converted images, in the order of their digests.
     pub fn list(&self) -> Result<Vec<Image>, ImageError> {
         self.inner.list()
@@ -216,7 +224,8 @@ impl Inner {
 
     pub(crate) fn layers_of(&self, digest: &Digest) -> Vec<Digest> {
         let text = fs::read(self.description(digest)).unwrap_or_default();
-        serde_json::from_slice::<Description>(&text).map_or_else(|_| Vec::new(), |found| found.layers)
+        serde_json::from_slice::<Description>(&text)
+            .map_or_else(|_| Vec::new(), |found| found.layers)
     }
 
     /// Notes that an image was of use. One that is not noted goes a little early.
@@ -322,7 +331,8 @@ impl Inner {
         let disk = self.disk(&digest);
         // Whoever removes halves of images waits until this is a whole one.
         let dir = File::open(&self.dir).map_err(ImageError::io("open", &self.dir))?;
-        dir.lock_shared().map_err(ImageError::io("lock", &self.dir))?;
+        dir.lock_shared()
+            .map_err(ImageError::io("lock", &self.dir))?;
         let size = self.publish(temporary, &disk)?;
 
         let description = Description {
@@ -366,7 +376,9 @@ impl Inner {
 pub(crate) fn temporary(dir: &Path) -> Result<NamedTempFile, ImageError> {
     let create = || -> io::Result<NamedTempFile> {
         loop {
-            let file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(dir)?;
+            let file = tempfile::Builder::new()
+                .prefix(TEMPORARY)
+                .tempfile_in(dir)?;
             file.as_file().lock()?;
             // Somebody who tidies may have found it before it was locked.
             if file.as_file().metadata()?.nlink() > 0 {

@@ -213,7 +213,11 @@ impl Workshop {
             .collect();
         assert!(left.is_empty(), "left behind: {left:?}");
         for (name, content) in self.layers() {
-            assert_eq!(name, Digest::of(&content).file_stem(), "a layer that is not one");
+            assert_eq!(
+                name,
+                Digest::of(&content).file_stem(),
+                "a layer that is not one"
+            );
         }
         error.to_string()
     }
