@@ -39,6 +39,8 @@ use crate::vm::Vm;
 pub struct Agent {
     handle: AgentHandle,
     supervisor: SupervisorTask,
+    /// Collects images.
+    _collector: SupervisorTask,
     stop: oneshot::Sender<()>,
     /// One agent per data directory.
     _lock: File,
@@ -145,10 +147,12 @@ impl Agent {
         };
         supervisor.sweep(leftovers).await;
         supervisor.take_up_all(&snapshot).await;
+        let collector = crate::images::keep_within_budget(Arc::clone(&shared.host));
         let (stop, stopped) = oneshot::channel();
         Ok(Self {
             handle: AgentHandle { shared },
             supervisor: SupervisorTask(tokio::spawn(supervisor.run(stopped))),
+            _collector: SupervisorTask(tokio::spawn(collector)),
             stop,
             _lock: lock,
         })
