@@ -3,13 +3,14 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tern_catalog::{Catalog, Revision, View};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::gateway::HostGateway;
-use crate::registry::Registry;
+use crate::registry::{self, Grace, Registry};
 use crate::routes;
 
 /// How the API is run.
@@ -79,8 +80,40 @@ impl ApiServer {
 
     /// Serves until told to end; calls under way are finished.
     pub async fn run(self, end: CancellationToken) -> std::io::Result<()> {
-        axum::serve(self.listener, routes::router(self.shared))
+        let collector = collect_registry(self.shared.clone());
+        let collector = tokio::spawn(end.clone().run_until_cancelled_owned(collector));
+        let served = axum::serve(self.listener, routes::router(self.shared))
             .with_graceful_shutdown(end.cancelled_owned())
-            .await
+            .await;
+        collector.abort();
+        served
     }
 }
+
+/// Gives back the space of images that nobody refers to, from time to time, for ever.
+async fn collect_registry(shared: Shared) {
+    let mut times = tokio::time::interval(COLLECT_EVERY);
+    times.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        times.tick().await;
+        let shared = shared.clone();
+        let collected = tokio::task::spawn_blocking(move || {
+            let in_use = registry::in_use(&shared.view.snapshot());
+            shared.registry.collect(&in_use, &Grace::default())
+        });
+        match collected.await {
+            Ok(Ok(done)) if done.manifests + done.blobs > 0 => tracing::info!(
+                manifests = done.manifests,
+                blobs = done.blobs,
+                freed = done.freed,
+                "what nobody refers to was removed from the registry"
+            ),
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the registry cannot be collected"),
+            Err(error) => tracing::error!(%error, "collecting the registry has failed"),
+        }
+    }
+}
+
+/// How often the registry is collected; its graces are days.
+const COLLECT_EVERY: Duration = Duration::from_secs(3600);
