@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::gateway::HostGateway;
-use crate::registry::Registry;
+use crate::registry::{self, Grace, Registry};
 use crate::routes;
 
 /// How the API is run.
@@ -93,6 +93,11 @@ impl ApiServer {
     /// Tenants reach this too: a client that says nothing, or says it slowly, is hung up on, and no number
     /// of them takes more than its share of this process.
     pub async fn run(self, end: CancellationToken) {
+        // Ends with `end`.
+        tokio::spawn(
+            end.clone()
+                .run_until_cancelled_owned(collect_registry(self.shared.clone())),
+        );
         let service = TowerToHyperService::new(routes::router(self.shared));
         let mut http = http1::Builder::new();
         http.timer(TokioTimer::new())
@@ -138,6 +143,34 @@ impl ApiServer {
         let _ = tokio::time::timeout(GRACE, connections.wait()).await;
     }
 }
+
+/// Gives back the space of images that nobody refers to, from time to time, for ever.
+async fn collect_registry(shared: Shared) {
+    let mut times = tokio::time::interval(COLLECT_EVERY);
+    times.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        times.tick().await;
+        let shared = shared.clone();
+        let collected = tokio::task::spawn_blocking(move || {
+            let in_use = registry::in_use(&shared.view.snapshot());
+            shared.registry.collect(&in_use, &Grace::default())
+        });
+        match collected.await {
+            Ok(Ok(done)) if done.manifests + done.blobs > 0 => tracing::info!(
+                manifests = done.manifests,
+                blobs = done.blobs,
+                freed = done.freed,
+                "what nobody refers to was removed from the registry"
+            ),
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the registry cannot be collected"),
+            Err(error) => tracing::error!(%error, "collecting the registry has failed"),
+        }
+    }
+}
+
+/// How often the registry is collected; its graces are days.
+const COLLECT_EVERY: Duration = Duration::from_secs(3600);
 
 /// Longest time from a connection, or the last answer, to the end of the next call's headers.
 const HEADER_TIME: Duration = Duration::from_secs(30);

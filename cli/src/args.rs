@@ -127,6 +127,13 @@ pub struct Serve {
     /// Longest wait of a request for its Machine to wake
     #[arg(long, default_value = "60s", value_parser = duration)]
     pub wake_timeout: Duration,
+    /// Bytes of images and their layers to keep on this host, as in 20GiB; what Machines use stays in any
+    /// case. Default: a quarter of the file system
+    #[arg(long, value_parser = bytes)]
+    pub image_budget: Option<u64>,
+    /// Let users' image references lead to addresses that are not on the public Internet
+    #[arg(long)]
+    pub private_registries: bool,
     /// The guests' kernel (uncompressed ELF or bzImage). Default: `guest/vmlinux` beside this program
     #[arg(long, env = "TERN_GUEST_KERNEL")]
     pub kernel: Option<PathBuf>,
@@ -482,9 +489,36 @@ fn duration(text: &str) -> Result<Duration, String> {
     GoDuration::parse(text).map(|d| d.0)
 }
 
+/// A number of bytes, with or without a binary unit.
+fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim() {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        _ => return Err("a size is a number and B, KiB, MiB, GiB or TiB, as in 20GiB".to_owned()),
+    };
+    let number: u64 = number.parse().map_err(|e| format!("{e}"))?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "that is more than there is".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_have_binary_units() {
+        assert_eq!(bytes("20GiB"), Ok(20 << 30));
+        assert_eq!(bytes("4096"), Ok(4096));
+        for bad in ["", "GiB", "20GB", "-1", "99999999999TiB"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -40,7 +40,10 @@ use crate::volumes::{Keeper, Volumes};
 pub struct Agent {
     handle: AgentHandle,
     supervisor: Ending,
+    /// Keeps volumes.
     _keeper: Ending,
+    /// Collects images.
+    _collector: Ending,
     stop: oneshot::Sender<()>,
     /// One agent per data directory.
     _lock: File,
@@ -154,11 +157,13 @@ impl Agent {
         };
         supervisor.sweep(leftovers).await;
         supervisor.take_up_all(&snapshot).await;
+        let collector = crate::images::keep_within_budget(Arc::clone(&shared.host));
         let (stop, stopped) = oneshot::channel();
         Ok(Self {
             handle: AgentHandle { shared },
             supervisor: Ending(tokio::spawn(supervisor.run(stopped))),
             _keeper: keeper,
+            _collector: Ending(tokio::spawn(collector)),
             stop,
             _lock: lock,
         })

@@ -24,6 +24,12 @@ pub struct HostConfig {
     pub initramfs: PathBuf,
     /// Registries by the host name that image references use.
     pub registries: BTreeMap<String, Registry>,
+    /// Whether other registries may be at addresses that are not on the public Internet: this host's
+    /// own, its neighbours', the platform's. References come from users, so by default they may not.
+    pub private_registries: bool,
+    /// Bytes of converted images and cached layers to keep. What a Machine of this host refers to
+    /// stays, even beyond that. `None` is a quarter of the file system.
+    pub image_budget: Option<u64>,
     /// Whether Machines reach the outside over IPv4.
     pub nat: bool,
     /// The size of a Machine's own disk, in bytes. It is sparse: only what is written takes space.
@@ -57,6 +63,8 @@ impl HostConfig {
             kernel: "vmlinux".into(),
             initramfs: "initramfs.cpio".into(),
             registries: BTreeMap::new(),
+            private_registries: false,
+            image_budget: None,
             nat: true,
             disk_size: DISK_SIZE,
             boot_timeout: BOOT_TIMEOUT,

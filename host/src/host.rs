@@ -70,8 +70,13 @@ impl Host {
     /// Where an image is, by the registries that this host knows.
     fn source(&self, name: &str, known: Option<Digest>) -> Result<Source, ImageError> {
         let mut reference: Reference = name.parse()?;
-        let mut options = RegistryOptions::default();
+        let mut options = RegistryOptions {
+            anywhere: self.config.private_registries,
+            ..RegistryOptions::default()
+        };
         if let Some(registry) = self.config.registries.get(reference.host()) {
+            // The operator named it, and where it is.
+            options.anywhere = true;
             options.insecure = registry.insecure;
             options.credentials = registry
                 .credentials

@@ -26,6 +26,7 @@ mod dir;
 mod disk;
 mod guest;
 mod host;
+mod images;
 mod logs;
 mod machine;
 mod metrics;

@@ -192,6 +192,8 @@ fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) 
     config.vmm_binary.clone_from(&files.vmm);
     config.kernel.clone_from(&files.kernel);
     config.initramfs.clone_from(&files.initramfs);
+    config.image_budget = args.image_budget;
+    config.private_registries = args.private_registries;
     let registry = Registry {
         address: reachable(args.api).to_string(),
         credentials: Some(("host".to_owned(), internal_token.to_owned())),
