@@ -40,104 +40,143 @@ fn main() -> Result<()> {
         Contender::new(Kind::Qemu, &files, work)?,
     ];
 
-    let mut raw = Vec::new();
-    let mut entry = Measure {
-        what: "process start to first guest instruction",
-        unit: "ms",
-        goal_ratio: Some(0.3),
-        ..Measure::default()
-    };
-    let mut line = Measure {
-        what: "process start to first line of init",
-        unit: "ms",
-        goal_ratio: Some(0.8),
-        goal_most: Some(0.8 * FIRECRACKER[0]),
-        ..Measure::default()
-    };
-    let mut boot_http = Measure {
-        what: "process start to first HTTP byte",
-        unit: "ms",
-        ..Measure::default()
-    };
-    let mut memory = Measure {
-        what: "resident memory beside the guest's",
-        unit: "KiB",
-        goal_most: Some(FIRECRACKER[2]),
-        ..Measure::default()
-    };
-    let mut written = Measure {
-        what: "of that, not clean pages of files",
-        unit: "KiB",
-        ..Measure::default()
-    };
-    for round in 0..=rounds {
-        for contender in in_turn(&both, round) {
-            let first = first_entry(contender)?;
-            let (booted, boot) = booted(contender)?;
-            drop(booted);
-            if round == 0 {
-                continue; // brings files into the page cache; not counted
-            }
-            let number = |value: &Value, key: &str| value[key].as_f64().unwrap_or(f64::NAN);
-            let used = &boot["memory"];
-            of(&mut entry, contender).push(number(&first, "first_entry_ms"));
-            of(&mut line, contender).push(number(&boot, "first_line_ms"));
-            of(&mut boot_http, contender).push(number(&boot, "first_http_ms"));
-            of(&mut memory, contender).push(number(used, "resident_kib"));
-            of(&mut written, contender)
-                .push(number(used, "resident_kib") - number(used, "file_clean_kib"));
-            eprintln!("boot {round}/{rounds} {}: {first} {boot}", contender.name());
-            raw.push(
-                json!({"round": round, "who": contender.name(), "start": first, "boot": boot}),
-            );
+    let mut bench = Bench::new(rounds, results.clone());
+    bench.restores(&both)?;
+    bench.boots(&both)
+}
+
+/// All samples so far; results are written after every round, so that a run cut short leaves what it has.
+struct Bench {
+    rounds: usize,
+    results: PathBuf,
+    entry: Measure,
+    line: Measure,
+    boot_http: Measure,
+    restore: Measure,
+    memory: Measure,
+    written: Measure,
+    restored_memory: Measure,
+    raw: Vec<Value>,
+}
+
+impl Bench {
+    fn new(rounds: usize, results: PathBuf) -> Self {
+        let measure = |what, unit, goal_ratio, goal_most| Measure {
+            what,
+            unit,
+            goal_ratio,
+            goal_most,
+            ..Measure::default()
+        };
+        let [init, restored, resident] = FIRECRACKER;
+        Self {
+            rounds,
+            results,
+            entry: measure(
+                "process start to first guest instruction",
+                "ms",
+                Some(0.3),
+                None,
+            ),
+            line: measure(
+                "process start to first line of init",
+                "ms",
+                Some(0.8),
+                Some(0.8 * init),
+            ),
+            boot_http: measure("process start to first HTTP byte", "ms", None, None),
+            restore: measure(
+                "restore: process start to first HTTP byte",
+                "ms",
+                Some(0.4),
+                Some(0.5 * restored),
+            ),
+            memory: measure(
+                "resident memory beside the guest's",
+                "KiB",
+                None,
+                Some(resident),
+            ),
+            written: measure("of that, not clean pages of files", "KiB", None, None),
+            restored_memory: measure("resident memory, restored", "KiB", None, None),
+            raw: Vec::new(),
         }
     }
 
-    let mut restore = Measure {
-        what: "restore: process start to first HTTP byte",
-        unit: "ms",
-        goal_ratio: Some(0.4),
-        goal_most: Some(0.5 * FIRECRACKER[1]),
-        ..Measure::default()
-    };
-    let mut restored_memory = Measure {
-        what: "resident memory beside the guest's, restored",
-        unit: "KiB",
-        ..Measure::default()
-    };
-    for contender in &both {
-        let (running, _) = booted(contender)?;
-        contender.suspend(running)?;
-    }
-    for round in 0..=rounds {
-        for contender in in_turn(&both, round) {
-            let running = contender.start(true)?;
-            let took = contender.first_http_byte()? - running.started_ms;
-            let used = proc::memory(running.pid(), GUEST_MIB)?;
-            let phases = phases(contender)?;
-            if round == 0 {
-                continue;
-            }
-            of(&mut restore, contender).push(took);
-            of(&mut restored_memory, contender)
-                .push(used["resident_kib"].as_f64().unwrap_or(f64::NAN));
-            eprintln!(
-                "restore {round}/{rounds} {}: {took:.1} ms",
-                contender.name()
-            );
-            raw.push(json!({"round": round, "who": contender.name(), "restore": {"first_http_ms": took, "memory": used, "phases": phases}}));
+    /// From one snapshot each, made first.
+    fn restores(&mut self, both: &[Contender; 2]) -> Result<()> {
+        for contender in both {
+            let (running, _) = booted(contender)?;
+            contender.suspend(running)?;
         }
+        for round in 0..=self.rounds {
+            for contender in in_turn(both, round) {
+                let running = contender.start(true)?;
+                let took = contender.first_http_byte()? - running.started_ms;
+                let used = proc::memory(running.pid(), GUEST_MIB)?;
+                let phases = phases(contender)?;
+                if round == 0 {
+                    continue; // brings files into the page cache; not counted
+                }
+                of(&mut self.restore, contender).push(took);
+                of(&mut self.restored_memory, contender).push(number(&used, "resident_kib"));
+                let name = contender.name();
+                eprintln!("restore {round}/{} {name}: {took:.1} ms", self.rounds);
+                self.raw.push(json!({"round": round, "who": name,
+                    "restore": {"first_http_ms": took, "memory": used, "phases": phases}}));
+            }
+            self.save(round == self.rounds)?;
+        }
+        Ok(())
     }
-    let measures = [
-        entry,
-        line,
-        boot_http,
-        restore,
-        memory,
-        written,
-        restored_memory,
-    ];
-    write_results(results, rounds, &measures, raw)
+
+    fn boots(&mut self, both: &[Contender; 2]) -> Result<()> {
+        for round in 0..=self.rounds {
+            for contender in in_turn(both, round) {
+                let first = first_entry(contender)?;
+                let (running, boot) = booted(contender)?;
+                drop(running);
+                if round == 0 {
+                    continue;
+                }
+                let used = &boot["memory"];
+                let resident = number(used, "resident_kib");
+                of(&mut self.entry, contender).push(number(&first, "first_entry_ms"));
+                of(&mut self.line, contender).push(number(&boot, "first_line_ms"));
+                of(&mut self.boot_http, contender).push(number(&boot, "first_http_ms"));
+                of(&mut self.memory, contender).push(resident);
+                of(&mut self.written, contender).push(resident - number(used, "file_clean_kib"));
+                let name = contender.name();
+                eprintln!(
+                    "boot {round}/{} {name}: entry {:.1} ms, init {:.1} ms, {resident} KiB",
+                    self.rounds,
+                    number(&first, "first_entry_ms"),
+                    number(&boot, "first_line_ms"),
+                );
+                self.raw
+                    .push(json!({"round": round, "who": name, "start": first, "boot": boot}));
+            }
+            self.save(round == self.rounds)?;
+        }
+        Ok(())
+    }
+
+    fn save(&self, show: bool) -> Result<()> {
+        let measures = [
+            &self.entry,
+            &self.line,
+            &self.boot_http,
+            &self.restore,
+            &self.memory,
+            &self.written,
+            &self.restored_memory,
+        ];
+        write_results(&self.results, self.rounds, &measures, &self.raw, show)
+    }
+}
+
+fn number(value: &Value, key: &str) -> f64 {
+    value[key].as_f64().unwrap_or(f64::NAN)
 }
 
 /// Copies what is measured off the shares, whose page cache is another machine's.
@@ -212,11 +251,12 @@ fn phases(contender: &Contender) -> Result<Value> {
 fn write_results(
     results: &Path,
     rounds: usize,
-    measures: &[Measure],
-    raw: Vec<Value>,
+    measures: &[&Measure],
+    raw: &[Value],
+    show: bool,
 ) -> Result<()> {
     let table = report::table(measures);
-    let own = |who: &str, kind: &str, inner: &str| medians(&raw, who, kind, inner);
+    let own = |who: &str, kind: &str, inner: &str| medians(raw, who, kind, inner);
     let phases =
         json!({"boot": own("tern", "boot", "phases"), "restore": own("tern", "restore", "phases")});
     let memory =
@@ -229,11 +269,13 @@ fn write_results(
     fs::create_dir_all(results)?;
     fs::write(results.join("monitor.md"), &text)?;
     let all = json!({
-        "rounds": rounds, "guest_mib": GUEST_MIB, "measures": measures.iter().map(Measure::json).collect::<Vec<_>>(),
+        "rounds": rounds, "guest_mib": GUEST_MIB, "measures": measures.iter().map(|measure| measure.json()).collect::<Vec<_>>(),
         "tern_phases_us": phases, "memory_kib": memory, "raw": raw,
     });
     fs::write(results.join("monitor.json"), format!("{all:#}\n"))?;
-    println!("{text}");
+    if show {
+        println!("{text}");
+    }
     Ok(())
 }
 

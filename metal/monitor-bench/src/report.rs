@@ -58,9 +58,9 @@ impl Measure {
 }
 
 /// The table in Markdown.
-pub fn table(measures: &[Measure]) -> String {
+pub fn table(measures: &[&Measure]) -> String {
     let mut out = String::from(
-        "| measure | Tern median / p95 / max | QEMU median / p95 / max | ratio | goal | |\n|---|---|---|---|---|---|\n",
+        "| measure | n | Tern median / p95 / max | QEMU median / p95 / max | ratio | goal | |\n|---|---|---|---|---|---|---|\n",
     );
     for measure in measures {
         let (Some(tern), Some(qemu)) = (summary(&measure.tern), summary(&measure.qemu)) else {
@@ -75,9 +75,10 @@ pub fn table(measures: &[Measure]) -> String {
             .collect();
         let _ = writeln!(
             out,
-            "| {} ({}) | {} | {} | {:.2} | {} | {} |",
+            "| {} ({}) | {} | {} | {} | {:.2} | {} | {} |",
             measure.what,
             measure.unit,
+            measure.tern.len().min(measure.qemu.len()),
             show(tern),
             show(qemu),
             tern[0] / qemu[0],
