@@ -206,7 +206,7 @@ fn on_local_disk([vmm, qemu, kernel, initramfs]: [&PathBuf; 4], work: &Path) -> 
 
 /// Who begins changes with every round.
 fn in_turn(both: &[Contender; 2], round: usize) -> [&Contender; 2] {
-    if round % 2 == 0 {
+    if round.is_multiple_of(2) {
         [&both[0], &both[1]]
     } else {
         [&both[1], &both[0]]
