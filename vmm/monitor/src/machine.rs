@@ -318,15 +318,22 @@ impl Machine {
 /// Creates the VM in a thread of its own while `work` goes on in this one.
 fn beside<T>(trace: &Trace, work: impl FnOnce() -> T) -> (Result<Vm, KvmError>, T) {
     thread::scope(|scope| {
-        let vm = scope.spawn(|| {
+        let create = || {
             let vm = Vm::create();
             trace.mark("kvm");
             vm
-        });
+        };
+        let aside = thread::Builder::new()
+            .stack_size(crate::THREAD_STACK_BYTES)
+            .spawn_scoped(scope, create);
         let done = work();
-        let vm = vm
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let vm = match aside {
+            Ok(thread) => thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            // Without a thread it only takes longer.
+            Err(_) => create(),
+        };
         (vm, done)
     })
 }

@@ -116,6 +116,7 @@ pub fn spawn(path: &Path, events: Sender<Event>) -> Result<(), SpawnError> {
     let listener = bind(path).map_err(failed)?;
     thread::Builder::new()
         .name("control".into())
+        .stack_size(crate::THREAD_STACK_BYTES)
         .spawn(move || {
             let failure = events.clone();
             if let Err(error) = serve(listener, events) {

@@ -89,6 +89,7 @@ impl Vcpu {
         let (commands, receiver) = channel();
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))
+            .stack_size(crate::THREAD_STACK_BYTES)
             .spawn(move || {
                 Runner {
                     id,

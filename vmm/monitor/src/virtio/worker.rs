@@ -116,12 +116,15 @@ impl Worker {
         };
         // The thread cannot give the device back if it does not start, so it is handed over inside.
         let (send, receive) = std::sync::mpsc::sync_channel(1);
-        let thread = thread::Builder::new().name(name.into()).spawn(move || {
-            let (device, context): (Box<dyn Device>, Context) = receive
-                .recv()
-                .expect("the sender sends before it is dropped");
-            run(device, context, &stopped)
-        });
+        let thread = thread::Builder::new()
+            .name(name.into())
+            .stack_size(crate::THREAD_STACK_BYTES)
+            .spawn(move || {
+                let (device, context): (Box<dyn Device>, Context) = receive
+                    .recv()
+                    .expect("the sender sends before it is dropped");
+                run(device, context, &stopped)
+            });
         match thread {
             Ok(thread) => {
                 // The receiver lives in the thread that has just been started.
