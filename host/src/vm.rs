@@ -4,7 +4,7 @@
 //! behind, is argued in [`dir`](crate::dir).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -253,13 +253,14 @@ impl Vm {
         if Some(&seal.instance_id) != self.memo.lock().instance_id.as_ref() {
             return Err("it is of another config".to_owned());
         }
-        let began = std::time::Instant::now();
+        let mut trace = WakeTrace::new();
         self.break_seal().map_err(told)?;
         self.dir.prepare_for_monitor().map_err(told)?;
         let sync = tokio::task::spawn_blocking({
             let dir = self.dir.clone();
             move || dir.sync()
         });
+        trace.mark("prepared");
         let machine = self.host.machine(&self.id);
         // Who copies a volume while its Machine sleeps has it locked.
         let mut turns = Vec::new();
@@ -269,23 +270,43 @@ impl Vm {
             }
             self.plug(machine).await?;
         }
+        trace.mark("plugged");
         let running = self.spawn(epoch, true)?;
-        let spawned = began.elapsed();
+        trace.mark("spawned");
         let limit = self.host.config.wake_timeout;
         let speak = async {
             let spoken = self.guest.insist(resumed, limit).await.map(drop);
             spoken.map_err(|e| e.to_string())?;
-            let spoke = began.elapsed();
+            trace.mark("resumed");
             // Long done, as a rule: the monitor had memory to load meanwhile.
             sync.await.map_err(|e| e.to_string())?.map_err(told)?;
-            let synced = began.elapsed();
-            tracing::debug!(machine = %self.id, ?spawned, ?spoke, ?synced, "woken");
+            trace.mark("synced");
+            self.report(trace);
             Ok(())
         };
         tokio::select! {
             outcome = speak => outcome,
             signal = running.monitor.ended() => Err(self.end(&running, signal).reason),
         }
+    }
+
+    /// Logs where the time of a wake went, here and in the monitor, when nobody waits for it any more.
+    fn report(&self, trace: WakeTrace) {
+        let (id, socket) = (self.id.clone(), self.dir.control());
+        tokio::spawn(async move {
+            match control::describe(&socket).await {
+                Ok(vm) => {
+                    let spawned = vm.started_unix_us.saturating_sub(trace.began_unix_us);
+                    tracing::info!(
+                        machine = %id, phases_us = ?trace.phases, monitor_began_us = spawned,
+                        monitor_us = %vm.boot, "woken"
+                    );
+                }
+                Err(error) => {
+                    tracing::info!(machine = %id, phases_us = ?trace.phases, %error, "woken");
+                }
+            }
+        });
     }
 
     async fn suspend(&self, running: &Running) -> Result<(), SleepFailure> {
@@ -708,9 +729,31 @@ fn end_of(reason: &str, message: &str, signal: Option<i32>) -> End {
     End { by_guest, reason }
 }
 
+/// Where the time of a wake went.
+struct WakeTrace {
+    began: std::time::Instant,
+    began_unix_us: u64,
+    /// What ended when, in microseconds since the wake began.
+    phases: Vec<(&'static str, u128)>,
+}
+
+impl WakeTrace {
+    fn new() -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self {
+            began: std::time::Instant::now(),
+            began_unix_us: now.map_or(0, |now| u64::try_from(now.as_micros()).unwrap_or(0)),
+            phases: Vec::with_capacity(8),
+        }
+    }
+
+    fn mark(&mut self, phase: &'static str) {
+        self.phases.push((phase, self.began.elapsed().as_micros()));
+    }
+}
+
 /// The news for a guest that was away.
 fn resumed() -> Request {
-    use std::time::{SystemTime, UNIX_EPOCH};
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

@@ -71,6 +71,8 @@ pub struct Description {
     pub vcpus: u8,
     /// Memory.
     pub memory_mib: u32,
+    /// When this process began, in microseconds since 1970.
+    pub started_unix_us: u64,
     /// Where the time of the start went.
     #[serde(serialize_with = "serialize_shared")]
     pub boot: Arc<Trace>,
@@ -181,7 +183,7 @@ impl Machine {
         events: EventSink,
     ) -> Result<Self, MachineError> {
         let (vm, loaded) = beside(&trace, || -> Result<_, MachineError> {
-            let opened = snapshot::open(&config)?;
+            let opened = snapshot::open(&config, &trace)?;
             trace.mark("snapshot_checked");
             let devices = restored_devices(&config, &opened)?;
             trace.mark("devices");
@@ -194,6 +196,7 @@ impl Machine {
             index,
         } = opened;
         vm.attach_memory(&memory)?;
+        trace.mark("memory_attached");
         let serial = SerialPort::restore(&config.serial_log, &machine.serial)
             .map_err(device_error("serial log"))?;
         let transports = devices
@@ -206,7 +209,9 @@ impl Machine {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let bus = connect(&vm, serial, transports)?;
+        trace.mark("devices_connected");
         let fds = create_vcpus(&vm, config.vcpus)?;
+        trace.mark("vcpus_created");
         let extra = extra_xsave_words(vm.fd());
         for (fd, state) in fds.iter().zip(&machine.vcpus) {
             state
@@ -214,6 +219,7 @@ impl Machine {
                 .map_err(Refused::Processor)?;
             state.restore(fd, extra).map_err(Refused::Kvm)?;
         }
+        trace.mark("vcpus_restored");
         vm.restore(&machine.vm).map_err(Refused::Kvm)?;
         trace.mark("state_restored");
         let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
@@ -305,6 +311,7 @@ impl Machine {
             pid: std::process::id(),
             vcpus: self.config.vcpus,
             memory_mib: self.config.memory_mib,
+            started_unix_us: self.trace.started_unix_micros(),
             boot: self.trace.clone(),
         }
     }
@@ -319,7 +326,7 @@ impl Machine {
 fn beside<T>(trace: &Trace, work: impl FnOnce() -> T) -> (Result<Vm, KvmError>, T) {
     thread::scope(|scope| {
         let create = || {
-            let vm = Vm::create();
+            let vm = Vm::create(trace);
             trace.mark("kvm");
             vm
         };

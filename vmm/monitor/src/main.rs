@@ -67,6 +67,7 @@ fn main() -> ExitCode {
 
 fn run_machine(path: &Path, restore: bool, trace: Trace) -> anyhow::Result<Exit> {
     let config = VmConfig::load(path)?;
+    trace.mark("config_read");
     control::block_signals().context("cannot block signals")?;
     end_with_a_panic(config.exit_file.clone());
     Ok(run::run(config, restore, trace)?)

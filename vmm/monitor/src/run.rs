@@ -67,13 +67,15 @@ fn live(config: &VmConfig, restore: bool, trace: Arc<Trace>) -> Exit {
     if let Err(error) = control::spawn(&config.control, events.clone()) {
         return Exit::new(Reason::Error, error.to_string());
     }
+    trace.mark("control_bound");
     let sink = vcpu_sink(events);
     let made = if restore {
-        Machine::restore(config.clone(), trace, sink)
+        Machine::restore(config.clone(), trace.clone(), sink)
     } else {
-        Machine::boot(config.clone(), trace, sink)
+        Machine::boot(config.clone(), trace.clone(), sink)
     };
     let started = made.and_then(|mut machine| machine.resume().map(|()| machine));
+    trace.mark("resumed");
     match started {
         Ok(mut machine) => {
             tracing::info!(id = config.id, restore, "runs");

@@ -221,8 +221,14 @@ impl Runner {
     /// Runs the guest until it is to park; false if the thread is to end.
     fn run(&mut self) -> bool {
         self.context.trace.mark("first_vcpu_run");
+        let mut exits = false;
         loop {
-            match self.step() {
+            let step = self.step();
+            if !exits {
+                exits = true;
+                self.context.trace.mark("first_exit");
+            }
+            match step {
                 Step::Continue => {}
                 Step::Over => return true,
                 Step::Interrupted => {

@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Device;
 use super::queue::VirtQueue;
 use crate::memory::GuestRam;
+use crate::trace::Trace;
 
 /// A running device. [`Worker::stop`] gives it back.
 #[derive(Debug)]
@@ -41,6 +42,9 @@ pub struct Context {
     pub features: u64,
     interrupt: Arc<Interrupt>,
     epoll: Epoll,
+    trace: Arc<Trace>,
+    /// Whether the driver has sent something since the worker started.
+    spoke: bool,
 }
 
 /// What a watched descriptor is ready for.
@@ -78,6 +82,7 @@ impl Worker {
         ram: Arc<GuestRam>,
         features: u64,
         interrupt: Arc<Interrupt>,
+        trace: Arc<Trace>,
     ) -> Result<Self, (io::Error, Box<Parked>)> {
         let name = parked.device.kind().name();
         let prepared = (|| {
@@ -113,6 +118,8 @@ impl Worker {
             features,
             interrupt,
             epoll,
+            trace,
+            spoke: false,
         };
         // The thread cannot give the device back if it does not start, so it is handed over inside.
         let (send, receive) = std::sync::mpsc::sync_channel(1);
@@ -230,6 +237,13 @@ fn watch(
 }
 
 impl Context {
+    /// Marks the guest's first word on this device, which ends the phase `name` of a start.
+    pub fn spoken(&mut self, name: &'static str) {
+        if !std::mem::replace(&mut self.spoke, true) {
+            self.trace.mark(name);
+        }
+    }
+
     /// A context outside a worker, for a device's own tests.
     #[cfg(test)]
     pub fn for_test(ram: Arc<GuestRam>, queues: Vec<VirtQueue>, features: u64) -> Self {
@@ -239,6 +253,8 @@ impl Context {
             features,
             interrupt: Arc::new(Interrupt::new().unwrap()),
             epoll: Epoll::new().unwrap(),
+            trace: super::testing::trace(),
+            spoke: false,
         }
     }
 
