@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tern_catalog::{
     App, AppName, Compare, Desired, DesiredState, Hostname, HostnameRoute, Machine, Op, OrgSlug,
-    Snapshot, StoreError, Transaction, Volume,
+    Record as _, Snapshot, StoreError, Transaction, Volume,
 };
 
 use crate::auth::Caller;
@@ -191,6 +191,17 @@ pub async fn destroy(
         tracing::error!(app = %name, %error, "its images could not be removed");
     }
     Ok(StatusCode::ACCEPTED)
+}
+
+/// Makes a transaction fail if the app is gone by then: one that is being deleted must not get a Machine or
+/// a volume that nobody sees.
+pub async fn still_there(shared: &Shared, app: &AppName) -> Result<Compare, ApiError> {
+    let found = shared.catalog.get::<App>(app.as_str()).await?;
+    let (app, revision) = found.ok_or_else(|| ApiError::not_found(format!("app {app}")))?;
+    Ok(Compare {
+        key: app.key(),
+        revision: Some(revision),
+    })
 }
 
 fn shape(snapshot: &Snapshot, app: &App) -> Value {

@@ -6,13 +6,14 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::Value;
 use tern_catalog::{
-    App, AppName, Compare, Desired, DesiredState, Machine, MachineId, Op, PrivateAddress,
-    Record as _, StoreError, Transaction,
+    AppName, Compare, Desired, DesiredState, Machine, MachineId, Op, PrivateAddress, Record as _,
+    StoreError, Transaction,
 };
 
 use super::config::accept;
 use super::lease::{self, MachineLease, must_hold};
 use super::{At, find, place, shape};
+use crate::apps;
 use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::extract::{Json, Path};
@@ -97,16 +98,7 @@ pub async fn create(
         created_at: now,
         updated_at: now,
     };
-    // An app that is being deleted at this moment must not get a Machine that nobody sees.
-    let (found, app_revision) = shared
-        .catalog
-        .get::<App>(machine.app.as_str())
-        .await?
-        .ok_or_else(|| ApiError::not_found(format!("app {}", machine.app)))?;
-    let still_there = Compare {
-        key: found.key(),
-        revision: Some(app_revision),
-    };
+    let still_there = apps::still_there(&shared, &machine.app).await?;
     let mut transaction = Transaction {
         compares: vec![still_there, Compare::absent(&machine)],
         ops: vec![Op::put(&machine)],

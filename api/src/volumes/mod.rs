@@ -8,10 +8,11 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tern_catalog::{
-    App, AppName, Compare, MachineState, Op, Record as _, Snapshot, SnapshotId, Transaction,
-    Volume, VolumeId, VolumeName, VolumeSource, VolumeState,
+    AppName, Compare, MachineState, Op, Record as _, Snapshot, SnapshotId, Transaction, Volume,
+    VolumeId, VolumeName, VolumeSource, VolumeState,
 };
 
+use crate::apps;
 use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::extract::{Json, Path};
@@ -124,13 +125,7 @@ pub async fn create(
         destroyed: false,
         created_at: Timestamp::now(),
     };
-    // An app that is being deleted at this moment must not get a volume that nobody sees.
-    let app = shared.catalog.get::<App>(volume.app.as_str()).await?;
-    let (app, revision) = app.ok_or_else(|| ApiError::not_found(format!("app {}", volume.app)))?;
-    let still_there = Compare {
-        key: app.key(),
-        revision: Some(revision),
-    };
+    let still_there = apps::still_there(&shared, &volume.app).await?;
     let transaction = Transaction {
         compares: vec![still_there, Compare::absent(&volume)],
         ops: vec![Op::put(&volume)],

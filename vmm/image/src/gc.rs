@@ -1,7 +1,7 @@
 //! What a store gives up when it holds too much.
 //!
 //! Candidates are images that nobody refers to and cached layers. Three things protect an image:
-//! the caller's list of references; a lease, which every [`Image`] that somebody holds carries; and the
+//! the caller's list of references; a lease, which every [`Image`](crate::Image) that somebody holds carries; and the
 //! [`Round`], which spares whatever was handed out since before the references were looked up, so that
 //! nothing falls between "handed out" and "referred to". [`Budget::min_age`] does the same for other
 //! processes that use the store.
