@@ -17,6 +17,8 @@
 
 mod cache;
 mod forward;
+#[doc(hidden)]
+pub mod fuzzing;
 mod listener;
 mod quota;
 mod reply;

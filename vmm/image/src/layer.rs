@@ -65,7 +65,7 @@ impl Layer<'_> {
     }
 
     /// Unpacks and applies; returns the digest of what was unpacked.
-    fn unpack(
+    pub(crate) fn unpack(
         &self,
         verified: &mut Verified<impl Read>,
         applier: &mut Applier<'_>,

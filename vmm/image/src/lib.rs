@@ -21,6 +21,8 @@ mod convert;
 mod digest;
 mod erofs;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod gc;
 mod layer;
 mod layers;

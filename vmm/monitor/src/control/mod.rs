@@ -174,7 +174,9 @@ fn serve(listener: UnixListener, events: Sender<Event>) -> io::Result<()> {
     })
 }
 
-async fn serve_client(stream: tokio::net::UnixStream, events: Sender<Event>) {
+/// Serves one client to its end.
+#[doc(hidden)] // public for the fuzzer
+pub async fn serve_client(stream: tokio::net::UnixStream, events: Sender<Event>) {
     // Lives as long as the connection, whose end is the only sign that an answer has been written.
     let open = Arc::new(Mutex::new(Vec::new()));
     let service = service_fn(|request| {

@@ -244,21 +244,36 @@ impl Context {
         }
     }
 
-    /// A context outside a worker, for a device's own tests.
-    #[cfg(test)]
-    pub fn for_test(ram: Arc<GuestRam>, queues: Vec<VirtQueue>, features: u64) -> Self {
-        Self {
+    /// A context outside a worker: a device is driven step by step, in tests and by the fuzzer.
+    #[doc(hidden)]
+    pub fn detached(ram: Arc<GuestRam>, queues: Vec<VirtQueue>, features: u64) -> io::Result<Self> {
+        Ok(Self {
             ram,
             queues,
             features,
-            interrupt: Arc::new(Interrupt::new().unwrap()),
-            epoll: Epoll::new().unwrap(),
-            trace: super::testing::trace(),
+            interrupt: Arc::new(Interrupt::new()?),
+            epoll: Epoll::new()?,
+            trace: Arc::new(Trace::new(Instant::now())),
             spoke: false,
-        }
+        })
     }
 
-    /// What the worker would be told now.
+    /// What a worker would be told now: tokens of descriptors, and what those are ready for.
+    #[doc(hidden)]
+    pub fn poll_detached(&self) -> io::Result<Vec<(u64, Ready)>> {
+        let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
+        let count = self.epoll.wait(0, &mut events)?;
+        Ok(events[..count]
+            .iter()
+            .map(|event| (event.data(), event.event_set().into()))
+            .collect())
+    }
+
+    #[cfg(test)]
+    pub fn for_test(ram: Arc<GuestRam>, queues: Vec<VirtQueue>, features: u64) -> Self {
+        Self::detached(ram, queues, features).unwrap()
+    }
+
     #[cfg(test)]
     pub fn poll_for_test(&self, events: &mut [EpollEvent]) -> usize {
         self.epoll.wait(0, events).unwrap()
