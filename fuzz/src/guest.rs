@@ -4,6 +4,7 @@
 //! that others do not. Around each call of a device, [`Guest::around`] compares all of it with what it
 //! was: only used rings and buffers that were offered for writing may differ.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -20,6 +21,9 @@ pub const WRITE: u16 = 2;
 pub const NEXT: u16 = 1;
 const INDIRECT: u16 = 4;
 
+/// Around calls with larger tables of descriptors nothing is compared: it would take all the time.
+const MOST_INDIRECT: u32 = 64;
+const PAGE: usize = 4096;
 const REGION: usize = 64 << 10;
 const HIGH: u64 = 4 << 30;
 const STARTS: [u64; 3] = [0, REGION as u64, HIGH];
@@ -35,6 +39,8 @@ thread_local! {
     static RAM: Arc<GuestRam> = Arc::new(
         GuestRam::from_ranges(&STARTS.map(|start| (GuestAddress(start), REGION))).unwrap(),
     );
+    /// Memory before a device was called, and after.
+    static IMAGES: RefCell<(Vec<u8>, Vec<u8>)> = RefCell::default();
 }
 
 /// The guest.
@@ -178,63 +184,59 @@ impl Guest {
 
     /// Calls a device, and looks whether it has written where it may not.
     pub fn around<T>(&mut self, call: impl FnOnce() -> T) -> T {
-        let Some(allowed) = self.writable() else {
-            return call();
-        };
-        let before = self.image();
-        let result = call();
-        for (start, (old, new)) in STARTS.iter().zip(before.iter().zip(&self.image())) {
-            if old == new {
-                continue;
+        IMAGES.with_borrow_mut(|(before, after)| {
+            self.image(before);
+            let Some(allowed) = self.writable(before) else {
+                return call();
+            };
+            let result = call();
+            self.image(after);
+            // Pages first: most are as they were.
+            let pages = before.chunks(PAGE).zip(after.chunks(PAGE)).enumerate();
+            for (page, (old, new)) in pages.filter(|(_, (old, new))| old != new) {
+                let start = STARTS[page * PAGE / REGION] + (page * PAGE % REGION) as u64;
+                for (offset, (old, new)) in old.iter().zip(new).enumerate() {
+                    let at = start + offset as u64;
+                    let fine = old == new || allowed.iter().any(|range| range.contains(&at));
+                    assert!(fine, "the device wrote to {at:#x}, which nobody offered");
+                }
             }
-            for (offset, (old, new)) in old.iter().zip(new).enumerate() {
-                let at = start + offset as u64;
-                let fine = old == new || allowed.iter().any(|range| range.contains(&at));
-                assert!(fine, "the device wrote to {at:#x}, which nobody offered");
-            }
-        }
-        result
+            result
+        })
     }
 
-    fn image(&self) -> Vec<Vec<u8>> {
-        let read = |start: &u64| {
-            let mut bytes = vec![0; REGION];
-            let at = GuestAddress(*start);
-            self.ram.read_slice(&mut bytes, at).unwrap();
-            bytes
-        };
-        STARTS.iter().map(read).collect()
+    /// All of memory, region behind region.
+    fn image(&self, into: &mut Vec<u8>) {
+        into.resize(STARTS.len() * REGION, 0);
+        for (start, part) in STARTS.iter().zip(into.chunks_mut(REGION)) {
+            self.ram.read_slice(part, GuestAddress(*start)).unwrap();
+        }
     }
 
     /// Where a device may write: used rings, and buffers that any descriptor says are for writing.
     /// `None` if those lie over rings or tables, which then change under the device's hands.
-    fn writable(&self) -> Option<Vec<Range<u64>>> {
+    fn writable(&self, image: &[u8]) -> Option<Vec<Range<u64>>> {
         let (mut buffers, mut tables, mut used) = (Vec::new(), Vec::new(), Vec::new());
         for queue in 0..self.queues {
             let base = base(queue);
             tables.push(base..base + QUEUE_BYTES);
             used.push(base + USED..base + USED + 6 + 8 * u64::from(RING));
             for slot in 0..RING {
-                let Some((address, len, flags)) = self.read(base + 16 * u64::from(slot)) else {
+                let Some((address, len, flags)) = read(image, base + 16 * u64::from(slot)) else {
                     continue;
                 };
                 if flags & INDIRECT == 0 {
                     buffers.extend((flags & WRITE != 0).then(|| range(address, len)));
                     continue;
                 }
-                // No table is larger than the memory there is.
                 tables.push(range(address, len));
-                for entry in (0..u64::from(len).min(REGION as u64 * 2)).step_by(16) {
-                    let Some((address, len, flags)) =
-                        address.checked_add(entry).and_then(|at| self.read(at))
-                    else {
-                        break;
-                    };
-                    if flags & WRITE != 0 && buffers.len() < 4096 {
-                        buffers.push(range(address, len));
-                    } else if flags & WRITE != 0 {
-                        return None;
-                    }
+                if len > MOST_INDIRECT * 16 {
+                    return None;
+                }
+                let entries = (0..u64::from(len)).step_by(16);
+                for entry in entries.filter_map(|at| read(image, address.checked_add(at)?)) {
+                    let (address, len, flags) = entry;
+                    buffers.extend((flags & WRITE != 0).then(|| range(address, len)));
                 }
             }
         }
@@ -248,17 +250,24 @@ impl Guest {
         buffers.append(&mut used);
         Some(buffers)
     }
+}
 
-    fn read(&self, at: u64) -> Option<(u64, u32, u16)> {
-        let mut bytes = [0; 16];
-        self.ram.read_slice(&mut bytes, GuestAddress(at)).ok()?;
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, _, _] = bytes;
-        Some((
-            u64::from_le_bytes([a, b, c, d, e, f, g, h]),
-            u32::from_le_bytes([i, j, k, l]),
-            u16::from_le_bytes([m, n]),
-        ))
-    }
+/// A descriptor of a memory image: address, length, flags.
+fn read(image: &[u8], at: u64) -> Option<(u64, u32, u16)> {
+    let low = 2 * REGION as u64;
+    let offset = match at {
+        at if at < low => at,
+        at => at.checked_sub(HIGH)?.checked_add(low)?,
+    };
+    let bytes = image
+        .get(usize::try_from(offset).ok()?..)?
+        .first_chunk::<16>()?;
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, _, _] = *bytes;
+    Some((
+        u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+        u32::from_le_bytes([i, j, k, l]),
+        u16::from_le_bytes([m, n]),
+    ))
 }
 
 fn base(queue: u8) -> u64 {

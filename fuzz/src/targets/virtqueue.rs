@@ -10,7 +10,7 @@ use crate::guest::{BUFFERS, Guest, NEXT, RING, WRITE};
 use crate::input::{Input, Program};
 
 /// Longer buffers are moved in part: the point is where, not how much.
-const MOST: usize = 64 << 10;
+const MOST: usize = 4 << 10;
 
 pub fn run(bytes: &[u8]) {
     let mut input = Input::new(bytes);
