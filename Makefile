@@ -1,7 +1,7 @@
 # Everything a person can run here. Each target installs what it lacks and says so.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help demo test check bench bench-monitor build kernel fmt clean
+.PHONY: help demo test check check-deep bench bench-monitor build kernel fmt clean
 
 help:          ## Show this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -18,6 +18,9 @@ check:         ## Format, lints, documentation, dependencies
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --document-private-items
 	@.ci/deny
+
+check-deep:    ## Hostile bytes: every fuzz target for TERN_FUZZ_SECONDS=60, guided by coverage
+	@.ci/check-deep
 
 bench:         ## Wake latency beside a warm request and a cold start: a table and a plot
 	@.ci/bench

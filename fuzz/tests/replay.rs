@@ -1,5 +1,7 @@
 //! Every seed and every found case, through its target, without the engine.
 
+#![allow(clippy::unwrap_used)] // test code outside a `#[test]` function
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
