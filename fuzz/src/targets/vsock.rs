@@ -1,8 +1,9 @@
 //! The vsock device between a hostile guest and host programs that come and go.
 //!
-//! Promised: packets for the guest are whole and make sense; nothing but what was offered is written in the guest; after a reset
+//! Promised: packets for the guest are whole and make sense, and never more than it has room for; nothing but what was offered is written in the guest; after a reset
 //! a host program reaches the guest again.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -68,6 +69,16 @@ struct World<'a> {
     next_in: u16,
     now: Instant,
     event_idx: bool,
+    /// By the host's and the guest's port.
+    windows: HashMap<(u32, u32), Window>,
+}
+
+/// What the guest said of its room last, and what it was sent since the connection began.
+#[derive(Default)]
+struct Window {
+    buf_alloc: u32,
+    fwd_cnt: u32,
+    sent: u32,
 }
 
 pub fn run(bytes: &[u8]) {
@@ -97,6 +108,7 @@ pub fn run(bytes: &[u8]) {
             next_in: 0,
             now: Instant::now(),
             event_idx,
+            windows: HashMap::new(),
         };
         world.vsock.start(&mut world.cx).unwrap();
         while let Some(step) = input.step() {
@@ -189,6 +201,11 @@ impl World<'_> {
             .u32(u32::from(flags & 3))
             .u32(buf_alloc)
             .u32(fwd_cnt);
+        // Whatever reaches a connection tells of room, whether it makes sense there or not.
+        if kind == 1 && flags & 0x40 == 0 && said <= len.into() && op % 8 != 0 {
+            let window = self.windows.entry((host_port, guest_port)).or_default();
+            (window.buf_alloc, window.fwd_cnt) = (buf_alloc, fwd_cnt);
+        }
         self.guest.put(OUT, &packet.0);
         let slot = self.next_slot % RING;
         self.next_slot += 1;
@@ -285,6 +302,17 @@ impl World<'_> {
             assert_eq!(kind, 1);
             assert!((1..8).contains(&op), "operation {op}");
             assert!(op == 5 || len == HEADER, "payload in operation {op}");
+            let window = self.windows.entry((word(16), word(20))).or_default();
+            match op {
+                1 | 2 => window.sent = 0,
+                5 => {
+                    window.sent = window.sent.wrapping_add(len - HEADER);
+                    let in_flight = window.sent.wrapping_sub(window.fwd_cnt);
+                    let room = window.buf_alloc;
+                    assert!(in_flight <= room, "{in_flight} bytes, room for {room}");
+                }
+                _ => {}
+            }
         }
     }
 
