@@ -45,8 +45,9 @@ impl VirtQueue {
         })
     }
 
-    /// A queue as it was when `state` was saved. Fails if no driver could have brought it there.
-    pub fn restore(max_size: u16, state: &VirtQueueState, ram: &GuestRam) -> io::Result<Self> {
+    /// A queue as it was when `state` was saved. Fails if no driver could have brought it there; like a
+    /// driver's, its rings may still lie anywhere (see [`VirtQueue::is_usable`]).
+    pub fn restore(max_size: u16, state: &VirtQueueState) -> io::Result<Self> {
         let state = QueueState {
             max_size,
             next_avail: state.next_avail,
@@ -59,9 +60,6 @@ impl VirtQueue {
             used_ring: state.used_ring,
         };
         let queue = Queue::try_from(state).map_err(io::Error::other)?;
-        if queue.ready() && !queue.is_valid(ram) {
-            return Err(io::Error::other("a queue lies outside guest memory"));
-        }
         let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         Ok(Self {
             queue,

@@ -61,6 +61,14 @@ struct Registers {
     status: u32,
 }
 
+impl Registers {
+    /// Whether the driver is ready, and the device too.
+    fn runs(&self) -> bool {
+        self.status & (VIRTIO_CONFIG_S_DRIVER_OK | VIRTIO_CONFIG_S_NEEDS_RESET)
+            == VIRTIO_CONFIG_S_DRIVER_OK
+    }
+}
+
 /// A device in a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransportState {
@@ -117,8 +125,12 @@ impl Transport {
         let queues = sizes
             .iter()
             .zip(&state.queues)
-            .map(|(max, queue)| VirtQueue::restore(*max, queue, &ram))
-            .collect::<Result<_, _>>()?;
+            .map(|(max, queue)| VirtQueue::restore(*max, queue))
+            .collect::<Result<Vec<_>, _>>()?;
+        // Before it is ready, and when it was told that it cannot be, a driver may have written anything.
+        if state.registers.runs() && !queues.iter().all(|queue| queue.is_usable(&ram)) {
+            return Err(io::Error::other("a queue lies outside guest memory"));
+        }
         let mut transport = Self::build(device, queues, ram, trace)?;
         if state.registers.accepted & !transport.offered != 0 {
             return Err(io::Error::other(
@@ -364,7 +376,7 @@ impl Transport {
 
     /// Goes on after [`Transport::pause`] or [`Transport::restore`].
     pub fn resume(&mut self) {
-        if self.has(VIRTIO_CONFIG_S_DRIVER_OK) && !self.has(VIRTIO_CONFIG_S_NEEDS_RESET) {
+        if self.registers.runs() {
             self.start();
         }
         self.interrupt.raise_pending();
@@ -574,6 +586,8 @@ mod tests {
         state.registers.accepted = 0;
         state.queues[0].ready = true;
         state.queues[0].used_ring = 0xffff_fff0;
+        restore(&state).unwrap(); // the driver has not said yet that it is ready
+        state.registers.status = ALL;
         assert!(restore(&state).unwrap_err().contains("outside"));
         state.queues[0].size = 3;
         restore(&state).unwrap_err();

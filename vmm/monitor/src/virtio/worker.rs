@@ -269,11 +269,13 @@ impl Context {
             .collect())
     }
 
+    /// [`Context::detached`], for a device's own tests.
     #[cfg(test)]
     pub fn for_test(ram: Arc<GuestRam>, queues: Vec<VirtQueue>, features: u64) -> Self {
         Self::detached(ram, queues, features).unwrap()
     }
 
+    /// The events themselves.
     #[cfg(test)]
     pub fn poll_for_test(&self, events: &mut [EpollEvent]) -> usize {
         self.epoll.wait(0, events).unwrap()
