@@ -43,6 +43,9 @@ const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// A request holds up the device's thread, and so a pause, for as long as it takes. Linux asks for some
 /// MiB at a time at most.
 const MAX_REQUEST_BYTES: usize = 64 << 20;
+/// A ring of the longest requests would take seconds. After this many bytes the device looks whether it is
+/// to stop.
+const MAX_ROUND_BYTES: usize = MAX_REQUEST_BYTES;
 /// Type (4 bytes), reserved (4), sector (8).
 const HEADER_BYTES: usize = 16;
 const STATUS_BYTES: usize = 1;
@@ -216,13 +219,20 @@ impl Device for Block {
         let ram = cx.ram.clone();
         let queue = &mut cx.queues[index];
         queue.mute(&ram);
+        let mut bytes = 0;
         for _ in 0..queue.size() {
+            if bytes >= MAX_ROUND_BYTES {
+                break; // `unmute` finds the rest, for the next round
+            }
             let Some(descriptors) = queue.pop(&ram) else {
                 break;
             };
             let head = descriptors.head_index();
             let written = match Chain::map(&ram, descriptors) {
-                Ok(chain) => self.process(&chain),
+                Ok(chain) => {
+                    bytes += chain.readable.len() + chain.writable.len();
+                    self.process(&chain)
+                }
                 Err(error) => {
                     tracing::debug!(%error, "the guest made a broken disk request");
                     0

@@ -90,6 +90,31 @@ fn reads_writes_and_flushes() {
 }
 
 #[test]
+fn a_ring_of_long_requests_takes_more_than_one_round() {
+    let mut disk = Disk::new(false);
+    disk.header(VIRTIO_BLK_T_IN, 0);
+    let mib16 = Descriptor::at(DATA, 16 << 20, WRITE);
+    // Longer than the disk: refused, but the device could not know before it has looked.
+    let chain = [
+        Descriptor::at(HEADER, 16, READ),
+        mib16,
+        mib16,
+        mib16,
+        mib16,
+        Descriptor::at(STATUS, 1, WRITE),
+    ];
+    disk.rings.offer(&chain);
+    disk.rings.offer(&chain);
+    disk.block.on_queue(&mut disk.cx, 0);
+    assert_eq!(disk.rings.take_used().len(), 1);
+    // It has asked to be called again, as by a driver.
+    assert!(disk.cx.queues[0].kick().read().is_ok());
+    disk.block.on_queue(&mut disk.cx, 0);
+    assert_eq!(disk.rings.take_used().len(), 1);
+    assert!(disk.cx.queues[0].kick().read().is_err());
+}
+
+#[test]
 fn tells_its_serial_number() {
     let mut disk = Disk::new(true);
     let target = [Descriptor::at(DATA, 20, WRITE)];
