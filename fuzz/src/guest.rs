@@ -50,7 +50,7 @@ pub struct Guest {
     /// How many chains were offered on each queue, as far as the guest plays by the rules.
     offered: Vec<u16>,
     taken: Vec<u16>,
-    /// Whether it has written where it pleased: its own rings may then say anything.
+    /// Whether it has written where it pleased, or had a device do so: its rings may then say anything.
     pub wild: bool,
 }
 
@@ -111,12 +111,13 @@ impl Guest {
             1 => {
                 let queue = self.pick(input);
                 let head = u16::from(input.byte()) % 32;
+                self.wild |= head >= RING;
                 self.offer(queue, head);
             }
             2 => {
                 let (to, count) = (address(input), input.byte());
                 let bytes = input.bytes(count.into());
-                self.wild = true;
+                self.wild |= to < u64::from(self.queues) * QUEUE_BYTES;
                 let _ = self.ram.write_slice(bytes, GuestAddress(to));
             }
             3 => {
@@ -155,6 +156,13 @@ impl Guest {
         self.put(base(queue) + AVAIL + 2, &idx.to_le_bytes());
     }
 
+    /// How many chains a guest that played by the rules has offered; `None` if it did not, or if there
+    /// were more than the ring holds, and earlier ones may be overwritten.
+    pub fn offered(&self, queue: u8) -> Option<usize> {
+        let offered = self.offered[usize::from(queue)];
+        (!self.wild && offered <= RING).then_some(offered.into())
+    }
+
     pub fn put(&self, at: u64, bytes: &[u8]) {
         self.ram.write_slice(bytes, GuestAddress(at)).unwrap();
     }
@@ -187,6 +195,7 @@ impl Guest {
         IMAGES.with_borrow_mut(|(before, after)| {
             self.image(before);
             let Some(allowed) = self.writable(before) else {
+                self.wild = true;
                 return call();
             };
             let result = call();

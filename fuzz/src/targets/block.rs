@@ -1,6 +1,6 @@
 //! Disk requests.
 //!
-//! Promised: the file keeps its length, and a read-only one its content; nothing but what was offered
+//! Promised: every request is answered once; the file keeps its length, and a read-only one its content; nothing but what was offered
 //! is written in the guest; after a reset the disk works.
 
 use std::io::Read;
@@ -37,6 +37,16 @@ pub fn run(bytes: &[u8]) {
             5..=7 => guest.around(|| block.on_queue(&mut cx, 0)),
             step => guest.step(step, &mut input),
         }
+    }
+    // Whatever was asked is answered, and once.
+    for _ in 0..2 {
+        guest.around(|| block.on_queue(&mut cx, 0));
+        while cx.queues[0].kick().read().is_ok() {
+            guest.around(|| block.on_queue(&mut cx, 0));
+        }
+    }
+    if let Some(offered) = guest.offered(0) {
+        assert_eq!(guest.take_used(0).len(), offered);
     }
     block.stop(&mut cx);
     block.reset();
