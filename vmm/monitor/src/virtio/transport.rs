@@ -132,7 +132,9 @@ impl Transport {
             return Err(io::Error::other("a queue lies outside guest memory"));
         }
         let mut transport = Self::build(device, queues, ram, trace)?;
-        if state.registers.accepted & !transport.offered != 0 {
+        // Until it has been told that they are fine, the driver's wishes are only that.
+        let settled = state.registers.status & VIRTIO_CONFIG_S_FEATURES_OK != 0;
+        if settled && state.registers.accepted & !transport.offered != 0 {
             return Err(io::Error::other(
                 "the driver uses features this device no longer has",
             ));
@@ -582,8 +584,10 @@ mod tests {
             .map_err(|error| error.to_string())
         };
         state.registers.accepted = 1 << 60;
+        restore(&state).unwrap(); // the driver has not been told yet that it may
+        state.registers.status = 11;
         assert!(restore(&state).unwrap_err().contains("features"));
-        state.registers.accepted = 0;
+        (state.registers.accepted, state.registers.status) = (0, 3);
         state.queues[0].ready = true;
         state.queues[0].used_ring = 0xffff_fff0;
         restore(&state).unwrap(); // the driver has not said yet that it is ready
