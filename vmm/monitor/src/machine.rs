@@ -19,6 +19,7 @@ use serde::Serialize;
 use crate::boot::{self, BootError, Entry, cpu, layout};
 use crate::bus::Bus;
 use crate::config::VmConfig;
+use crate::jail::{Jail, JailError};
 use crate::kvm::{KvmError, Vm, call};
 use crate::memory::{Memory, MemoryError};
 use crate::serial::SerialPort;
@@ -95,6 +96,15 @@ pub enum MachineError {
     /// Kernel or initramfs cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The walls around the monitor cannot be put up.
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    /// No thread to start others.
+    #[error("cannot start a thread: {0}")]
+    Starter(io::Error),
+    /// The control API cannot be served.
+    #[error(transparent)]
+    Control(crate::control::SpawnError),
     /// A processor's thread fails.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -125,7 +135,8 @@ pub enum MachineError {
 impl Machine {
     /// Loads a guest that is about to execute its first instruction.
     pub fn boot(
-        config: VmConfig,
+        mut config: VmConfig,
+        jail: &Jail,
         trace: Arc<Trace>,
         events: EventSink,
     ) -> Result<Self, MachineError> {
@@ -137,11 +148,13 @@ impl Machine {
             trace.mark("devices");
             let entry = boot::load(&config, &memory, devices.len())?;
             trace.mark("kernel_loaded");
-            Ok((memory, devices, entry))
+            let serial = SerialPort::new(&config.serial_log).map_err(device_error("serial log"))?;
+            jail.isolate()?;
+            trace.mark("isolated");
+            Ok((memory, devices, entry, serial))
         });
-        let (mut vm, (memory, devices, entry)) = (vm?, loaded?);
+        let (mut vm, (memory, devices, entry, serial)) = (vm?, loaded?);
         vm.attach_memory(&memory)?;
-        let serial = SerialPort::new(&config.serial_log).map_err(device_error("serial log"))?;
         let transports = devices
             .into_iter()
             .map(|device| Transport::new(device, memory.ram().clone(), trace.clone()))
@@ -159,6 +172,7 @@ impl Machine {
                 &memory,
             )?;
         }
+        confine(jail, &mut config, &trace)?;
         let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
         trace.mark("vcpus");
         let state = State::Paused;
@@ -176,7 +190,8 @@ impl Machine {
 
     /// Takes a guest from its snapshot.
     pub fn restore(
-        config: VmConfig,
+        mut config: VmConfig,
+        jail: &Jail,
         trace: Arc<Trace>,
         events: EventSink,
     ) -> Result<Self, MachineError> {
@@ -185,17 +200,19 @@ impl Machine {
             trace.mark("snapshot_checked");
             let devices = restored_devices(&config, &opened)?;
             trace.mark("devices");
-            Ok((opened, devices))
+            let serial = SerialPort::restore(&config.serial_log, &opened.machine.serial)
+                .map_err(device_error("serial log"))?;
+            jail.isolate()?;
+            trace.mark("isolated");
+            Ok((opened, devices, serial))
         });
-        let (mut vm, (opened, devices)) = (vm?, loaded?);
+        let (mut vm, (opened, devices, serial)) = (vm?, loaded?);
         let Opened {
             machine,
             memory,
             index,
         } = opened;
         vm.attach_memory(&memory)?;
-        let serial = SerialPort::restore(&config.serial_log, &machine.serial)
-            .map_err(device_error("serial log"))?;
         let transports = devices
             .into_iter()
             .zip(&machine.devices)
@@ -216,6 +233,7 @@ impl Machine {
         }
         vm.restore(&machine.vm).map_err(Refused::Kvm)?;
         trace.mark("state_restored");
+        confine(jail, &mut config, &trace)?;
         let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
         trace.mark("vcpus");
         let state = State::Paused;
@@ -313,6 +331,14 @@ impl Machine {
     pub fn flush_console(&self) {
         self.bus.serial().flush_line();
     }
+}
+
+/// The last step before there are threads: everything is open.
+fn confine(jail: &Jail, config: &mut VmConfig, trace: &Trace) -> Result<(), JailError> {
+    jail.drop_privileges()?;
+    config.snapshot_dir = jail.inside(&config.snapshot_dir);
+    trace.mark("confined");
+    Ok(())
 }
 
 /// Creates the VM in a thread of its own while `work` goes on in this one.

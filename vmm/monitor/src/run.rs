@@ -9,6 +9,9 @@ use crate::bus::Power;
 use crate::config::VmConfig;
 use crate::control::{self, Command, ControlError, Request};
 use crate::exit::{Exit, PidFile, Reason};
+use crate::jail::Jail;
+use crate::jail::seccomp::{self, ThreadKind};
+use crate::jail::threads;
 use crate::machine::{EventSink, Machine, MachineError};
 use crate::trace::Trace;
 use crate::vcpu::VcpuEvent;
@@ -40,7 +43,7 @@ pub struct NotBegun {
 /// Runs a Machine to its end, and leaves `exit.json`.
 ///
 /// SIGTERM and SIGINT must be blocked in every thread: see [`control::block_signals`].
-pub fn run(config: VmConfig, restore: bool, trace: Trace) -> Result<Exit, NotBegun> {
+pub fn run(config: VmConfig, jail: &Jail, restore: bool, trace: Trace) -> Result<Exit, NotBegun> {
     let pid_file = PidFile::acquire(&config.pid_file).map_err(|source| NotBegun {
         path: config.pid_file.clone(),
         source,
@@ -48,32 +51,43 @@ pub fn run(config: VmConfig, restore: bool, trace: Trace) -> Result<Exit, NotBeg
     // From here on this Machine's files are ours: what a former monitor left is out of date.
     let _ = std::fs::remove_file(&config.exit_file);
     trace.mark("locked");
-    let exit = live(&config, restore, Arc::new(trace));
+    let exit = live(&config, jail, restore, Arc::new(trace));
     tracing::info!(reason = ?exit.reason, message = exit.message, "ends");
+    // From inside a jail they cannot be removed, and whoever starts the next monitor does.
     let _ = std::fs::remove_file(&config.control);
     if let Some(vsock) = &config.vsock {
         let _ = std::fs::remove_file(&vsock.path);
     }
-    if let Err(error) = exit.write(&config.exit_file) {
+    if let Err(error) = exit.write(&jail.inside(&config.exit_file)) {
         tracing::error!(path = %config.exit_file.display(), %error, "cannot write the exit file");
     }
     let _ = pid_file.release(); // the lock goes all the same
     Ok(exit)
 }
 
-fn live(config: &VmConfig, restore: bool, trace: Arc<Trace>) -> Exit {
+fn live(config: &VmConfig, jail: &Jail, restore: bool, trace: Arc<Trace>) -> Exit {
     let (events, receiver) = channel();
-    // The API's socket appears while the guest starts; requests wait for the Machine in the channel.
-    if let Err(error) = control::spawn(&config.control, events.clone()) {
-        return Exit::new(Reason::Error, error.to_string());
-    }
-    let sink = vcpu_sink(events);
-    let made = if restore {
-        Machine::restore(config.clone(), trace, sink)
-    } else {
-        Machine::boot(config.clone(), trace, sink)
+    let error = |error: &dyn std::fmt::Display| Exit::new(Reason::Error, error.to_string());
+    // The API's socket appears while the guest starts; requests wait for the Machine in its backlog.
+    let socket = match prepare(config, jail) {
+        Ok(socket) => socket,
+        Err(cause) => return error(&format_args!("{cause:#}")),
     };
-    let started = made.and_then(|mut machine| machine.resume().map(|()| machine));
+    let sink = vcpu_sink(events.clone());
+    let made = if restore {
+        Machine::restore(config.clone(), jail, trace, sink)
+    } else {
+        Machine::boot(config.clone(), jail, trace, sink)
+    };
+    // Threads are born with what this one has given up. Its own filter comes when they are.
+    let started = made.and_then(|mut machine| {
+        threads::prepare().map_err(MachineError::Starter)?;
+        if let Err(cause) = control::spawn(socket, events) {
+            return Err(MachineError::Control(cause));
+        }
+        seccomp::confine(ThreadKind::Main);
+        machine.resume().map(|()| machine)
+    });
     match started {
         Ok(mut machine) => {
             tracing::info!(id = config.id, restore, "runs");
@@ -86,6 +100,13 @@ fn live(config: &VmConfig, restore: bool, trace: Arc<Trace>) -> Exit {
         }
         Err(error) => Exit::new(Reason::Error, error.to_string()),
     }
+}
+
+/// What is done before the guest is made, with all rights.
+fn prepare(config: &VmConfig, jail: &Jail) -> anyhow::Result<control::Socket> {
+    jail.join_cgroup()?;
+    seccomp::prepare()?;
+    Ok(control::bind(&config.control)?)
 }
 
 fn vcpu_sink(events: Sender<Event>) -> EventSink {

@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use nix::unistd::{Whence, lseek};
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,21 @@ pub struct MemoryIndex {
     seal: Option<Seal>,
 }
 
+/// Opened while there is a `/proc`, by a process that is going to lose it.
+static PAGEMAP: OnceLock<File> = OnceLock::new();
+
+/// Opens `/proc/self/pagemap` for good.
+pub fn prepare() -> io::Result<()> {
+    let _ = PAGEMAP.set(open_pagemap()?); // the same one
+    Ok(())
+}
+
+/// Without capabilities, even where this process has some: so it never shows where in the host's memory a
+/// page is (`pagemap_read` asks whoever opened the file).
+fn open_pagemap() -> io::Result<File> {
+    crate::jail::without_capabilities(|| File::open("/proc/self/pagemap"))?
+}
+
 /// Writes `memory` to a new file at `path`. `base` is the index of the file under it, if there is one.
 pub fn write(path: &Path, memory: &Memory, base: Option<&MemoryIndex>) -> io::Result<MemoryIndex> {
     let file = OpenOptions::new()
@@ -42,7 +58,14 @@ pub fn write(path: &Path, memory: &Memory, base: Option<&MemoryIndex>) -> io::Re
         .create_new(true)
         .open(path)?;
     file.set_len(memory.size())?;
-    let pagemap = File::open("/proc/self/pagemap")?;
+    let opened;
+    let pagemap = match PAGEMAP.get() {
+        Some(pagemap) => pagemap,
+        None => {
+            opened = open_pagemap()?;
+            &opened
+        }
+    };
     let base = memory.backing().zip(base);
     let zero_checksum = zero_checksum();
     let mut checksums = Vec::with_capacity((memory.size() as usize).div_ceil(CHUNK_BYTES));
@@ -101,7 +124,7 @@ pub fn open(path: &Path, bytes: u64, index: &MemoryIndex) -> Result<File, Refuse
         path: path.to_owned(),
         source,
     };
-    let file = File::open(path).map_err(read)?;
+    let file = super::open_plain(path).map_err(read)?;
     let found = file.metadata().map_err(read)?.len();
     let chunks = (bytes as usize).div_ceil(CHUNK_BYTES);
     if found != bytes || index.bytes != bytes || index.checksums.len() != chunks {

@@ -16,7 +16,7 @@
 //! checked whole before the guest runs.
 //!
 //! Checksums are XXH3 of 64 bits: they find damage, not forgery. Whoever can write these files is the
-//! user who runs the monitor.
+//! user who runs the monitor, and a monitor that was taken over can forge its own Machine's.
 
 mod memory_file;
 mod seal;
@@ -26,7 +26,8 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::fcntl::{AT_FDCWD, OFlag, RenameFlags, openat, renameat2};
+use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -211,6 +212,30 @@ pub fn write(
     written
 }
 
+/// Opens what [`write`] needs of `/proc`, for a process that will soon be without it.
+pub fn prepare() -> io::Result<()> {
+    memory_file::prepare()?;
+    seal::boot_id().map(drop)
+}
+
+/// Opens a file of a snapshot: a plain file, in a directory that is one.
+///
+/// The directory belongs to the Machine's own monitor, and who reads it next may still be root: a link
+/// out of it is not followed.
+fn open_plain(path: &Path) -> io::Result<File> {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let dir = nix::fcntl::open(dir, flags | OFlag::O_DIRECTORY, Mode::empty())?;
+    let file = File::from(openat(dir, name, flags, Mode::empty())?);
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::other("not a plain file"))
+    }
+}
+
 /// A snapshot that has been checked, with its memory mapped.
 pub struct Opened {
     /// Everything but the memory.
@@ -285,7 +310,7 @@ fn read_state(path: &Path) -> Result<Vec<u8>, Refused> {
         path: path.to_owned(),
         source,
     };
-    let file = File::open(path).map_err(read)?;
+    let file = open_plain(path).map_err(read)?;
     let found = file.metadata().map_err(read)?.len();
     if found > MAX_STATE_BYTES {
         return Err(Refused::NotASnapshot(path.to_owned()));

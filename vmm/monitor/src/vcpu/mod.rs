@@ -24,6 +24,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::bus::{Bus, Power};
+use crate::jail::seccomp::{self, ThreadKind};
 use crate::kvm::KvmError;
 use crate::trace::Trace;
 use state::VcpuState;
@@ -90,6 +91,7 @@ impl Vcpu {
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))
             .spawn(move || {
+                seccomp::confine(ThreadKind::Vcpu);
                 Runner {
                     id,
                     fd,
