@@ -17,7 +17,7 @@ use thiserror::Error;
 
 use crate::config::HostConfig;
 use crate::dir::MachineDir;
-use crate::monitor::config::{Disk, Net, VmConfig, Vsock};
+use crate::monitor::config::{Disk, Jail, Net, VmConfig, Vsock};
 use crate::network::{GATEWAY, Slot};
 
 /// A config that cannot be run, whatever is tried.
@@ -115,6 +115,7 @@ pub(crate) fn vm_config(
     dir: &MachineDir,
     image: &std::path::Path,
     slot: Slot,
+    jail: Option<Jail>,
 ) -> VmConfig {
     VmConfig {
         id: machine.id.to_string(),
@@ -146,6 +147,7 @@ pub(crate) fn vm_config(
         serial_log: dir.serial_log(),
         snapshot_dir: dir.snapshot(),
         exit_file: dir.exit_file(),
+        jail,
     }
 }
 

@@ -20,6 +20,7 @@ use crate::host::Host;
 use crate::logs::Logs;
 use crate::machine::core::{BootFailure, End, Epoch, Found};
 use crate::machine::hands::{Hands, SleepFailure};
+use crate::monitor::config::Jail;
 use crate::monitor::{Monitor, control};
 use crate::network::Slot;
 use crate::running::Running;
@@ -182,6 +183,12 @@ impl Vm {
             &self.dir,
             &image.disk,
             self.slot,
+            self.user().map(|user| Jail {
+                root: self.dir.jail(),
+                uid: user,
+                gid: user,
+                cgroup: None,
+            }),
         );
         let vm = serde_json::to_vec_pretty(&vm).map_err(|e| lasting(e.to_string()))?;
         let digest = image.digest.to_string();
@@ -194,12 +201,13 @@ impl Vm {
         };
         self.on_disk({
             let (dir, host) = (self.dir.clone(), Arc::clone(&self.host));
+            let user = self.user();
             move || {
                 if reset_disk || !dir.disk().exists() {
                     host.blank.put(&dir.disk())?;
                 }
                 dir.set_memo(&memo)?;
-                dir.prepare_for_monitor()?;
+                dir.prepare_for_monitor(user)?;
                 absent_is_fine(std::fs::remove_file(dir.serial_log()))?;
                 write_whole(&dir.run_cpio(), &archive, Durability::Unsynced)?;
                 write_whole(&dir.vm_json(), &vm, Durability::Unsynced)
@@ -247,7 +255,7 @@ impl Vm {
         }
         let began = std::time::Instant::now();
         self.break_seal().map_err(told)?;
-        self.dir.prepare_for_monitor().map_err(told)?;
+        self.dir.prepare_for_monitor(self.user()).map_err(told)?;
         let sync = tokio::task::spawn_blocking({
             let dir = self.dir.clone();
             move || dir.sync()
@@ -442,6 +450,11 @@ impl Vm {
             self.attend(&running);
         }
         Ok(running)
+    }
+
+    /// Who the monitor becomes. Only root can make it somebody else.
+    fn user(&self) -> Option<u32> {
+        nix::unistd::geteuid().is_root().then(|| self.slot.user())
     }
 
     /// Collects what the guest tells.
@@ -658,6 +671,10 @@ fn end_of(reason: &str, message: &str, signal: Option<i32>) -> End {
         ("guest_shutdown" | "guest_reset", _) => "the guest ended".to_owned(),
         ("stopped", _) => "the monitor was stopped".to_owned(),
         ("snapshot_refused", _) => "the snapshot was refused".to_owned(),
+        ("", Some(libc::SIGSYS)) => {
+            "the monitor was killed by SIGSYS: it made a system call that its filter does not allow"
+                .to_owned()
+        }
         ("", Some(signal)) => format!(
             "the monitor was killed by {}",
             tern_guest::signal::signal_name(signal)

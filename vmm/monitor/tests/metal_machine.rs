@@ -390,3 +390,57 @@ fn metal_damaged_and_foreign_snapshots_are_refused() {
     guest.restore();
     assert_eq!(guest.sh("echo back"), "back");
 }
+
+#[test]
+fn metal_a_jailed_monitor_has_no_rights_no_files_and_no_network_and_does_all_the_same() {
+    const USER: u32 = 0x7000_0123;
+    let mut guest = Guest::new().jailed(USER).booted();
+    for round in 0..2 {
+        check_jail(&guest, USER);
+        guest.sh(&format!("echo {round} >> /tmp/rounds"));
+        guest.suspend();
+        guest.restore();
+    }
+    assert_eq!(guest.sh("cat /tmp/rounds"), "0\n1");
+    check_jail(&guest, USER);
+    guest.post("stop");
+    assert_eq!(guest.exit(), (0, "stopped".into()));
+}
+
+fn check_jail(guest: &Guest, user: u32) {
+    let pid = guest.pid();
+    let mut names = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+        let task = task.unwrap().path();
+        names.push(fs::read_to_string(task.join("comm")).unwrap());
+        let status = fs::read_to_string(task.join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_else(|| panic!("no {name}\n{status}"))
+                .trim()
+                .to_owned()
+        };
+        let ids = [user.to_string().as_str(); 4].join("\t");
+        assert_eq!((field("Uid:"), field("Gid:")), (ids.clone(), ids));
+        assert_eq!(field("Groups:"), "");
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+            assert_eq!(field(set), "0000000000000000", "{set}");
+        }
+        assert_eq!(field("NoNewPrivs:"), "1");
+        assert_eq!(field("Seccomp:"), "2", "{names:?}");
+    }
+    for thread in ["vcpu0", "block", "net", "vsock", "rng", "control", "starter"] {
+        assert!(names.iter().any(|n| n.trim() == thread), "{names:?}");
+    }
+    // Its own directory is all there is; a snapshot that has been resumed is still in it.
+    for entry in fs::read_dir(format!("/proc/{pid}/root/")).unwrap() {
+        let name = entry.unwrap().file_name();
+        assert_eq!(name, "snapshot");
+    }
+    for namespace in ["mnt", "net", "ipc", "uts", "cgroup"] {
+        let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
+        assert_ne!(of(&pid.to_string()), of("self"), "{namespace}");
+    }
+    let number = fs::read_to_string(guest.path("vmm.pid")).unwrap();
+    assert_eq!(number.trim(), pid.to_string());
+}

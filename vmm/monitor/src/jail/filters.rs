@@ -153,6 +153,12 @@ const MAIN: &[Call] = &[
         libc::SYS_openat,
         "the snapshot's files, in a root that has nothing else",
     ),
+    one_of(
+        libc::SYS_flock,
+        "the pid file, at the end",
+        1,
+        &[libc::LOCK_UN as u32],
+    ),
     call(libc::SYS_mkdir, "the snapshot's directory"),
     call(libc::SYS_renameat2, "a snapshot replaces the last one"),
     call(libc::SYS_unlink, "the sockets, at the end"),
@@ -174,7 +180,7 @@ const MAIN: &[Call] = &[
         libc::SYS_fcntl,
         "opening a directory",
         1,
-        &[libc::F_GETFL as u32],
+        &[libc::F_GETFL as u32, libc::F_SETFD as u32],
     ),
     one_of(
         libc::SYS_ioctl,
