@@ -18,7 +18,6 @@ use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::cgroup::Groups;
 use crate::checks::Checks;
 use crate::config::HostConfig;
 use crate::dir::{self, MachineDir, Memo};
@@ -126,7 +125,6 @@ impl Agent {
         let network = Network::open(config.nat, ports).await?;
         let host = Arc::new(Host {
             blank: Blank::new(&config.data_dir, config.disk_size),
-            groups: Groups::open(),
             boot_id: dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?,
             metrics: Arc::new(Metrics::default()),
             view,
@@ -437,9 +435,6 @@ impl Supervisor {
                 if let Some(monitor) = Monitor::adopt(&path.join("vmm.pid"))? {
                     monitor.kill();
                     monitor.ended().await;
-                }
-                if let Some(name) = path.file_name().and_then(|n| n.to_str()) {
-                    host.groups.remove(name)?;
                 }
                 fs::remove_dir_all(&path)
             };

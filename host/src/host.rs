@@ -8,7 +8,6 @@ use tern_image::{
     Source,
 };
 
-use crate::cgroup::Groups;
 use crate::config::HostConfig;
 use crate::disk::Blank;
 use crate::machine::core::BootFailure;
@@ -22,7 +21,6 @@ pub(crate) struct Host {
     pub(crate) images: ImageStore,
     pub(crate) network: Network,
     pub(crate) blank: Blank,
-    pub(crate) groups: Groups,
     pub(crate) metrics: Arc<Metrics>,
     /// The boot of the host's kernel.
     pub(crate) boot_id: String,

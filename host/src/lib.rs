@@ -20,7 +20,6 @@
 
 mod agent;
 mod bundle;
-mod cgroup;
 mod checks;
 mod config;
 mod dir;

@@ -187,7 +187,7 @@ impl Vm {
                 root: self.dir.jail(),
                 uid: user,
                 gid: user,
-                cgroup: self.host.groups.path(self.id.as_str()),
+                cgroup: None,
             }),
         );
         let vm = serde_json::to_vec_pretty(&vm).map_err(|e| lasting(e.to_string()))?;
@@ -202,9 +202,7 @@ impl Vm {
         self.on_disk({
             let (dir, host) = (self.dir.clone(), Arc::clone(&self.host));
             let user = self.user();
-            let (id, guest) = (self.id.clone(), machine.config.guest.clone());
             move || {
-                host.groups.put(id.as_str(), guest.cpus, guest.memory_mb)?;
                 if reset_disk || !dir.disk().exists() {
                     host.blank.put(&dir.disk())?;
                 }
@@ -264,12 +262,6 @@ impl Vm {
         });
         let machine = self.host.machine(&self.id);
         if let Some(machine) = &machine {
-            // It is there, unless the host has booted since.
-            let guest = &machine.config.guest;
-            self.host
-                .groups
-                .put(self.id.as_str(), guest.cpus, guest.memory_mb)
-                .map_err(told)?;
             self.plug(machine).await?;
         }
         let running = self.spawn(epoch, true)?;
@@ -666,12 +658,9 @@ impl Hands for Vm {
             .unplug(self.slot)
             .await
             .map_err(|e| e.to_string())?;
-        let (dir, host, id) = (self.dir.clone(), Arc::clone(&self.host), self.id.clone());
-        self.on_disk(move || {
-            host.groups.remove(id.as_str())?;
-            absent_is_fine(std::fs::remove_dir_all(dir.path()))
-        })
-        .await
+        let dir = self.dir.clone();
+        self.on_disk(move || absent_is_fine(std::fs::remove_dir_all(dir.path())))
+            .await
     }
 }
 
