@@ -22,6 +22,7 @@ fn snapshot() -> (TempDir, VmConfig) {
         serial_log: at("serial.log"),
         snapshot_dir: at("snapshot"),
         exit_file: at("exit.json"),
+        jail: None,
     };
     let memory = Memory::anonymous(config.memory_bytes()).unwrap();
     write(&config.snapshot_dir, &config, &machine(&dir), &memory, None).unwrap();
