@@ -1,10 +1,10 @@
 # Everything a person can run here. Each target installs what it lacks and says so.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help demo test check bench build fmt clean
+.PHONY: help demo test check bench bench-monitor build kernel fmt clean
 
 help:          ## Show this list
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo:          ## From nothing to an HTTPS reply of a Machine that was asleep, with a timeline
 	@.ci/demo
@@ -22,9 +22,16 @@ check:         ## Format, lints, documentation, dependencies
 bench:         ## Wake latency beside a warm request and a cold start: a table and a plot
 	@.ci/bench
 
+bench-monitor: ## The monitor beside QEMU's microvm: start, restore, memory
+	@.ci/bench-monitor
+
 build:         ## The programs, the guest's kernel and initramfs, the examples' images
 	@.ci/setup build guest demo
 	@.ci/build
+
+kernel:        ## The guest's small kernel (15 minutes, once): Machines start faster with it
+	@.ci/setup kernel
+	@vmm/kernel/make-kernel.sh
 
 fmt:           ## Format the source
 	cargo fmt --all

@@ -1,18 +1,18 @@
 //! Apps.
 
-use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::State;
 use http::StatusCode;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tern_catalog::{
     App, AppName, Compare, Desired, DesiredState, Hostname, HostnameRoute, Machine, Op, OrgSlug,
-    Snapshot, StoreError, Transaction,
+    Record as _, Snapshot, StoreError, Transaction, Volume,
 };
 
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::{Json, Path, Query};
 use crate::server::Shared;
 
 /// Both spellings of the name are in use.
@@ -141,6 +141,13 @@ pub async fn destroy(
             "app {name} has {count} Machines; destroy them too with ?force=true"
         )));
     }
+    let volumes: Vec<_> = snapshot.volumes_of(&name).map(|v| v.id.clone()).collect();
+    if !volumes.is_empty() && !query.force {
+        let count = volumes.len();
+        return Err(ApiError::conflict(format!(
+            "app {name} has {count} volumes with data; destroy them too with ?force=true"
+        )));
+    }
     for id in machines {
         let destroy = |machine: &mut Machine| {
             let generation = machine.desired.generation + 1;
@@ -149,6 +156,13 @@ pub async fn destroy(
                 generation,
             };
             machine.updated_at = Timestamp::now();
+            Ok::<_, ApiError>(())
+        };
+        shared.catalog.update(id.as_str(), destroy).await??;
+    }
+    for id in volumes {
+        let destroy = |volume: &mut Volume| {
+            volume.destroyed = true;
             Ok::<_, ApiError>(())
         };
         shared.catalog.update(id.as_str(), destroy).await??;
@@ -179,6 +193,17 @@ pub async fn destroy(
     Ok(StatusCode::ACCEPTED)
 }
 
+/// Makes a transaction fail if the app is gone by then: one that is being deleted must not get a Machine or
+/// a volume that nobody sees.
+pub async fn still_there(shared: &Shared, app: &AppName) -> Result<Compare, ApiError> {
+    let found = shared.catalog.get::<App>(app.as_str()).await?;
+    let (app, revision) = found.ok_or_else(|| ApiError::not_found(format!("app {app}")))?;
+    Ok(Compare {
+        key: app.key(),
+        revision: Some(revision),
+    })
+}
+
 fn shape(snapshot: &Snapshot, app: &App) -> Value {
     let machines = snapshot.machines_of(&app.name).count();
     let organization = snapshot.organizations.get(&app.organization);
@@ -187,7 +212,7 @@ fn shape(snapshot: &Snapshot, app: &App) -> Value {
         "name": app.name,
         "status": if machines == 0 { "pending" } else { "deployed" },
         "machine_count": machines,
-        "volume_count": 0,
+        "volume_count": snapshot.volumes_of(&app.name).count(),
         "network": organization.map(|_| "default"),
         "organization": {"slug": app.organization, "name": organization.map(|o| &o.name)},
         "created_at": app.created_at.as_millisecond(),

@@ -1,7 +1,6 @@
 //! The host names of an app and their certificates.
 
-use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use http::StatusCode;
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -10,6 +9,7 @@ use tern_catalog::{AppName, CatalogError, Hostname, HostnameRoute, Snapshot};
 
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::{Json, Path};
 use crate::server::Shared;
 
 #[derive(Debug, Deserialize)]

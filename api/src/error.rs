@@ -27,6 +27,11 @@ impl ApiError {
         }
     }
 
+    /// What an extractor of axum's refused.
+    pub(crate) fn of_status(status: StatusCode, text: impl Into<String>) -> Self {
+        Self::new(status, text)
+    }
+
     /// 400.
     pub fn bad_request(text: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, text)

@@ -11,6 +11,7 @@ mod apps;
 mod auth;
 mod certificates;
 mod error;
+mod extract;
 mod gateway;
 mod logs;
 mod machines;
@@ -22,6 +23,7 @@ mod registry;
 mod routes;
 mod server;
 mod tokens;
+mod volumes;
 
 #[cfg(test)]
 mod testing;

@@ -1,7 +1,7 @@
 //! `GET /v1/apps/{app}/logs`: one JSON object a line.
 
 use axum::body::Body;
-use axum::extract::{Path, Query, State};
+use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -11,6 +11,7 @@ use tern_catalog::{AppName, MachineId};
 
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::{Path, Query};
 use crate::gateway::{LogLine, LogQuery};
 use crate::server::Shared;
 

@@ -1,6 +1,5 @@
 //! Organizations. Making one makes its network.
 
-use axum::Json;
 use axum::extract::State;
 use http::StatusCode;
 use jiff::Timestamp;
@@ -10,6 +9,7 @@ use tern_catalog::{Compare, Network, Op, Organization, StoreError, Transaction};
 
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::Json;
 use crate::number;
 use crate::server::Shared;
 

@@ -1,7 +1,6 @@
 //! WireGuard peers: laptops that join an organization's network.
 
-use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::StatusCode;
@@ -14,6 +13,7 @@ use tern_catalog::{
 
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::{Json, Path};
 use crate::number;
 use crate::server::Shared;
 

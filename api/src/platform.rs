@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use axum::Json;
 use axum::extract::State;
 use http::StatusCode;
 use serde_json::{Value, json};
 
 use crate::auth::Caller;
+use crate::extract::Json;
 use crate::server::Shared;
 
 /// `GET /healthz`: the API can answer from a catalog that is current.

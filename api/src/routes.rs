@@ -3,12 +3,12 @@
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::middleware::{self, Next};
-use axum::response::{IntoResponse as _, Response};
-use axum::routing::{delete, get, post};
+use axum::response::Response;
+use axum::routing::{delete, get, post, put};
 use http::{HeaderName, HeaderValue, StatusCode};
 
 use crate::server::Shared;
-use crate::{apps, certificates, logs, machines, orgs, peers, platform, registry, tokens};
+use crate::{apps, certificates, logs, machines, orgs, peers, platform, registry, tokens, volumes};
 
 /// Largest body of a call: a configuration with files in it. Images go to the registry, which streams.
 const MAX_BODY_BYTES: usize = 4 << 20;
@@ -32,7 +32,18 @@ pub fn router(shared: Shared) -> Router {
         .route("/exec", post(machines::exec))
         .route("/wait", get(machines::wait))
         .route("/events", get(machines::events))
-        .route("/metadata", get(machines::metadata))
+        .route(
+            "/metadata",
+            get(machines::metadata::get_all)
+                .put(machines::metadata::replace)
+                .patch(machines::metadata::merge),
+        )
+        .route(
+            "/metadata/{key}",
+            get(machines::metadata::get)
+                .post(machines::metadata::set)
+                .delete(machines::metadata::remove),
+        )
         .route("/cordon", post(machines::cordon))
         .route("/uncordon", post(machines::uncordon))
         .route(
@@ -49,6 +60,23 @@ pub fn router(shared: Shared) -> Router {
             get(machines::list).post(machines::create),
         )
         .nest("/apps/{app}/machines/{id}", machine)
+        .route(
+            "/apps/{app}/volumes",
+            get(volumes::list).post(volumes::create),
+        )
+        .route(
+            "/apps/{app}/volumes/{id}",
+            get(volumes::get).delete(volumes::destroy),
+        )
+        .route("/apps/{app}/volumes/{id}/extend", put(volumes::extend))
+        .route(
+            "/apps/{app}/volumes/{id}/snapshots",
+            get(volumes::snapshots::list).post(volumes::snapshots::create),
+        )
+        .route(
+            "/apps/{app}/volumes/{id}/snapshots/{snapshot}",
+            delete(volumes::snapshots::remove),
+        )
         .route("/apps/{app}/certificates", get(certificates::list))
         .route("/apps/{app}/certificates/acme", post(certificates::add))
         .route(
@@ -66,14 +94,20 @@ pub fn router(shared: Shared) -> Router {
         .route("/orgs/{org}/wireguard_peers/{name}", delete(peers::remove))
         .route("/tokens", get(tokens::list).post(tokens::create))
         .route("/tokens/{id}", delete(tokens::revoke))
+        // As Fly.io's: a method that a path does not have is a path that is not there.
+        .method_not_allowed_fallback(nothing_here)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES));
     Router::new()
         .nest("/v1", v1)
         .merge(registry::router())
         .route("/healthz", get(platform::health))
-        .fallback(|| async { (StatusCode::NOT_FOUND, "404 page not found\n").into_response() })
+        .fallback(nothing_here)
         .layer(middleware::from_fn(tell))
         .with_state(shared)
+}
+
+async fn nothing_here() -> (StatusCode, &'static str) {
+    (StatusCode::NOT_FOUND, "404 page not found\n")
 }
 
 /// Gives every call an id, and tells of it when it is done.

@@ -3,13 +3,19 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use tern_catalog::{Catalog, Revision, View};
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::gateway::HostGateway;
-use crate::registry::Registry;
+use crate::registry::{self, Grace, Registry};
 use crate::routes;
 
 /// How the API is run.
@@ -31,6 +37,7 @@ pub struct ApiConfig {
 pub struct ApiServer {
     listener: TcpListener,
     shared: Shared,
+    header_time: Duration,
 }
 
 /// What every call shares.
@@ -69,7 +76,11 @@ impl ApiServer {
             gateway,
             registry,
         };
-        Ok(Self { listener, shared })
+        Ok(Self {
+            listener,
+            shared,
+            header_time: HEADER_TIME,
+        })
     }
 
     /// The address it is bound to.
@@ -77,10 +88,153 @@ impl ApiServer {
         self.listener.local_addr()
     }
 
-    /// Serves until told to end; calls under way are finished.
-    pub async fn run(self, end: CancellationToken) -> std::io::Result<()> {
-        axum::serve(self.listener, routes::router(self.shared))
-            .with_graceful_shutdown(end.cancelled_owned())
+    /// Serves until told to end; calls under way get a while to finish.
+    ///
+    /// Tenants reach this too: a client that says nothing, or says it slowly, is hung up on, and no number
+    /// of them takes more than its share of this process.
+    pub async fn run(self, end: CancellationToken) {
+        // Ends with `end`.
+        tokio::spawn(
+            end.clone()
+                .run_until_cancelled_owned(collect_registry(self.shared.clone())),
+        );
+        let service = TowerToHyperService::new(routes::router(self.shared));
+        let mut http = http1::Builder::new();
+        http.timer(TokioTimer::new())
+            .header_read_timeout(self.header_time);
+        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let connections = TaskTracker::new();
+        loop {
+            let next = async {
+                let place = Arc::clone(&places).acquire_owned().await;
+                (place, self.listener.accept().await)
+            };
+            let Some((place, accepted)) = end.run_until_cancelled(next).await else {
+                break;
+            };
+            let stream = match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // One that hung up before it was accepted, or too many open files: that passes.
+                    tracing::warn!(%error, "a connection cannot be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let connection = http.serve_connection(TokioIo::new(stream), service.clone());
+            let end = end.clone();
+            connections.spawn(async move {
+                let _place = place;
+                tokio::pin!(connection);
+                let outcome = tokio::select! {
+                    outcome = connection.as_mut() => outcome,
+                    () = end.cancelled() => {
+                        connection.as_mut().graceful_shutdown();
+                        connection.await
+                    }
+                };
+                if let Err(error) = outcome {
+                    tracing::debug!(%error, "a connection ended early");
+                }
+            });
+        }
+        connections.close();
+        // Who follows logs never ends by itself.
+        let _ = tokio::time::timeout(GRACE, connections.wait()).await;
+    }
+}
+
+/// Gives back the space of images that nobody refers to, from time to time, for ever.
+async fn collect_registry(shared: Shared) {
+    let mut times = tokio::time::interval(COLLECT_EVERY);
+    times.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        times.tick().await;
+        let shared = shared.clone();
+        let collected = tokio::task::spawn_blocking(move || {
+            let in_use = registry::in_use(&shared.view.snapshot());
+            shared.registry.collect(&in_use, &Grace::default())
+        });
+        match collected.await {
+            Ok(Ok(done)) if done.manifests + done.blobs > 0 => tracing::info!(
+                manifests = done.manifests,
+                blobs = done.blobs,
+                freed = done.freed,
+                "what nobody refers to was removed from the registry"
+            ),
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the registry cannot be collected"),
+            Err(error) => tracing::error!(%error, "collecting the registry has failed"),
+        }
+    }
+}
+
+/// How often the registry is collected; its graces are days.
+const COLLECT_EVERY: Duration = Duration::from_secs(3600);
+
+/// Longest time from a connection, or the last answer, to the end of the next call's headers.
+const HEADER_TIME: Duration = Duration::from_secs(30);
+/// Connections at once; more wait.
+const MAX_CONNECTIONS: usize = 1024;
+/// How long calls may take to finish when the server ends.
+const GRACE: Duration = Duration::from_secs(5);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::testing::World;
+
+    async fn server() -> (
+        World,
+        SocketAddr,
+        CancellationToken,
+        tokio::task::JoinHandle<()>,
+    ) {
+        let world = World::new().await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = ApiServer {
+            listener,
+            shared: world.shared.clone(),
+            header_time: Duration::from_millis(100),
+        };
+        let end = CancellationToken::new();
+        let task = tokio::spawn(server.run(end.clone()));
+        (world, address, end, task)
+    }
+
+    #[tokio::test]
+    async fn calls_are_answered_and_a_kept_connection_does_not_hold_up_the_end() {
+        let (_world, address, end, task) = server().await;
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client
+            .write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
             .await
+            .unwrap();
+        let mut answer = [0; 12];
+        client.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        end.cancel();
+        tokio::time::timeout(GRACE / 2, task)
+            .await
+            .unwrap()
+            .unwrap();
+    }
+
+    #[tokio::test]
+    async fn whoever_says_nothing_is_hung_up_on() {
+        let (_world, address, _end, _task) = server().await;
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        silent.write_all(b"GET /healthz HT").await.unwrap();
+        let mut rest = Vec::new();
+        let ended = silent.read_to_end(&mut rest);
+        tokio::time::timeout(HEADER_TIME, ended)
+            .await
+            .unwrap()
+            .unwrap();
     }
 }

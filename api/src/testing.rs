@@ -15,7 +15,8 @@ use jiff::Timestamp;
 use serde_json::Value;
 use tern_catalog::{
     Catalog, DesiredState, Host, HostId, Machine, MachineId, MachineState, MachineStatus, Network,
-    NetworkId, Organization, SqliteStore, Store, Token, View,
+    NetworkId, Organization, SnapshotStatus, SqliteStore, Store, Token, View, Volume, VolumeState,
+    VolumeStatus,
 };
 use tower::ServiceExt as _;
 
@@ -29,6 +30,7 @@ pub const RIVAL: &str = "tern_rival";
 
 pub struct World {
     router: Router,
+    pub shared: Shared,
     pub catalog: Catalog,
     pub gateway: Arc<FakeGateway>,
     agent: tokio::task::JoinHandle<()>,
@@ -106,7 +108,8 @@ impl World {
             registry: Arc::new(Registry::open(&registry_dir).unwrap()),
         };
         Self {
-            router: crate::routes::router(shared),
+            router: crate::routes::router(shared.clone()),
+            shared,
             catalog,
             gateway,
             agent,
@@ -206,6 +209,9 @@ async fn agent(catalog: Catalog, view: View) {
                 obey(&catalog, machine).await;
             }
         }
+        for volume in snapshot.volumes.values() {
+            tend(&catalog, volume, snapshot.volume_status.get(&volume.id)).await;
+        }
         if changes.changed().await.is_err() {
             return;
         }
@@ -244,6 +250,36 @@ async fn obey(catalog: &Catalog, machine: &Machine) {
     catalog.put(&status).await.unwrap();
 }
 
+async fn tend(catalog: &Catalog, volume: &Volume, seen: Option<&Arc<VolumeStatus>>) {
+    if volume.destroyed {
+        catalog
+            .delete::<VolumeStatus>(volume.id.as_str())
+            .await
+            .unwrap();
+        catalog.delete::<Volume>(volume.id.as_str()).await.unwrap();
+        return;
+    }
+    let snapshots = volume.snapshots.keys().map(|id| {
+        let made = SnapshotStatus {
+            created_at: Timestamp::UNIX_EPOCH,
+            bytes: 4096,
+            reason: None,
+        };
+        (id.clone(), made)
+    });
+    let status = VolumeStatus {
+        id: volume.id.clone(),
+        state: VolumeState::Created,
+        reason: None,
+        size_gb: volume.size_gb,
+        snapshots: snapshots.collect(),
+        updated_at: Timestamp::UNIX_EPOCH,
+    };
+    if seen.is_none_or(|seen| **seen != status) {
+        catalog.put(&status).await.unwrap();
+    }
+}
+
 #[async_trait]
 impl HostGateway for FakeGateway {
     async fn exec(&self, _: &MachineId, request: ExecRequest) -> Result<ExecResult, GatewayError> {
@@ -251,7 +287,7 @@ impl HostGateway for FakeGateway {
             "absent" => Err(GatewayError::NotRunning("it is not running".into())),
             _ => Ok(ExecResult {
                 exit_code: Some(3),
-                stdout: request.command.join(" ").into(),
+                stdout: request.command.join("|").into(),
                 ..Default::default()
             }),
         }

@@ -192,6 +192,12 @@ async fn configurations_that_cannot_run_are_refused_with_the_key() {
             json!({"image": "x", "files": [{"guest_path": "etc/x", "raw_value": ""}]}),
             "absolute",
         ),
+        (
+            json!({"image": "x", "files": [{"guest_path": "/x", "raw_value": "%"}]}),
+            "base64",
+        ),
+        (json!({"image": "x", "env": {"A=B": "c"}}), "A=B"),
+        (json!({"image": "x", "env": {"A": "b\u{0}"}}), "NUL"),
         (json!({"image": "registry.internal/shop:none"}), "push"),
         (json!({"image": ""}), "image"),
     ];
@@ -323,13 +329,13 @@ async fn commands_signals_and_logs_reach_the_host() {
         .json();
     assert_eq!(
         (&answer["exit_code"], &answer["stdout"]),
-        (&json!(3), &json!("echo a b"))
+        (&json!(3), &json!("echo|a|b"))
     );
     let list = world
         .post(&format!("{at}/exec"), json!({"command": ["echo", "a b"]}))
         .await
         .json();
-    assert_eq!(list["stdout"], "echo a b");
+    assert_eq!(list["stdout"], "echo|a b");
     assert_eq!(
         world
             .post(&format!("{at}/exec"), json!({"command": []}))
@@ -436,5 +442,179 @@ async fn a_token_works_until_it_is_revoked() {
             .await
             .status,
         StatusCode::UNAUTHORIZED
+    );
+}
+
+#[tokio::test]
+async fn every_refusal_is_the_apis_json() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{id}");
+    for (method, path, body, status) in [
+        (Method::POST, "/v1/apps".to_owned(), "{", 400),
+        (
+            Method::POST,
+            "/v1/apps".to_owned(),
+            "{\"app_name\": 7}",
+            422,
+        ),
+        (Method::POST, format!("{at}/stop"), "{\"timeout\": []}", 422),
+        (Method::DELETE, format!("{at}?force=perhaps"), "", 400),
+        (Method::GET, "/v1/apps/NO/machines".to_owned(), "", 400),
+        (Method::GET, format!("{at}/events?limit=-1"), "", 400),
+    ] {
+        let answer = world.call(ADMIN, method.clone(), &path, body).await;
+        assert_eq!(
+            answer.status.as_u16(),
+            status,
+            "{method} {path}: {answer:?}"
+        );
+        assert!(answer.json()["error"].is_string(), "{answer:?}");
+    }
+    for path in ["/v1/apps".to_owned(), format!("{at}/lease"), at.clone()] {
+        let answer = world.call(ADMIN, Method::PATCH, &path, "{}").await;
+        assert_eq!(
+            (answer.status.as_u16(), &answer.body[..]),
+            (404, &b"404 page not found\n"[..]),
+            "{path}"
+        );
+    }
+    // A body is JSON whatever curl calls it.
+    let form = Request::post("/v1/apps")
+        .header("authorization", format!("Bearer {ADMIN}"))
+        .header("content-type", "application/x-www-form-urlencoded")
+        .body(Body::from(r#"{"app_name":"form","org_slug":"personal"}"#))
+        .unwrap();
+    assert_eq!(world.send(form).await.status, StatusCode::CREATED);
+}
+
+#[tokio::test]
+async fn metadata_changes_without_a_new_version() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let other = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{id}");
+    let before = world.get(&at).await.json();
+    let write = async |method: Method, path: &str, body: serde_json::Value| {
+        let path = format!("{at}/metadata{path}");
+        world
+            .call(ADMIN, method, &path, body.to_string())
+            .await
+            .status
+            .as_u16()
+    };
+    assert_eq!(
+        write(Method::POST, "/role", json!({"value": "primary"})).await,
+        204
+    );
+    assert_eq!(
+        write(Method::PATCH, "", json!({"a": "1", "b": "2"})).await,
+        204
+    );
+    assert_eq!(write(Method::PATCH, "", json!({"a": null})).await, 204);
+    let map = world.get(&format!("{at}/metadata")).await.json();
+    assert_eq!(map, json!({"role": "primary", "b": "2"}));
+    assert_eq!(
+        world.get(&format!("{at}/metadata/role")).await.json()["value"],
+        "primary"
+    );
+
+    let found = |query: &str| format!("/v1/apps/shop/machines?metadata.role=primary{query}");
+    let listed = world.get(&found("")).await.json();
+    assert_eq!(
+        (listed.as_array().unwrap().len(), &listed[0]["id"]),
+        (1, &json!(id)),
+        "{other}"
+    );
+    assert_eq!(world.get(&found("&metadata.b=3")).await.json(), json!([]));
+
+    assert_eq!(write(Method::DELETE, "/role", json!({})).await, 204);
+    assert_eq!(
+        world.get(&format!("{at}/metadata/role")).await.status,
+        StatusCode::NOT_FOUND
+    );
+    assert_eq!(write(Method::PUT, "", json!({"c": "3"})).await, 204);
+    assert_eq!(
+        world.get(&format!("{at}/metadata")).await.json(),
+        json!({"c": "3"})
+    );
+    assert_eq!(
+        write(Method::POST, "/big", json!({"value": "x".repeat(5000)})).await,
+        422
+    );
+    let many: std::collections::BTreeMap<_, _> = (0..101).map(|n| (n.to_string(), "")).collect();
+    assert_eq!(write(Method::PUT, "", json!(many)).await, 422);
+    let after = world.get(&at).await.json();
+    assert_eq!(
+        (&after["instance_id"], &after["version"]),
+        (&before["instance_id"], &before["version"])
+    );
+    assert_eq!(after["config"]["metadata"], json!({"c": "3"}));
+}
+
+#[tokio::test]
+async fn a_lease_comes_with_the_machine_if_asked() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let config = json!({"image": "example.com/x:1"});
+    let made = world
+        .post(
+            "/v1/apps/shop/machines",
+            json!({"config": config, "lease_ttl": 60}),
+        )
+        .await
+        .json();
+    let (id, nonce) = (
+        made["id"].as_str().unwrap(),
+        made["nonce"].as_str().unwrap(),
+    );
+    let at = format!("/v1/apps/shop/machines/{id}");
+    let update = json!({"config": config, "lease_ttl": 60}).to_string();
+    let other = world.call(ADMIN, Method::POST, &at, update.clone()).await;
+    assert_eq!(other.status, StatusCode::CONFLICT);
+    assert_eq!(world.get(&at).await.json()["version"], 1);
+    let holder = Request::post(&at)
+        .header("authorization", format!("Bearer {ADMIN}"))
+        .header("fly-machine-lease-nonce", nonce)
+        .body(Body::from(update))
+        .unwrap();
+    let updated = world.send(holder).await.json();
+    assert_eq!(
+        (&updated["nonce"], &updated["version"]),
+        (&json!(nonce), &json!(2))
+    );
+
+    // Who holds nothing may take it with a change, and holds it from then on.
+    let free = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{free}");
+    let taken = world
+        .post(&at, json!({"config": config, "lease_ttl": 60}))
+        .await
+        .json();
+    assert!(taken["nonce"].is_string(), "{taken}");
+    assert_eq!(
+        world.post(&format!("{at}/stop"), json!({})).await.status,
+        StatusCode::CONFLICT
+    );
+}
+
+#[tokio::test]
+async fn a_command_in_one_text_is_split_as_a_shell_would() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let path = format!("/v1/apps/shop/machines/{id}/exec");
+    let answer = world
+        .post(&path, json!({"cmd": r#"sh -c "echo 'a b'" c\ d"#}))
+        .await
+        .json();
+    assert_eq!(answer["stdout"], "sh|-c|echo 'a b'|c d");
+    let open = world.post(&path, json!({"cmd": "echo 'a"})).await;
+    assert_eq!(open.status, StatusCode::UNPROCESSABLE_ENTITY);
+    assert_eq!(
+        world.post(&path, json!({"cmd": " "})).await.status,
+        StatusCode::BAD_REQUEST
     );
 }

@@ -1,7 +1,6 @@
 //! Tokens.
 
-use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use http::StatusCode;
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -10,6 +9,7 @@ use tern_catalog::{OrgSlug, Token};
 
 use crate::auth::{Caller, token_hash};
 use crate::error::ApiError;
+use crate::extract::{Json, Path};
 use crate::server::Shared;
 
 /// Digits of a token's hash that name it to people; enough to be unique.

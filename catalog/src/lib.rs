@@ -15,6 +15,7 @@ mod record;
 mod sqlite;
 mod store;
 mod view;
+mod volume;
 
 pub use address::{HostId, INFRASTRUCTURE, MachineNumber, NetworkId, PrivateAddress, RESOLVER};
 pub use catalog::{Catalog, CatalogError};
@@ -28,10 +29,12 @@ pub use machine::{
 };
 pub use machine_config::{
     Autostop, Check, CheckKind, Concurrency, ConcurrencyKind, FileConfig, Guest, Handler,
-    HttpOptions, InitConfig, MachineConfig, Port, ResponseOptions, Restart, RestartPolicy, Service,
-    ServiceProtocol, StopConfig, TlsOptions,
+    HttpOptions, InitConfig, MachineConfig, Mount, Port, ResponseOptions, Restart, RestartPolicy,
+    Service, ServiceProtocol, StopConfig, TlsOptions,
 };
-pub use names::{AppName, Hostname, MachineId, NameError, OrgSlug, PeerName};
+pub use names::{
+    AppName, Hostname, MachineId, NameError, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,
+};
 pub use nouns::{App, Host, HostnameRoute, Network, Organization, Peer, Token};
 pub use record::Record;
 pub use sqlite::SqliteStore;
@@ -40,3 +43,4 @@ pub use store::{
     WatchBatch,
 };
 pub use view::{Snapshot, View};
+pub use volume::{SnapshotStatus, Volume, VolumeSource, VolumeState, VolumeStatus};

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::GoDuration;
+use crate::{GoDuration, VolumeId};
 
 /// The configuration of one Machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,6 +42,9 @@ pub struct MachineConfig {
     /// Files written before the app starts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<FileConfig>,
+    /// Volumes; one at most.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<Mount>,
     /// Destroy the Machine when its app exits.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub auto_destroy: bool,
@@ -302,6 +305,25 @@ pub struct StopConfig {
     /// Time until it is killed, 5 s when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<GoDuration>,
+}
+
+/// A volume in the Machine's file system.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mount {
+    /// Which.
+    pub volume: VolumeId,
+    /// Where: an absolute path, not `/`.
+    pub path: String,
+    /// The volume's name, as clients send it; the volume's own counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The volume's size, as clients send it; the volume's own counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_gb: Option<u32>,
+    /// As clients send it. Encrypt the host's disk instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encrypted: Option<bool>,
 }
 
 /// A file written into the Machine before its app starts.

@@ -99,6 +99,21 @@ name!(
     |s| s.len() == 14 && s.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 );
 name!(
+    /// A volume's id: `vol_` and 16 lowercase letters and digits.
+    VolumeId, "volume id", "it is vol_ and 16 lowercase letters and digits",
+    |s| is_id(s, "vol_")
+);
+name!(
+    /// A volume snapshot's id: `vs_` and 16 lowercase letters and digits.
+    SnapshotId, "snapshot id", "it is vs_ and 16 lowercase letters and digits",
+    |s| is_id(s, "vs_")
+);
+name!(
+    /// A volume's name.
+    VolumeName, "volume name", "use 1 to 30 lowercase letters, digits and underscores",
+    |s| (1..=30).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+);
+name!(
     /// A public host name, lowercase, without a trailing dot (RFC 1123 section 2.1).
     Hostname, "host name", "use lowercase DNS labels joined by dots, 253 characters at most",
     |s| s.len() <= 253 && s.contains('.') && s.split('.').all(is_label)
@@ -110,6 +125,36 @@ impl MachineId {
         let bits: u64 = rand::random::<u64>() >> 8;
         Self(format!("{bits:014x}"))
     }
+}
+
+impl VolumeId {
+    /// A new random id.
+    pub fn random() -> Self {
+        Self(random_id("vol_"))
+    }
+}
+
+impl SnapshotId {
+    /// A new random id.
+    pub fn random() -> Self {
+        Self(random_id("vs_"))
+    }
+}
+
+/// Letters and digits after the prefix of an id.
+const ID_DIGITS: usize = 16;
+
+fn random_id(prefix: &str) -> String {
+    const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
+    let bits: u128 = rand::random();
+    let digits = (0..ID_DIGITS).map(|i| char::from(ALPHABET[(bits >> (i * 5) & 31) as usize]));
+    prefix.chars().chain(digits).collect()
+}
+
+fn is_id(s: &str, prefix: &str) -> bool {
+    let digit = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    s.strip_prefix(prefix)
+        .is_some_and(|rest| rest.len() == ID_DIGITS && rest.bytes().all(digit))
 }
 
 fn is_label(s: &str) -> bool {
@@ -146,6 +191,21 @@ mod tests {
         let id = MachineId::random();
         assert_eq!(id.as_str().parse::<MachineId>().unwrap(), id);
         assert!("../../etc/pass".parse::<MachineId>().is_err());
+    }
+
+    #[test]
+    fn ids_of_volumes_are_theirs_alone() {
+        let (volume, snapshot) = (VolumeId::random(), SnapshotId::random());
+        assert_eq!(volume.as_str().parse::<VolumeId>().unwrap(), volume);
+        assert_eq!(snapshot.as_str().parse::<SnapshotId>().unwrap(), snapshot);
+        for bad in [
+            snapshot.as_str(),
+            "vol_",
+            "vol_../../../../etc",
+            "vol_0123456789abcdeF",
+        ] {
+            assert!(bad.parse::<VolumeId>().is_err(), "{bad}");
+        }
     }
 
     #[test]

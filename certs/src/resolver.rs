@@ -27,8 +27,8 @@ pub struct SniResolver {
     parsed: RwLock<HashMap<Hostname, Parsed>>,
 }
 
-/// A record, and what it holds.
-type Parsed = (Arc<Certificate>, Arc<CertifiedKey>);
+/// A record, and what it holds: nothing while it has no key, or where it cannot be used.
+type Parsed = (Arc<Certificate>, Option<Arc<CertifiedKey>>);
 
 /// The protocol of RFC 8737.
 const ACME_TLS: &[u8] = b"acme-tls/1";
@@ -44,23 +44,27 @@ impl SniResolver {
     }
 
     fn find(&self, hostname: &Hostname) -> Option<Arc<CertifiedKey>> {
-        let record = self.view.snapshot().certificates.get(hostname)?.clone();
+        let Some(record) = self.view.snapshot().certificates.get(hostname).cloned() else {
+            if self.parsed.read().contains_key(hostname) {
+                self.parsed.write().remove(hostname);
+            }
+            return None;
+        };
         if let Some((of, key)) = self.parsed.read().get(hostname)
             && Arc::ptr_eq(of, &record)
         {
-            return Some(Arc::clone(key));
+            return key.clone();
         }
-        let key = match self.parse(&record) {
-            Ok(key) => Arc::new(key?),
-            Err(error) => {
-                tracing::error!(%hostname, error, "the certificate cannot be used");
-                return None;
-            }
-        };
+        let key = self.parse(&record).unwrap_or_else(|error| {
+            // Once for each record, not for each handshake.
+            tracing::error!(%hostname, error, "the certificate cannot be used");
+            None
+        });
+        let key = key.map(Arc::new);
         self.parsed
             .write()
-            .insert(hostname.clone(), (record, Arc::clone(&key)));
-        Some(key)
+            .insert(hostname.clone(), (record, key.clone()));
+        key
     }
 
     /// A record's chain and key; none while it has none.

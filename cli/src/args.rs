@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
-use tern_catalog::{AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName};
+use tern_catalog::{
+    AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,
+};
 
 /// Run apps on your own servers: KVM Machines behind HTTPS, asleep while nobody calls.
 ///
@@ -53,6 +55,9 @@ pub enum Command {
     /// Look at and drive single Machines
     #[command(subcommand, visible_alias = "machines")]
     Machine(Machine),
+    /// Disks that outlive Machines: list, make, grow, copy and destroy them
+    #[command(subcommand, visible_alias = "volume")]
+    Volumes(Volumes),
     /// Join the private network with any WireGuard client
     #[command(subcommand)]
     Wireguard(Wireguard),
@@ -122,6 +127,13 @@ pub struct Serve {
     /// Longest wait of a request for its Machine to wake
     #[arg(long, default_value = "60s", value_parser = duration)]
     pub wake_timeout: Duration,
+    /// Bytes of images and their layers to keep on this host, as in 20GiB; what Machines use stays in any
+    /// case. Default: a quarter of the file system
+    #[arg(long, value_parser = bytes)]
+    pub image_budget: Option<u64>,
+    /// Let users' image references lead to addresses that are not on the public Internet
+    #[arg(long)]
+    pub private_registries: bool,
     /// The guests' kernel (uncompressed ELF or bzImage). Default: `guest/vmlinux` beside this program
     #[arg(long, env = "TERN_GUEST_KERNEL")]
     pub kernel: Option<PathBuf>,
@@ -328,6 +340,88 @@ pub enum Wireguard {
 }
 
 #[derive(Debug, Subcommand)]
+pub enum Volumes {
+    /// List an app's volumes
+    List(AppArg),
+    /// Make a volume; `tern deploy` makes those that fly.toml names by itself
+    Create {
+        /// Its name, as `source` in fly.toml
+        name: VolumeName,
+        /// Its size in GB
+        #[arg(short, long, default_value_t = 1)]
+        size: u32,
+        /// Its region. Default: the server's
+        #[arg(short, long)]
+        region: Option<String>,
+        /// Restore this snapshot into it
+        #[arg(long)]
+        snapshot: Option<SnapshotId>,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Make a volume larger; a Machine sees it at its next cold start
+    Extend {
+        /// The volume
+        id: VolumeId,
+        /// Its new size in GB
+        #[arg(short, long)]
+        size: u32,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Make a new volume with the data of another, whose Machine must not be running
+    Fork {
+        /// The volume to copy
+        id: VolumeId,
+        /// The new one's name. Default: the same
+        #[arg(short, long)]
+        name: Option<VolumeName>,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Destroy a volume, its data and its snapshots
+    Destroy {
+        /// The volume
+        id: VolumeId,
+        /// Do not ask
+        #[arg(short, long)]
+        yes: bool,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// What a volume held at some time
+    #[command(subcommand)]
+    Snapshots(Snapshots),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Snapshots {
+    /// List a volume's snapshots
+    List {
+        /// The volume
+        id: VolumeId,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Make a snapshot of a volume, whose Machine must not be running
+    Create {
+        /// The volume
+        id: VolumeId,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Remove a snapshot
+    Destroy {
+        /// The volume
+        id: VolumeId,
+        /// The snapshot
+        snapshot: SnapshotId,
+        #[command(flatten)]
+        app: AppArg,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub enum Certs {
     /// List an app's host names and their certificates
     List(AppArg),
@@ -395,9 +489,36 @@ fn duration(text: &str) -> Result<Duration, String> {
     GoDuration::parse(text).map(|d| d.0)
 }
 
+/// A number of bytes, with or without a binary unit.
+fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim() {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        _ => return Err("a size is a number and B, KiB, MiB, GiB or TiB, as in 20GiB".to_owned()),
+    };
+    let number: u64 = number.parse().map_err(|e| format!("{e}"))?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "that is more than there is".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_have_binary_units() {
+        assert_eq!(bytes("20GiB"), Ok(20 << 30));
+        assert_eq!(bytes("4096"), Ok(4096));
+        for bad in ["", "GiB", "20GB", "-1", "99999999999TiB"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -66,6 +66,16 @@ impl Client {
             .await
     }
 
+    /// `PUT` of JSON, answered as JSON.
+    pub async fn put<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &(impl Serialize + ?Sized),
+    ) -> Result<T> {
+        self.json(Method::PUT, path, full(serde_json::to_vec(body)?))
+            .await
+    }
+
     /// `DELETE`; what is answered does not matter.
     pub async fn delete(&self, path: &str) -> Result<()> {
         self.call(self.request(Method::DELETE, path).body(empty())?)

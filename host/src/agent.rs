@@ -33,21 +33,26 @@ use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::network::{self, Network, NetworkError, Port, Slot};
 use crate::vm::Vm;
+use crate::volumes::{Keeper, Volumes};
 
 /// The agent of one server. Dropping it without [`Agent::shutdown`] is as good as its process's
 /// crash: nothing is lost, and monitors go on.
 pub struct Agent {
     handle: AgentHandle,
-    supervisor: SupervisorTask,
+    supervisor: Ending,
+    /// Keeps volumes.
+    _keeper: Ending,
+    /// Collects images.
+    _collector: Ending,
     stop: oneshot::Sender<()>,
     /// One agent per data directory.
     _lock: File,
 }
 
-/// Ends with the agent.
-struct SupervisorTask(JoinHandle<()>);
+/// A task that ends with the agent.
+struct Ending(JoinHandle<()>);
 
-impl Drop for SupervisorTask {
+impl Drop for Ending {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -96,6 +101,9 @@ pub enum AgentError {
         /// The data directory.
         path: String,
     },
+    /// The volumes cannot be used.
+    #[error("volumes: {0}")]
+    Volumes(String),
     /// The images cannot be used.
     #[error("images: {0}")]
     Images(#[from] ImageError),
@@ -125,6 +133,8 @@ impl Agent {
         let network = Network::open(config.nat, ports).await?;
         let host = Arc::new(Host {
             blank: Blank::new(&config.data_dir, config.disk_size),
+            volumes: Volumes::open(config.volumes_dir())
+                .map_err(|e| AgentError::Volumes(e.to_string()))?,
             boot_id: dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?,
             metrics: Arc::new(Metrics::default()),
             view,
@@ -138,6 +148,8 @@ impl Agent {
             machines: RwLock::default(),
             rounds: watch::channel(0).0,
         });
+        let keeper = Keeper::new(Arc::clone(&shared.host), shared.catalog.clone());
+        let keeper = Ending(tokio::spawn(keeper.run()));
         let mut supervisor = Supervisor {
             shared: Arc::clone(&shared),
             tasks: JoinSet::new(),
@@ -145,10 +157,13 @@ impl Agent {
         };
         supervisor.sweep(leftovers).await;
         supervisor.take_up_all(&snapshot).await;
+        let collector = crate::images::keep_within_budget(Arc::clone(&shared.host));
         let (stop, stopped) = oneshot::channel();
         Ok(Self {
             handle: AgentHandle { shared },
-            supervisor: SupervisorTask(tokio::spawn(supervisor.run(stopped))),
+            supervisor: Ending(tokio::spawn(supervisor.run(stopped))),
+            _keeper: keeper,
+            _collector: Ending(tokio::spawn(collector)),
             stop,
             _lock: lock,
         })

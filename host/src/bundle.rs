@@ -1,6 +1,7 @@
 //! What a Machine boots with: its run configuration and the monitor's `vm.json`.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -9,7 +10,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tern_catalog::{Machine, RESOLVER};
 use tern_guest::RunConfig;
 use tern_guest::config::{
-    DnsConfig, FileConfig, HostsEntry, InterfaceConfig, ProcessConfig, StopConfig,
+    DnsConfig, FileConfig, HostsEntry, InterfaceConfig, MountConfig, ProcessConfig, StopConfig,
 };
 use tern_guest::signal::parse_signal;
 use tern_image::ImageConfig;
@@ -80,7 +81,19 @@ pub(crate) fn run_config(
     });
     let own = IpNet::V6(net6(machine));
     let v4 = IpNet::V4(Ipv4Net::new(slot.guest_v4(), 30).expect("30 is at most 32"));
+    // The monitor's order of disks: image, own disk, then the volumes, in the order of the config.
+    let mounts = config
+        .mounts
+        .iter()
+        .zip('c'..)
+        .map(|(mount, letter)| MountConfig {
+            device: format!("/dev/vd{letter}"),
+            fs: "ext4".to_owned(),
+            path: mount.path.clone(),
+            read_only: false,
+        });
     Ok(RunConfig {
+        mounts: mounts.collect(),
         machine_id: id.clone(),
         hostname: id.clone(),
         process,
@@ -114,9 +127,12 @@ pub(crate) fn vm_config(
     machine: &Machine,
     dir: &MachineDir,
     image: &std::path::Path,
+    volumes: impl Iterator<Item = PathBuf>,
     slot: Slot,
     jail: Option<Jail>,
 ) -> VmConfig {
+    let disk = |path, read_only| Disk { path, read_only };
+    let own = [disk(image.to_owned(), true), disk(dir.disk(), false)];
     VmConfig {
         id: machine.id.to_string(),
         vcpus: machine.config.guest.cpus,
@@ -124,16 +140,10 @@ pub(crate) fn vm_config(
         kernel: host.kernel.clone(),
         initramfs: vec![host.initramfs.clone(), dir.run_cpio()],
         cmdline: host.cmdline.clone(),
-        disks: vec![
-            Disk {
-                path: image.to_owned(),
-                read_only: true,
-            },
-            Disk {
-                path: dir.disk(),
-                read_only: false,
-            },
-        ],
+        disks: own
+            .into_iter()
+            .chain(volumes.map(|path| disk(path, false)))
+            .collect(),
         net: vec![Net {
             tap: slot.tap(),
             mac: slot.guest_mac().to_string(),

@@ -12,7 +12,8 @@ use tern_catalog::HostId;
 pub struct HostConfig {
     /// This host: the agent looks after its Machines and no others.
     pub host: HostId,
-    /// Where Machines (`machines/`), converted images (`images/`) and blank disks are kept. Paths
+    /// Where Machines (`machines/`), volumes (`volumes/`), converted images (`images/`) and blank disks
+    /// are kept. Paths
     /// under it must stay short: a Unix socket's has 108 bytes.
     pub data_dir: PathBuf,
     /// The monitor, `tern-vmm`.
@@ -23,6 +24,12 @@ pub struct HostConfig {
     pub initramfs: PathBuf,
     /// Registries by the host name that image references use.
     pub registries: BTreeMap<String, Registry>,
+    /// Whether other registries may be at addresses that are not on the public Internet: this host's
+    /// own, its neighbours', the platform's. References come from users, so by default they may not.
+    pub private_registries: bool,
+    /// Bytes of converted images and cached layers to keep. What a Machine of this host refers to
+    /// stays, even beyond that. `None` is a quarter of the file system.
+    pub image_budget: Option<u64>,
     /// Whether Machines reach the outside over IPv4.
     pub nat: bool,
     /// The size of a Machine's own disk, in bytes. It is sparse: only what is written takes space.
@@ -56,6 +63,8 @@ impl HostConfig {
             kernel: "vmlinux".into(),
             initramfs: "initramfs.cpio".into(),
             registries: BTreeMap::new(),
+            private_registries: false,
+            image_budget: None,
             nat: true,
             disk_size: DISK_SIZE,
             boot_timeout: BOOT_TIMEOUT,
@@ -67,6 +76,11 @@ impl HostConfig {
     /// Where Machines are kept.
     pub fn machines_dir(&self) -> PathBuf {
         self.data_dir.join("machines")
+    }
+
+    /// Where volumes are kept.
+    pub fn volumes_dir(&self) -> PathBuf {
+        self.data_dir.join("volumes")
     }
 }
 

@@ -102,6 +102,15 @@ impl Guest {
         request: &Request,
         limit: Duration,
     ) -> Result<Reply, GuestError> {
+        self.ask_then(|| request.clone(), limit).await
+    }
+
+    /// Asks something that is only decided when the guest listens, such as what time it is.
+    async fn ask_then(
+        &self,
+        request: impl FnOnce() -> Request,
+        limit: Duration,
+    ) -> Result<Reply, GuestError> {
         let exchange = async {
             let (mut incoming, _outgoing) = self.open(request).await?;
             let frame = incoming.frame().await?.ok_or(GuestError::NoAnswer)?;
@@ -115,17 +124,18 @@ impl Guest {
             .unwrap_or(Err(GuestError::Late(limit)))
     }
 
-    /// Asks again until there is an answer. Only being refused is final.
+    /// Asks again until there is an answer. Only being refused is final. What is asked is decided anew each
+    /// time, when the guest listens.
     pub(crate) async fn insist(
         &self,
-        request: &Request,
+        request: impl Fn() -> Request,
         limit: Duration,
     ) -> Result<Reply, GuestError> {
         let until = tokio::time::Instant::now() + limit;
         let mut pause = FIRST_PAUSE;
         loop {
             let left = until.saturating_duration_since(tokio::time::Instant::now());
-            match self.ask(request, left).await {
+            match self.ask_then(&request, left).await {
                 Err(GuestError::Connect(_) | GuestError::Broken(_) | GuestError::NoAnswer)
                     if left > pause =>
                 {
@@ -148,7 +158,7 @@ impl Guest {
     /// Reports what happens, and the app's output from this line on.
     pub(crate) async fn attach(&self, from: u64) -> Result<Attached, GuestError> {
         let request = Request::Attach { from };
-        let open = self.open(&request);
+        let open = self.open(|| request);
         let (incoming, outgoing) = tokio::time::timeout(QUICK, open)
             .await
             .unwrap_or(Err(GuestError::Late(QUICK)))?;
@@ -161,7 +171,7 @@ impl Guest {
     /// Runs a command beside the app.
     pub(crate) async fn exec(&self, request: ExecRequest) -> Result<Exec, GuestError> {
         let request = Request::Exec(request);
-        let (incoming, outgoing) = tokio::time::timeout(QUICK, self.open(&request))
+        let (incoming, outgoing) = tokio::time::timeout(QUICK, self.open(|| request))
             .await
             .unwrap_or(Err(GuestError::Late(QUICK)))?;
         Ok(Exec {
@@ -170,7 +180,10 @@ impl Guest {
         })
     }
 
-    async fn open(&self, request: &Request) -> Result<(Incoming, OwnedWriteHalf), GuestError> {
+    async fn open(
+        &self,
+        request: impl FnOnce() -> Request,
+    ) -> Result<(Incoming, OwnedWriteHalf), GuestError> {
         let mut stream = UnixStream::connect(&self.socket)
             .await
             .map_err(GuestError::Connect)?;
@@ -181,7 +194,7 @@ impl Guest {
             .map_err(GuestError::Connect)?;
         accepted(&mut stream).await.map_err(GuestError::Connect)?;
         let mut wire = Encoder::new();
-        wire.json(request)?;
+        wire.json(&request())?;
         stream.write_all(wire.wire()).await?;
         let (half, outgoing) = stream.into_split();
         let decoder = Decoder::new();

@@ -13,6 +13,7 @@ use crate::disk::Blank;
 use crate::machine::core::BootFailure;
 use crate::metrics::Metrics;
 use crate::network::Network;
+use crate::volumes::Volumes;
 
 /// What all Machines of a host share.
 pub(crate) struct Host {
@@ -21,6 +22,7 @@ pub(crate) struct Host {
     pub(crate) images: ImageStore,
     pub(crate) network: Network,
     pub(crate) blank: Blank,
+    pub(crate) volumes: Volumes,
     pub(crate) metrics: Arc<Metrics>,
     /// The boot of the host's kernel.
     pub(crate) boot_id: String,
@@ -68,8 +70,13 @@ impl Host {
     /// Where an image is, by the registries that this host knows.
     fn source(&self, name: &str, known: Option<Digest>) -> Result<Source, ImageError> {
         let mut reference: Reference = name.parse()?;
-        let mut options = RegistryOptions::default();
+        let mut options = RegistryOptions {
+            anywhere: self.config.private_registries,
+            ..RegistryOptions::default()
+        };
         if let Some(registry) = self.config.registries.get(reference.host()) {
+            // The operator named it, and where it is.
+            options.anywhere = true;
             options.insecure = registry.insecure;
             options.credentials = registry
                 .credentials

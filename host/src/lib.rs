@@ -26,6 +26,7 @@ mod dir;
 mod disk;
 mod guest;
 mod host;
+mod images;
 mod logs;
 mod machine;
 mod metrics;
@@ -33,6 +34,7 @@ mod monitor;
 mod network;
 mod running;
 mod vm;
+mod volumes;
 
 pub use agent::{Agent, AgentError, AgentHandle};
 pub use config::{HostConfig, Registry};

@@ -4,7 +4,7 @@
 //! behind, is argued in [`dir`](crate::dir).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -24,6 +24,7 @@ use crate::monitor::config::Jail;
 use crate::monitor::{Monitor, control};
 use crate::network::Slot;
 use crate::running::Running;
+use crate::volumes::Turn;
 
 /// The hands of one Machine's task.
 pub(crate) struct Vm {
@@ -174,6 +175,8 @@ impl Vm {
         // Before anything else: whatever comes, the disk may be written from here on.
         self.void_snapshot().await.map_err(&passing)?;
         let image = self.image(machine).await?;
+        // Until the app is up: by then the monitor has locked the disks.
+        let _turns = self.volumes_ready(machine).await.map_err(&passing)?;
         let run = bundle::run_config(machine, &image.config, self.slot)
             .map_err(|e| lasting(e.to_string()))?;
         let archive = run_archive(&run).map_err(|e| lasting(e.to_string()))?;
@@ -182,6 +185,11 @@ impl Vm {
             machine,
             &self.dir,
             &image.disk,
+            machine
+                .config
+                .mounts
+                .iter()
+                .map(|m| self.host.volumes.disk(&m.volume)),
             self.slot,
             self.user().map(|user| Jail {
                 root: self.dir.jail(),
@@ -253,34 +261,60 @@ impl Vm {
         if Some(&seal.instance_id) != self.memo.lock().instance_id.as_ref() {
             return Err("it is of another config".to_owned());
         }
-        let began = std::time::Instant::now();
+        let mut trace = WakeTrace::new();
         self.break_seal().map_err(told)?;
         self.dir.prepare_for_monitor(self.user()).map_err(told)?;
         let sync = tokio::task::spawn_blocking({
             let dir = self.dir.clone();
             move || dir.sync()
         });
+        trace.mark("prepared");
         let machine = self.host.machine(&self.id);
+        // Who copies a volume while its Machine sleeps has it locked.
+        let mut turns = Vec::new();
         if let Some(machine) = &machine {
+            for mount in &machine.config.mounts {
+                turns.push(self.host.volumes.turn(&mount.volume).await);
+            }
             self.plug(machine).await?;
         }
+        trace.mark("plugged");
         let running = self.spawn(epoch, true)?;
-        let spawned = began.elapsed();
+        trace.mark("spawned");
         let limit = self.host.config.wake_timeout;
         let speak = async {
-            let spoken = self.guest.insist(&resumed(), limit).await.map(drop);
+            let spoken = self.guest.insist(resumed, limit).await.map(drop);
             spoken.map_err(|e| e.to_string())?;
-            let spoke = began.elapsed();
+            trace.mark("resumed");
             // Long done, as a rule: the monitor had memory to load meanwhile.
             sync.await.map_err(|e| e.to_string())?.map_err(told)?;
-            let synced = began.elapsed();
-            tracing::debug!(machine = %self.id, ?spawned, ?spoke, ?synced, "woken");
+            trace.mark("synced");
+            self.report(trace);
             Ok(())
         };
         tokio::select! {
             outcome = speak => outcome,
             signal = running.monitor.ended() => Err(self.end(&running, signal).reason),
         }
+    }
+
+    /// Logs where the time of a wake went, here and in the monitor, when nobody waits for it any more.
+    fn report(&self, trace: WakeTrace) {
+        let (id, socket) = (self.id.clone(), self.dir.control());
+        tokio::spawn(async move {
+            match control::describe(&socket).await {
+                Ok(vm) => {
+                    let spawned = vm.started_unix_us.saturating_sub(trace.began_unix_us);
+                    tracing::info!(
+                        machine = %id, phases_us = ?trace.phases, monitor_began_us = spawned,
+                        monitor_us = %vm.boot, "woken"
+                    );
+                }
+                Err(error) => {
+                    tracing::info!(machine = %id, phases_us = ?trace.phases, %error, "woken");
+                }
+            }
+        });
     }
 
     async fn suspend(&self, running: &Running) -> Result<(), SleepFailure> {
@@ -424,6 +458,28 @@ impl Vm {
         self.host
             .image(&machine.config.image, known.as_deref())
             .await
+    }
+
+    /// Makes the Machine's volumes ready, and keeps others here from them until the turns are dropped.
+    async fn volumes_ready(&self, machine: &Machine) -> Result<Vec<Turn>, String> {
+        let mut turns = Vec::new();
+        for mount in &machine.config.mounts {
+            let told = |why: &dyn std::fmt::Display| format!("volume {}: {why}", mount.volume);
+            turns.push(self.host.volumes.turn(&mount.volume).await);
+            let volume = self
+                .host
+                .view
+                .snapshot()
+                .volumes
+                .get(&mount.volume)
+                .cloned();
+            let volume = volume.ok_or_else(|| told(&"there is none"))?;
+            let host = Arc::clone(&self.host);
+            let ready = tokio::task::spawn_blocking(move || host.volumes.ready(&volume));
+            let ready = ready.await.map_err(|e| told(&e))?;
+            ready.map_err(|e| told(&e))?;
+        }
+        Ok(turns)
     }
 
     /// Makes the Machine's device and rules, where they are missing.
@@ -690,9 +746,31 @@ fn end_of(reason: &str, message: &str, signal: Option<i32>) -> End {
     End { by_guest, reason }
 }
 
+/// Where the time of a wake went.
+struct WakeTrace {
+    began: std::time::Instant,
+    began_unix_us: u64,
+    /// What ended when, in microseconds since the wake began.
+    phases: Vec<(&'static str, u128)>,
+}
+
+impl WakeTrace {
+    fn new() -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self {
+            began: std::time::Instant::now(),
+            began_unix_us: now.map_or(0, |now| u64::try_from(now.as_micros()).unwrap_or(0)),
+            phases: Vec::with_capacity(8),
+        }
+    }
+
+    fn mark(&mut self, phase: &'static str) {
+        self.phases.push((phase, self.began.elapsed().as_micros()));
+    }
+}
+
 /// The news for a guest that was away.
 fn resumed() -> Request {
-    use std::time::{SystemTime, UNIX_EPOCH};
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

@@ -4,10 +4,12 @@
 #
 #   vmm/kernel/make-guest.sh OUTDIR [TERN_INIT]
 #
-# The kernel is Debian's for clouds, fetched by apt (and so verified by it), taken out of its bzImage:
-# an uncompressed kernel starts at once and its pages can be shared between Machines. The initramfs
-# holds tern-init as /init, the few modules that kernel needs, and /lib/modules-list, which names
-# them in the order in which they can be loaded. Without TERN_INIT, tern-init is built here.
+# The kernel is the small one of make-kernel.sh if it has been built (`make kernel`), and else Debian's
+# for clouds; TERN_GUEST_KERNEL=tern or =debian insists on one. Debian's is fetched by apt (and so
+# verified by it), and taken out of its bzImage: an uncompressed kernel starts at once and its pages can
+# be shared between Machines. The initramfs holds tern-init as /init, the few modules that the kernel
+# needs, and /lib/modules-list, which names them in the order in which they can be loaded (the small
+# kernel needs none). Without TERN_INIT, tern-init is built here.
 #
 # Both are kept under ~/.cache/tern/guest by what they are made of, and OUTDIR gets hard links or
 # copies of them (hence read-only): a second run takes less than a second.
@@ -40,8 +42,21 @@ main() {
     say "guest ready in $out: Linux $(<"$kernel/release")"
 }
 
-# Prints the directory that holds vmlinux, release and modules/ of the current kernel package.
+# Prints the directory that holds vmlinux, vmlinuz, release, modules-list and modules/ of the kernel.
 kernel_dir() {
+    local choice=${TERN_GUEST_KERNEL:-}
+    case $choice in
+        debian) ;;
+        tern | '')
+            "$HERE/make-kernel.sh" --cached && return
+            [[ $choice != tern ]] || die "the small kernel has not been built from the present source: make kernel"
+            ;;
+        *) die "TERN_GUEST_KERNEL is $choice, must be tern or debian" ;;
+    esac
+    debian_kernel_dir
+}
+
+debian_kernel_dir() {
     local package version dir
     read -r package version < <(kernel_package) || die "apt knows no $META_PACKAGE: apt-get update"
     dir=$CACHE/kernel-$(key "$package" "$version" "${MODULES[*]}" "$(declare -f unpack_kernel extract_vmlinux)")

@@ -1,27 +1,28 @@
 //! Making Machines and changing what they run.
 
-use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use http::HeaderMap;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::Value;
 use tern_catalog::{
-    App, AppName, Compare, Desired, DesiredState, Machine, MachineConfig, MachineId, Op,
-    PrivateAddress, Record as _, Transaction,
+    AppName, Compare, Desired, DesiredState, Machine, MachineId, Op, PrivateAddress, Record as _,
+    StoreError, Transaction,
 };
 
-use super::lease::must_hold;
+use super::config::accept;
+use super::lease::{self, MachineLease, must_hold};
 use super::{At, find, place, shape};
+use crate::apps;
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::{Json, Path};
 use crate::number;
 use crate::server::Shared;
+use crate::volumes::attach;
 
-/// Largest memory of a Machine.
-const MAX_MEMORY_MB: u32 = 64 << 10;
-/// Smallest: Debian's kernel and an init need some 60 MiB.
-const MIN_MEMORY_MB: u32 = 128;
+/// How often a change that others are faster with is tried.
+const ATTEMPTS: u32 = 16;
 
 #[derive(Debug, Deserialize)]
 pub struct Create {
@@ -30,6 +31,9 @@ pub struct Create {
     region: Option<String>,
     #[serde(default)]
     skip_launch: bool,
+    /// Seconds; more than 0 takes the Machine's lease with the same stroke.
+    #[serde(default)]
+    lease_ttl: i64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -39,6 +43,9 @@ pub struct Update {
     current_version: Option<String>,
     #[serde(default)]
     skip_launch: bool,
+    /// Seconds; more than 0 takes the Machine's lease too.
+    #[serde(default)]
+    lease_ttl: i64,
 }
 
 /// `POST …/machines`.
@@ -51,10 +58,16 @@ pub async fn create(
     let snapshot = shared.view.snapshot();
     let network = caller.app(&snapshot, &app)?.network;
     let config = accept(&shared, &caller, create.config)?;
-    let region = create
-        .region
-        .unwrap_or_else(|| shared.config.region.clone());
-    let host = place::choose(&snapshot, &region)?.id;
+    // A volume's data is on one host, and where it is not said otherwise its region is meant.
+    let (host, region) = match attach::host(&snapshot, &config)? {
+        Some(place) => place,
+        None => {
+            let region = create
+                .region
+                .unwrap_or_else(|| shared.config.region.clone());
+            (place::choose(&snapshot, &region)?.id, region)
+        }
+    };
     let number = number::next_in_network(&**shared.catalog.store(), network).await?;
     let now = Timestamp::now();
     let id = MachineId::random();
@@ -85,23 +98,21 @@ pub async fn create(
         created_at: now,
         updated_at: now,
     };
-    // An app that is being deleted at this moment must not get a Machine that nobody sees.
-    let (found, app_revision) = shared
-        .catalog
-        .get::<App>(machine.app.as_str())
-        .await?
-        .ok_or_else(|| ApiError::not_found(format!("app {}", machine.app)))?;
-    let still_there = Compare {
-        key: found.key(),
-        revision: Some(app_revision),
-    };
-    let transaction = Transaction {
+    let still_there = apps::still_there(&shared, &machine.app).await?;
+    let mut transaction = Transaction {
         compares: vec![still_there, Compare::absent(&machine)],
         ops: vec![Op::put(&machine)],
     };
+    attach::add(&shared, &machine, &mut transaction).await?;
+    let mut answer = shape::machine(&machine, None);
+    if create.lease_ttl > 0 {
+        let lease = MachineLease::new(&machine.id, create.lease_ttl);
+        transaction.ops.push(Op::put(&lease));
+        answer["nonce"] = lease.nonce.into();
+    }
     let revision = shared.catalog.store().commit(transaction).await?;
     shared.seen(revision).await;
-    Ok(Json(shape::machine(&machine, None)))
+    Ok(Json(answer))
 }
 
 /// `POST …/machines/{id}`: the whole configuration anew.
@@ -109,10 +120,17 @@ pub async fn update(
     State(shared): State<Shared>,
     caller: Caller,
     Path(at): Path<At>,
-    headers: HeaderMap,
+    mut headers: HeaderMap,
     Json(update): Json<Update>,
 ) -> Result<Json<Value>, ApiError> {
     let config = accept(&shared, &caller, update.config)?;
+    // Taken before the change, so that a caller who does not get it has changed nothing.
+    let lease = if update.lease_ttl > 0 {
+        find(&shared.view.snapshot(), &caller, &at)?;
+        Some(lease::take(&shared, &at, &mut headers, update.lease_ttl, String::new()).await?)
+    } else {
+        None
+    };
     let machine = edit(&shared, &caller, &at, &headers, |machine| {
         if update
             .current_version
@@ -141,10 +159,12 @@ pub async fn update(
     })
     .await?;
     let snapshot = shared.view.snapshot();
-    Ok(Json(shape::machine(
-        &machine,
-        snapshot.machine_status.get(&at.id).map(|s| &**s),
-    )))
+    let status = snapshot.machine_status.get(&at.id).map(|s| &**s);
+    let mut answer = shape::machine(&machine, status);
+    if let Some(lease) = lease {
+        answer["nonce"] = lease.nonce.into();
+    }
+    Ok(Json(answer))
 }
 
 /// Changes a Machine's record, where the caller may and holds its lease, if there is one.
@@ -157,55 +177,37 @@ pub(super) async fn edit(
 ) -> Result<Machine, ApiError> {
     find(&shared.view.snapshot(), caller, at)?;
     must_hold(shared, at, headers).await?;
-    let changed = shared
-        .catalog
-        .update(at.id.as_str(), |machine: &mut Machine| {
-            change(machine)?;
-            machine.updated_at = Timestamp::now();
-            Ok::<_, ApiError>(())
-        })
-        .await??;
-    let machine = changed.ok_or_else(|| ApiError::not_found(format!("machine {}", at.id)))?;
-    // The caller's next call must see this one.
-    let entry = shared.catalog.store().get(&machine.key()).await?;
-    shared.seen(entry.map_or(0, |e| e.revision)).await;
-    Ok(machine)
-}
-
-/// A configuration that can be run, its image pinned to a digest where it is in our registry.
-fn accept(shared: &Shared, caller: &Caller, config: Value) -> Result<MachineConfig, ApiError> {
-    let mut config: MachineConfig =
-        serde_json::from_value(config).map_err(|e| ApiError::invalid(format!("config: {e}")))?;
-    let guest = &config.guest;
-    if !(1..=8).contains(&guest.cpus) {
-        return Err(ApiError::invalid(format!(
-            "config.guest.cpus is {}; 1 to 8 are possible",
-            guest.cpus
-        )));
-    }
-    if !(MIN_MEMORY_MB..=MAX_MEMORY_MB).contains(&guest.memory_mb) {
-        return Err(ApiError::invalid(format!(
-            "config.guest.memory_mb is {}; {MIN_MEMORY_MB} to {MAX_MEMORY_MB} are possible",
-            guest.memory_mb
-        )));
-    }
-    if let Some(signal) = &config.stop_config.signal {
-        super::SignalName::Name(signal.clone()).number()?;
-    }
-    for file in &config.files {
-        if !file.guest_path.starts_with('/') {
-            return Err(ApiError::invalid(format!(
-                "config.files: \"{}\" is not absolute",
-                file.guest_path
-            )));
+    for _ in 0..ATTEMPTS {
+        let found = shared.catalog.get::<Machine>(at.id.as_str()).await?;
+        let (before, revision) =
+            found.ok_or_else(|| ApiError::not_found(format!("machine {}", at.id)))?;
+        let mut machine = before.clone();
+        change(&mut machine)?;
+        machine.updated_at = Timestamp::now();
+        let mut transaction = Transaction {
+            compares: vec![Compare {
+                key: machine.key(),
+                revision: Some(revision),
+            }],
+            ops: vec![Op::put(&machine)],
+        };
+        if machine.config.mounts != before.config.mounts {
+            attach::add(shared, &machine, &mut transaction).await?;
+        }
+        match shared.catalog.store().commit(transaction).await {
+            Ok(revision) => {
+                // The caller's next call must see this one.
+                shared.seen(revision).await;
+                return Ok(machine);
+            }
+            Err(StoreError::Conflict { .. }) => {}
+            Err(other) => return Err(other.into()),
         }
     }
-    config.image = shared.registry.pin(&config.image, |app| {
-        // An image of another organization's app must not be had by naming it.
-        let app: AppName = app.parse()?;
-        caller.app(&shared.view.snapshot(), &app).map(drop)
-    })?;
-    Ok(config)
+    Err(ApiError::conflict(format!(
+        "machine {} is changed by others all the time; try again",
+        at.id
+    )))
 }
 
 /// A ULID: 48 bits of milliseconds, 80 of randomness, in Crockford's base 32.

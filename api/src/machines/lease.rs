@@ -1,16 +1,16 @@
 //! Leases of Machines: whoever holds one is alone in changing it, until it ends.
 
-use axum::Json;
-use axum::extract::{Path, Query, State};
-use http::{HeaderMap, StatusCode};
+use axum::extract::State;
+use http::{HeaderMap, HeaderValue, StatusCode};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tern_catalog::{Compare, Op, Record, StoreError, Transaction};
+use tern_catalog::{Compare, MachineId, Op, Record, StoreError, Transaction};
 
 use super::{At, find, optional};
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::{Json, Path, Query};
 use crate::server::Shared;
 
 /// Where the holder shows that it holds.
@@ -20,9 +20,11 @@ const MAX_TTL_S: i64 = 3600;
 
 /// A lease as it is kept. Only this API reads it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct MachineLease {
+pub(super) struct MachineLease {
     machine: String,
-    nonce: String,
+    /// What the holder shows to be known.
+    pub(super) nonce: String,
+    /// In seconds since 1970.
     expires_at: i64,
     description: String,
 }
@@ -31,6 +33,18 @@ impl Record for MachineLease {
     const PREFIX: &'static str = "machine_leases/";
     fn id(&self) -> String {
         self.machine.clone()
+    }
+}
+
+impl MachineLease {
+    /// A lease of `ttl` seconds from now, within bounds.
+    pub(super) fn new(machine: &MachineId, ttl: i64) -> Self {
+        Self {
+            machine: machine.to_string(),
+            nonce: hex::encode(rand::random::<[u8; 16]>()),
+            expires_at: Timestamp::now().as_second() + ttl.clamp(1, MAX_TTL_S),
+            description: String::new(),
+        }
     }
 }
 
@@ -53,47 +67,52 @@ pub async fn take_lease(
     caller: Caller,
     Path(at): Path<At>,
     Query(query): Query<TakeQuery>,
-    headers: HeaderMap,
+    mut headers: HeaderMap,
     body: bytes::Bytes,
 ) -> Result<(StatusCode, Json<Value>), ApiError> {
     find(&shared.view.snapshot(), &caller, &at)?;
-    let take: Take = optional(&body)?;
-    let ttl = take
-        .ttl
-        .or(query.ttl)
-        .unwrap_or(DEFAULT_TTL_S)
-        .clamp(1, MAX_TTL_S);
+    let body: Take = optional(&body)?;
+    let ttl = body.ttl.or(query.ttl).unwrap_or(DEFAULT_TTL_S);
+    let lease = take(&shared, &at, &mut headers, ttl, body.description).await?;
+    Ok((StatusCode::CREATED, Json(shape(&lease))))
+}
+
+/// Takes the lease for `ttl` seconds, or makes it last longer for the holder whose nonce is in `headers`;
+/// afterwards the nonce is there in any case.
+pub(super) async fn take(
+    shared: &Shared,
+    at: &At,
+    headers: &mut HeaderMap,
+    ttl: i64,
+    description: String,
+) -> Result<MachineLease, ApiError> {
     let found = shared.catalog.get::<MachineLease>(at.id.as_str()).await?;
-    let now = Timestamp::now().as_second();
-    let nonce = match &found {
-        Some((held, _)) if held.expires_at > now => {
-            if given(&headers) != Some(held.nonce.as_str()) {
-                return Err(ApiError::locked());
-            }
-            held.nonce.clone()
-        }
-        _ => hex::encode(rand::random::<[u8; 16]>()),
-    };
-    let lease = MachineLease {
-        machine: at.id.to_string(),
-        nonce,
-        expires_at: now + ttl,
-        description: take.description.chars().take(200).collect(),
-    };
-    let compares = vec![Compare {
-        key: lease.key(),
-        revision: found.map(|(_, revision)| revision),
-    }];
-    match shared
-        .catalog
-        .store()
-        .commit(Transaction {
-            compares,
-            ops: vec![Op::put(&lease)],
-        })
-        .await
+    let mut lease = MachineLease::new(&at.id, ttl);
+    lease.description = description.chars().take(200).collect();
+    if let Some((held, _)) = &found
+        && held.expires_at > Timestamp::now().as_second()
     {
-        Ok(_) => Ok((StatusCode::CREATED, Json(shape(&lease)))),
+        if given(headers) != Some(held.nonce.as_str()) {
+            return Err(ApiError::locked());
+        }
+        lease.nonce.clone_from(&held.nonce);
+    }
+    let transaction = Transaction {
+        compares: vec![Compare {
+            key: lease.key(),
+            revision: found.map(|(_, revision)| revision),
+        }],
+        ops: vec![Op::put(&lease)],
+    };
+    match shared.catalog.store().commit(transaction).await {
+        Ok(_) => {
+            // A nonce is hexadecimal: always a header's value.
+            headers.insert(
+                NONCE,
+                HeaderValue::from_str(&lease.nonce).map_err(|_| ApiError::locked())?,
+            );
+            Ok(lease)
+        }
         Err(StoreError::Conflict { .. }) => Err(ApiError::locked()),
         Err(other) => Err(other.into()),
     }

@@ -2,14 +2,17 @@
 
 mod change;
 mod checks;
+mod config;
 mod lease;
-mod place;
+pub mod metadata;
+pub(crate) mod place;
 mod run;
-mod shape;
+pub(crate) mod shape;
 mod wait;
 
-use axum::Json;
-use axum::extract::{Path, Query, State};
+use std::collections::BTreeMap;
+
+use axum::extract::State;
 use http::HeaderMap;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -18,10 +21,11 @@ use tern_catalog::{AppName, DesiredState, Machine, MachineId, Snapshot};
 pub use change::{create, update};
 pub use lease::{get_lease, release_lease, take_lease};
 pub use run::{exec, signal};
-pub use wait::wait;
+pub use wait::{MOST, wait};
 
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::{self, Json, Path, Query};
 use crate::server::Shared;
 
 /// Which Machine of which app.
@@ -78,12 +82,23 @@ pub async fn list(
     caller: Caller,
     Path(app): Path<AppName>,
     Query(query): Query<ListQuery>,
+    Query(all): Query<BTreeMap<String, String>>,
 ) -> Result<Json<Vec<Value>>, ApiError> {
+    // `metadata.{key}={value}`, as often as one likes; all must hold.
+    let labels: Vec<(&str, &String)> = all
+        .iter()
+        .filter_map(|(k, v)| Some((k.strip_prefix("metadata.")?, v)))
+        .collect();
     let snapshot = shared.view.snapshot();
     caller.app(&snapshot, &app)?;
     let shown = snapshot
         .machines_of(&app)
         .filter(|(m, _)| query.region.as_ref().is_none_or(|r| *r == m.region))
+        .filter(|(m, _)| {
+            labels
+                .iter()
+                .all(|(k, v)| m.config.metadata.get(*k) == Some(*v))
+        })
         .map(|(m, status)| shape::machine(m, status.map(|s| &**s)))
         .filter(|m| query.state.as_ref().is_none_or(|s| m["state"] == **s));
     Ok(Json(shown.collect()))
@@ -119,16 +134,6 @@ pub async fn events(
         .unwrap_or_default();
     events.truncate(query.limit.unwrap_or(usize::MAX));
     Ok(Json(events))
-}
-
-/// `GET …/metadata`.
-pub async fn metadata(
-    State(shared): State<Shared>,
-    caller: Caller,
-    Path(at): Path<At>,
-) -> Result<Json<Value>, ApiError> {
-    let snapshot = shared.view.snapshot();
-    Ok(Json(json!(find(&snapshot, &caller, &at)?.config.metadata)))
 }
 
 /// `POST …/start`.
@@ -231,7 +236,7 @@ pub async fn destroy(
     let gone = shared
         .view
         .wait_for(|s| (!s.machines.contains_key(&at.id)).then_some(()));
-    match tokio::time::timeout(wait::MOST, gone).await {
+    match tokio::time::timeout(MOST, gone).await {
         Ok(()) => Ok(ok()),
         Err(_) => Err(ApiError::timeout(format!(
             "machine {} is being destroyed, but is not gone yet",
@@ -311,8 +316,7 @@ fn optional<T: serde::de::DeserializeOwned + Default>(body: &[u8]) -> Result<T, 
     if body.iter().all(u8::is_ascii_whitespace) {
         return Ok(T::default());
     }
-    serde_json::from_slice(body)
-        .map_err(|e| ApiError::bad_request(format!("the body is not right: {e}")))
+    extract::read(body)
 }
 
 fn ok() -> Json<Value> {

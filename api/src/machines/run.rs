@@ -2,21 +2,21 @@
 
 use std::time::Duration;
 
-use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{At, SignalName, find};
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::{Json, Path};
 use crate::gateway::ExecRequest;
 use crate::server::Shared;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// Both spellings of the command are in use: text, split at white space, and a list.
+/// Both spellings of the command are in use: text, split into words as a shell would, and a list.
 #[derive(Debug, Deserialize)]
 pub struct Exec {
     cmd: Option<String>,
@@ -42,7 +42,11 @@ pub async fn exec(
     find(&shared.view.snapshot(), &caller, &at)?;
     let command = match (exec.command, exec.cmd) {
         (Some(command), _) => command,
-        (None, Some(text)) => text.split_whitespace().map(str::to_owned).collect(),
+        (None, Some(text)) => shlex::split(&text).ok_or_else(|| {
+            ApiError::invalid(
+                "`cmd` ends within a quote; close it, or give `command`, a list of words",
+            )
+        })?,
         (None, None) => Vec::new(),
     };
     if command.is_empty() {

@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use axum::Json;
-use axum::extract::{Path, RawQuery, State};
+use axum::extract::{RawQuery, State};
 use serde_json::{Value, json};
 use tern_catalog::{MachineState, Snapshot};
 
 use super::{At, find, shape};
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::extract::{Json, Path};
 use crate::server::Shared;
 
 /// Longest wait of one call.

@@ -5,6 +5,7 @@
 //! enough to read what another app pushed.
 
 mod blobs;
+mod collect;
 mod manifests;
 mod store;
 mod uploads;
@@ -19,6 +20,7 @@ use http::{HeaderValue, StatusCode, header};
 use serde_json::json;
 use tern_catalog::AppName;
 
+pub use collect::{Grace, in_use};
 pub use store::{Digest, Registry};
 
 use crate::auth::Caller;

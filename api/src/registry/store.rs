@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use sha2::{Digest as _, Sha256};
 use tern_catalog::AppName;
 
@@ -26,15 +26,18 @@ use super::REGISTRY_NAME;
 use crate::error::ApiError;
 
 /// A `sha256:` digest.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Digest(String);
 
 /// The registry of one API.
 #[derive(Debug)]
 pub struct Registry {
-    root: PathBuf,
+    pub(super) root: PathBuf,
     /// Uploads that a call is at: what is being hashed must not grow.
-    busy: Mutex<HashSet<PathBuf>>,
+    pub(super) busy: Mutex<HashSet<PathBuf>>,
+    /// Held for writing while something is removed, for reading while something is found there and
+    /// touched, so that nothing is removed that a client has just been told of.
+    pub(super) gate: RwLock<()>,
 }
 
 /// The only call that is at an upload, until dropped.
@@ -62,6 +65,7 @@ impl Registry {
         Ok(Self {
             root: root.to_owned(),
             busy: Mutex::default(),
+            gate: RwLock::default(),
         })
     }
 
@@ -89,9 +93,17 @@ impl Registry {
         }
     }
 
-    /// Whether the app was given this blob.
+    /// Whether the app was given this blob. If so, it stays for a while, whoever names it or not.
     pub fn has_blob(&self, app: &AppName, digest: &Digest) -> bool {
-        self.of(app).join("blobs").join(digest.hex()).exists() && self.blob(digest).exists()
+        let _stays = self.gate.read();
+        let listed = self.of(app).join("blobs").join(digest.hex());
+        let blob = self.blob(digest);
+        let found = listed.exists() && blob.exists();
+        if found {
+            touch(&listed);
+            touch(&blob);
+        }
+        found
     }
 
     /// Gives the app a blob whose content is there.
@@ -101,7 +113,9 @@ impl Registry {
 
     /// Makes a finished upload the blob of this digest. Its content has been checked.
     pub fn finish(&self, upload: &Path, app: &AppName, digest: &Digest) -> std::io::Result<()> {
+        let _stays = self.gate.read();
         if self.blob(digest).exists() {
+            touch(&self.blob(digest));
             // The same content: what others may be reading is left alone.
             std::fs::remove_file(upload)?;
         } else {
@@ -120,6 +134,7 @@ impl Registry {
         media_type: &str,
         content: &[u8],
     ) -> std::io::Result<Digest> {
+        let _stays = self.gate.read();
         let digest = Digest::of(content);
         write(&self.blob(&digest), content)?;
         write(
@@ -152,7 +167,12 @@ impl Registry {
             }
             Err(_) => return Ok(None),
         };
-        let media_type = read(&self.of(app).join("manifests").join(digest.hex()))?;
+        let _stays = self.gate.read();
+        let listed = self.of(app).join("manifests").join(digest.hex());
+        let media_type = read(&listed)?;
+        if media_type.is_some() {
+            touch(&listed);
+        }
         Ok(media_type.map(|media_type| (digest, media_type)))
     }
 
@@ -233,7 +253,8 @@ impl Digest {
         Self(hex::encode(hash.finalize()))
     }
 
-    fn hex(&self) -> &str {
+    /// The digits alone.
+    pub(super) fn hex(&self) -> &str {
         &self.0
     }
 }
@@ -277,7 +298,16 @@ fn write(path: &Path, content: &[u8]) -> std::io::Result<()> {
     sync_parent(path)
 }
 
-fn sync_parent(path: &Path) -> std::io::Result<()> {
+/// Notes that something is of use. What cannot be noted is removed a little early.
+fn touch(path: &Path) {
+    let touched =
+        std::fs::File::open(path).and_then(|file| file.set_modified(std::time::SystemTime::now()));
+    if let Err(error) = touched {
+        tracing::debug!(path = %path.display(), %error, "its use cannot be noted");
+    }
+}
+
+pub(super) fn sync_parent(path: &Path) -> std::io::Result<()> {
     path.parent()
         .map_or(Ok(()), |parent| std::fs::File::open(parent)?.sync_all())
 }

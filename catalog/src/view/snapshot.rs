@@ -9,7 +9,7 @@ use imbl::{HashMap, OrdMap, OrdSet};
 use crate::{
     AcmeChallenge, App, AppName, Certificate, Change, Entry, Host, HostId, Hostname, HostnameRoute,
     Machine, MachineId, MachineStatus, Network, NetworkId, OrgSlug, Organization, Peer, Record,
-    Revision, Token, WatchBatch,
+    Revision, Token, Volume, VolumeId, VolumeStatus, WatchBatch,
 };
 
 /// One consistent picture of the catalog.
@@ -39,6 +39,10 @@ pub struct Snapshot {
     pub challenges: HashMap<String, Arc<AcmeChallenge>>,
     /// Tokens by hash.
     pub tokens: HashMap<String, Arc<Token>>,
+    /// Volumes by id.
+    pub volumes: OrdMap<VolumeId, Arc<Volume>>,
+    /// What was seen of volumes, by id.
+    pub volume_status: HashMap<VolumeId, Arc<VolumeStatus>>,
     /// Index: the Machines of each app.
     by_app: HashMap<AppName, OrdSet<MachineId>>,
     /// Index: the Machine at each address.
@@ -58,6 +62,20 @@ impl Snapshot {
     /// The Machine that has this address.
     pub fn machine_at(&self, address: Ipv6Addr) -> Option<&Arc<Machine>> {
         self.machines.get(self.by_address.get(&address)?)
+    }
+
+    /// The volumes of an app, in order of id; those that are being destroyed are nobody's.
+    pub fn volumes_of(&self, app: &AppName) -> impl Iterator<Item = &Arc<Volume>> {
+        self.volumes
+            .values()
+            .filter(move |v| v.app == *app && !v.destroyed)
+    }
+
+    /// The Machine that mounts this volume.
+    pub fn holder_of(&self, volume: &Volume) -> Option<&Arc<Machine>> {
+        let machine = self.machines.get(volume.machine.as_ref()?)?;
+        let mounted = machine.config.mounts.iter().any(|m| m.volume == volume.id);
+        mounted.then_some(machine)
     }
 
     /// The apps of a network, in order of name.
@@ -108,6 +126,10 @@ impl Snapshot {
             read::<AcmeChallenge>(entry).map(|c| drop(self.challenges.insert(id.to_owned(), c)))
         } else if let Some(id) = key.strip_prefix(Token::PREFIX) {
             read::<Token>(entry).map(|t| drop(self.tokens.insert(id.to_owned(), t)))
+        } else if key.starts_with(Volume::PREFIX) {
+            read::<Volume>(entry).map(|v| drop(self.volumes.insert(v.id.clone(), v)))
+        } else if let Some(id) = key.strip_prefix(VolumeStatus::PREFIX) {
+            insert(&mut self.volume_status, id, entry)
         } else {
             // Kinds that only their own writer reads (leases, ACME accounts).
             Ok(())
@@ -170,6 +192,10 @@ impl Snapshot {
             self.challenges.remove(id);
         } else if let Some(id) = key.strip_prefix(Token::PREFIX) {
             self.tokens.remove(id);
+        } else if let Some(id) = key.strip_prefix(Volume::PREFIX) {
+            self.volumes.remove(id);
+        } else if let Some(id) = key.strip_prefix(VolumeStatus::PREFIX) {
+            self.volume_status.remove(id);
         }
     }
 }

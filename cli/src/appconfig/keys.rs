@@ -19,8 +19,6 @@ pub struct Problem {
 pub(super) enum Verdict {
     /// No such key anywhere.
     Unknown(String),
-    /// Known, and ignoring it would lose something.
-    Refused(String),
     /// Known, and harmless to leave out.
     NotYet(String),
 }
@@ -46,6 +44,16 @@ const NOT_YET: &[&str] = &[
     "http_service.tls_options.default_self_signed",
     "metrics",
     "machine_config",
+    "mounts.auto_extend_size_increment",
+    "mounts.auto_extend_size_limit",
+    "mounts.auto_extend_size_threshold",
+    "mounts.scheduled_snapshots",
+    "mounts.snapshot_retention",
+    "mounts.?.auto_extend_size_increment",
+    "mounts.?.auto_extend_size_limit",
+    "mounts.?.auto_extend_size_threshold",
+    "mounts.?.scheduled_snapshots",
+    "mounts.?.snapshot_retention",
     "swap_size_mb",
     "vm.?.gpu_kind",
     "vm.?.gpus",
@@ -61,18 +69,6 @@ const NOT_YET: &[&str] = &[
     "build.compression_level",
     "statics",
     "checks",
-];
-
-/// Documented keys without which the app would not be what its writer means.
-const REFUSED: &[(&str, &str)] = &[
-    (
-        "mounts",
-        "volumes are not supported yet, and without its volume the app would lose its data",
-    ),
-    (
-        "mount",
-        "volumes are not supported yet, and without its volume the app would lose its data",
-    ),
 ];
 
 /// Keys that the schema takes, to guess what was meant.
@@ -133,6 +129,10 @@ const TAKEN: &[&str] = &[
     "restart",
     "policy",
     "retries",
+    "mounts",
+    "source",
+    "destination",
+    "initial_size",
     "files",
     "guest_path",
     "local_path",
@@ -162,9 +162,6 @@ pub(super) fn judge(path: &str) -> Verdict {
         let known: Vec<&str> = known.split('.').collect();
         shape.len() >= known.len() && shape[..known.len()] == known[..]
     };
-    if let Some((_, why)) = REFUSED.iter().find(|(known, _)| within(known)) {
-        return Verdict::Refused(format!("`{path}`: {why}"));
-    }
     if NOT_YET.iter().any(|known| within(known)) {
         return Verdict::NotYet(format!("`{path}` is not acted on yet"));
     }

@@ -88,6 +88,8 @@ pub fn machine_config(
                 })
             })
             .collect::<Result<_>>()?,
+        // `tern deploy` finds the volume.
+        mounts: Vec::new(),
         auto_destroy: false,
     })
 }
@@ -96,47 +98,10 @@ fn command(config: &AppConfig, group: &str) -> Result<Option<Vec<String>>> {
     let Some(command) = config.processes.get(group).filter(|c| !c.trim().is_empty()) else {
         return Ok(None);
     };
-    shell_split(command)
-        .map(Some)
-        .with_context(|| format!("the command of process group \"{group}\""))
-}
-
-/// Splits a command as a shell would, without expanding anything.
-fn shell_split(command: &str) -> Result<Vec<String>> {
-    let (mut words, mut word, mut in_word) = (Vec::new(), String::new(), false);
-    let mut chars = command.chars();
-    while let Some(c) = chars.next() {
-        match c {
-            ' ' | '\t' | '\n' => {
-                if std::mem::take(&mut in_word) {
-                    words.push(std::mem::take(&mut word));
-                }
-            }
-            '\'' | '"' => {
-                in_word = true;
-                loop {
-                    match chars.next() {
-                        Some(q) if q == c => break,
-                        Some('\\') if c == '"' => word.extend(chars.next()),
-                        Some(other) => word.push(other),
-                        None => bail!("a quote in `{command}` is not closed"),
-                    }
-                }
-            }
-            '\\' => {
-                in_word = true;
-                word.extend(chars.next());
-            }
-            other => {
-                in_word = true;
-                word.push(other);
-            }
-        }
+    match shlex::split(command) {
+        Some(words) => Ok(Some(words)),
+        None => bail!("process group \"{group}\": a quote in `{command}` is not closed"),
     }
-    if in_word {
-        words.push(word);
-    }
-    Ok(words)
 }
 
 fn guest(vm: &Vm) -> Result<Guest> {
@@ -260,12 +225,20 @@ mod tests {
 
     #[test]
     fn commands_are_split_as_a_shell_does() {
-        let split = |s| shell_split(s).unwrap();
+        let split = |text: &str| {
+            let processes = [("web".to_owned(), text.to_owned())].into();
+            let config = AppConfig {
+                processes,
+                ..AppConfig::default()
+            };
+            command(&config, "web")
+        };
         assert_eq!(
-            split(r#"a "b c" d\ e 'f "g"' """#),
+            split(r#"a "b c" d\ e 'f "g"' """#).unwrap().unwrap(),
             ["a", "b c", "d e", "f \"g\"", ""]
         );
-        assert!(shell_split("a 'b").is_err());
+        assert!(split("a 'b").unwrap_err().to_string().contains("web"));
+        assert_eq!(split(" ").unwrap(), None);
     }
 
     #[test]

@@ -1,8 +1,7 @@
 //! `fly.toml`: what an app is and how it runs, as its developer wrote it.
 //!
 //! [`AppConfig::parse`] accepts the documented schema and says exactly where a file departs from it:
-//! a key nobody knows is an error with its line, and so is one whose loss would lose data; a key that
-//! Tern does not act on yet is a warning. [`machine`] turns the result into Machine configurations.
+//! a key nobody knows is an error with its line; a key that Tern does not act on yet is a warning. [`machine`] turns the result into Machine configurations.
 
 mod keys;
 pub mod machine;
@@ -88,7 +87,6 @@ impl AppConfig {
             let line = keys::line_of(text, table.get_ref(), &path);
             match keys::judge(&path) {
                 keys::Verdict::Unknown(text) => errors.push(Problem { line, text }),
-                keys::Verdict::Refused(text) => errors.push(Problem { line, text }),
                 keys::Verdict::NotYet(text) => warnings.push(Problem { line, text }),
             }
         }

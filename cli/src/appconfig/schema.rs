@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 use tern_catalog::{
     Autostop, Concurrency, GoDuration, Handler, ResponseOptions, RestartPolicy, ServiceProtocol,
+    VolumeName,
 };
 
 /// A whole `fly.toml`.
@@ -48,6 +49,9 @@ pub struct AppConfig {
     /// What to do when the app exits.
     #[serde(default, deserialize_with = "one_or_many")]
     pub restart: Vec<RestartConfig>,
+    /// Volumes; one for a process group.
+    #[serde(default, alias = "mount", deserialize_with = "one_or_many")]
+    pub mounts: Vec<MountConfig>,
     /// Files to put into Machines.
     #[serde(default)]
     pub files: Vec<FileEntry>,
@@ -262,10 +266,37 @@ pub struct FileEntry {
     pub processes: Vec<String>,
 }
 
+/// `[[mounts]]`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct MountConfig {
+    /// The volume's name; any free volume of this name will do, and one is made where there is none.
+    pub source: VolumeName,
+    /// Where it is mounted.
+    pub destination: String,
+    /// The size of a volume that is made, in GiB.
+    #[serde(default, deserialize_with = "gigabytes")]
+    pub initial_size: Option<u32>,
+    /// Process groups it is for; all when empty.
+    #[serde(default)]
+    pub processes: Vec<String>,
+}
+
 /// The process group of an app that names none.
 pub const DEFAULT_GROUP: &str = "app";
 
+impl MountConfig {
+    /// Whether Machines of this process group mount it.
+    pub fn is_for(&self, group: &str) -> bool {
+        self.processes.is_empty() || self.processes.iter().any(|g| g == group)
+    }
+}
+
 impl AppConfig {
+    /// The volume of a process group.
+    pub fn mount_of(&self, group: &str) -> Option<&MountConfig> {
+        self.mounts.iter().find(|mount| mount.is_for(group))
+    }
+
     /// The process groups, in order of name.
     pub fn groups(&self) -> Vec<String> {
         if self.processes.is_empty() {
@@ -297,6 +328,32 @@ impl AppConfig {
         }
         for (i, vm) in self.vm.iter().enumerate() {
             known(format!("vm.{i}.processes"), &vm.processes);
+        }
+        for (i, mount) in self.mounts.iter().enumerate() {
+            known(format!("mounts.{i}.processes"), &mount.processes);
+        }
+        for (i, mount) in self.mounts.iter().enumerate() {
+            let place = &mount.destination;
+            if !place.starts_with('/') || place.len() == 1 || place.split('/').any(|s| s == "..") {
+                say(
+                    format!("mounts.{i}.destination"),
+                    format!(
+                        "{place:?} is no place for a volume; write an absolute path other than /"
+                    ),
+                );
+            }
+            let before = &self.mounts[..i];
+            let twice = groups.iter().find(|group| {
+                mount.is_for(group) && before.iter().any(|other| other.is_for(group))
+            });
+            if let Some(group) = twice {
+                say(
+                    format!("mounts.{i}"),
+                    format!(
+                        "process group \"{group}\" has a volume already; a Machine has one at most"
+                    ),
+                );
+            }
         }
         for key in self.env.keys().filter(|k| k.starts_with("FLY_")) {
             say(
@@ -398,6 +455,27 @@ fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::
     u32::try_from(mib)
         .map(Some)
         .map_err(|_| wrong(&mib.to_string()))
+}
+
+fn gigabytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    let wrong = |text: &str| {
+        serde::de::Error::custom(format!(
+            "\"{text}\" is not a volume's size; write \"10gb\" or a number of GB"
+        ))
+    };
+    match NumberOrText::deserialize(deserializer)? {
+        NumberOrText::Number(n) => u32::try_from(n).map_err(|_| wrong(&n.to_string())),
+        NumberOrText::Text(text) => {
+            let lower = text.trim().to_ascii_lowercase();
+            let digits = lower
+                .strip_suffix("gib")
+                .or(lower.strip_suffix("gb"))
+                .or(lower.strip_suffix('g'))
+                .unwrap_or(&lower);
+            digits.trim().parse().map_err(|_| wrong(&text))
+        }
+    }
+    .map(Some)
 }
 
 fn text_map<'de, D: Deserializer<'de>>(

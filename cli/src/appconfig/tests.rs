@@ -110,12 +110,41 @@ fn a_key_of_the_schema_that_is_not_acted_on_is_a_warning() {
 }
 
 #[test]
-fn a_volume_is_refused_rather_than_forgotten() {
-    let found = errors("[mounts]\nsource = \"data\"\ndestination = \"/data\"\n");
-    assert!(
-        found[0].starts_with("line 1:") && found[0].contains("volumes"),
-        "{found:?}"
+fn a_group_has_its_volume() {
+    let text = "[processes]\nweb = \"w\"\ndb = \"d\"\n\
+                [[mounts]]\nsource = \"data\"\ndestination = \"/data\"\ninitial_size = \"20gb\"\n\
+                processes = [\"db\"]\nsnapshot_retention = 5\n";
+    let (config, warnings) = AppConfig::parse(text).unwrap();
+    let mount = config.mount_of("db").unwrap();
+    assert_eq!(
+        (mount.source.as_str(), mount.initial_size),
+        ("data", Some(20))
     );
+    assert!(config.mount_of("web").is_none());
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    let (config, _) =
+        AppConfig::parse("[mounts]\nsource = \"d\"\ndestination = \"/d\"\ninitial_size = 3\n")
+            .unwrap();
+    assert_eq!(config.mount_of("app").unwrap().initial_size, Some(3));
+}
+
+#[test]
+fn a_volume_that_cannot_be_mounted_is_an_error_with_its_line() {
+    let root = errors("[mounts]\nsource = \"data\"\ndestination = \"/\"\n");
+    assert!(
+        root[0].starts_with("line ") && root[0].contains("absolute"),
+        "{root:?}"
+    );
+    let one = "[[mounts]]\nsource = \"data\"\ndestination = \"/a\"\n";
+    let two = errors(&format!("{one}{one}"));
+    assert!(
+        two[0].starts_with("line 4:") && two[0].contains("one at most"),
+        "{two:?}"
+    );
+    let name = errors("[mounts]\nsource = \"My-Data\"\ndestination = \"/a\"\n");
+    assert!(name[0].contains("volume name"), "{name:?}");
+    let size = errors("[mounts]\nsource = \"d\"\ndestination = \"/a\"\ninitial_size = \"big\"\n");
+    assert!(size[0].contains("10gb"), "{size:?}");
 }
 
 #[test]

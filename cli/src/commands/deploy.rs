@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use http::StatusCode;
 use serde_json::{Value, json};
-use tern_catalog::{AppName, MachineConfig};
+use tern_catalog::{AppName, MachineConfig, Mount};
 
 use super::wire::Machine;
-use super::{app_named_by, certs, config_path, load, machine};
+use super::{app_named_by, certs, config_path, load, machine, volumes};
 use crate::appconfig::{Loaded, Strategy, machine::machine_config};
 use crate::args::Deploy;
 use crate::client::{Client, is_status};
@@ -19,6 +19,8 @@ use crate::output;
 
 /// Longest wait for a Machine to become healthy, where neither flag nor fly.toml says.
 const WAIT: Duration = Duration::from_secs(300);
+/// Size of a volume where fly.toml asks for none, in GB.
+const VOLUME_GB: u32 = 1;
 /// Time between two looks at a Machine's checks.
 const CHECK_POLL: Duration = Duration::from_millis(500);
 
@@ -76,9 +78,11 @@ impl Deployment<'_> {
             let config = machine_config(&self.loaded.config, group, &image, base)?;
             let existing: Vec<&Machine> = machines.iter().filter(|m| m.group() == group).collect();
             if existing.is_empty() {
+                let config = self.with_volume(group, config.clone(), None).await?;
                 self.create(group, &config).await?;
             }
             for old in existing {
+                let config = self.with_volume(group, config.clone(), Some(old)).await?;
                 self.replace(old, &config).await?;
             }
         }
@@ -96,6 +100,52 @@ impl Deployment<'_> {
                 .await?;
         }
         self.finish(started).await
+    }
+
+    /// The configuration with the group's volume: the one that `old` has, else a free one of that name,
+    /// else a new one.
+    async fn with_volume(
+        &self,
+        group: &str,
+        mut config: MachineConfig,
+        old: Option<&Machine>,
+    ) -> Result<MachineConfig> {
+        let Some(mount) = self.loaded.config.mount_of(group) else {
+            return Ok(config);
+        };
+        let all = volumes::list(self.client, &self.app).await?;
+        let mut named = all
+            .into_iter()
+            .filter(|v| v.name == mount.source && v.state == "created");
+        let region = old
+            .map(|m| &m.region)
+            .or(self.loaded.config.primary_region.as_ref());
+        let volume = match old.and_then(|m| m.config.mounts.first()) {
+            Some(mounted) => named.find(|v| v.id == mounted.volume),
+            None => named
+                .find(|v| v.attached_machine_id.is_none() && region.is_none_or(|r| *r == v.region)),
+        };
+        let volume = match volume {
+            Some(volume) => volume,
+            None => {
+                let size = mount.initial_size.unwrap_or(VOLUME_GB);
+                let body = json!({"name": mount.source, "size_gb": size, "region": region});
+                let made = volumes::create(self.client, &self.app, &body).await?;
+                step(&format!(
+                    "Created volume {} ({}, {size} GB)",
+                    made.id, made.name
+                ));
+                made
+            }
+        };
+        config.mounts = vec![Mount {
+            volume: volume.id,
+            path: mount.destination.clone(),
+            name: Some(volume.name.to_string()),
+            size_gb: None,
+            encrypted: None,
+        }];
+        Ok(config)
     }
 
     async fn finish(&self, started: Instant) -> Result<ExitCode> {

@@ -165,7 +165,12 @@ async fn exec(
         stderr: Option<String>,
     }
     let path = path_of(client, arg).await?;
-    let body = json!({"command": command, "timeout": timeout.as_secs().max(1)});
+    let mut body = json!({"timeout": timeout.as_secs().max(1)});
+    match &command[..] {
+        // One argument may hold a whole command, as with `fly machine exec`.
+        [line] => body["cmd"] = json!(line),
+        words => body["command"] = json!(words),
+    }
     let answer: Answer = client.post(&format!("{path}/exec"), &body).await?;
     std::io::stdout().write_all(answer.stdout.unwrap_or_default().as_bytes())?;
     std::io::stderr().write_all(answer.stderr.unwrap_or_default().as_bytes())?;

@@ -9,6 +9,7 @@ mod logs;
 mod machine;
 mod orgs;
 mod status;
+mod volumes;
 mod wire;
 mod wireguard;
 
@@ -51,6 +52,7 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Logs(args) => logs::run(&client, &args).await,
         Command::Apps(args) => apps::run(&client, args).await,
         Command::Machine(args) => machine::run(&client, args).await,
+        Command::Volumes(args) => volumes::run(&client, args).await,
         Command::Wireguard(args) => wireguard::run(&client, args).await,
         Command::Certs(args) => certs::run(&client, args).await,
         Command::Orgs(args) => orgs::orgs(&client, args).await,

@@ -134,8 +134,9 @@ async fn serve(args: Serve) -> Result<()> {
     dns.shutdown().await;
     mesh.shutdown().await;
     agent.shutdown().await;
-    // Calls that follow something would go on for ever: they end with the process.
-    api.abort();
+    if let Err(error) = api.await {
+        tracing::error!(%error, "the API ended badly");
+    }
     ended.map_or(Ok(()), |error| {
         Err(error).context("the mesh ended by itself")
     })
@@ -191,6 +192,8 @@ fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) 
     config.vmm_binary.clone_from(&files.vmm);
     config.kernel.clone_from(&files.kernel);
     config.initramfs.clone_from(&files.initramfs);
+    config.image_budget = args.image_budget;
+    config.private_registries = args.private_registries;
     let registry = Registry {
         address: reachable(args.api).to_string(),
         credentials: Some(("host".to_owned(), internal_token.to_owned())),
@@ -239,9 +242,11 @@ fn nix_root() -> bool {
 }
 
 fn log(json: bool) {
+    use std::io::IsTerminal as _;
     let filter = EnvFilter::try_from_env("TERN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     if json { log.json().init() } else { log.init() }
 }

@@ -16,6 +16,12 @@ use tokio::net::UnixStream;
 pub(crate) struct VmState {
     /// `running` or `paused`.
     pub(crate) state: String,
+    /// When its process began to run, in microseconds since 1970.
+    #[serde(default)]
+    pub(crate) started_unix_us: u64,
+    /// Where the time of its start went: microseconds since then, by the phase that ended.
+    #[serde(default)]
+    pub(crate) boot: serde_json::Value,
 }
 
 /// Why a call failed.

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result};
 use rcgen::{CertifiedKey, generate_simple_self_signed};
 
 use crate::process::{Background, run, wait_for};
+use crate::world::PATIENCE;
 
 /// Where the directory is.
 pub const DIRECTORY: &str = "https://localhost:14000/dir";
@@ -51,7 +52,7 @@ impl Pebble {
             &dir.join("pebble.log"),
         )?;
         let issued_root = dir.join("root.pem");
-        let pem = wait_for("pebble answers", Duration::from_secs(30), || {
+        let pem = wait_for("pebble answers", PATIENCE, || {
             process.must_run()?;
             let url = format!("{MANAGEMENT}/roots/0");
             let ca = directory_ca.to_str().context("a path that is not UTF-8")?;

@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::artefacts::Artefacts;
 use crate::pebble::{DIRECTORY, Pebble};
 use crate::process::{Background, checked, output, wait_for};
+use crate::world::PATIENCE;
 
 /// The domain of the test's apps.
 pub const DOMAIN: &str = "tern.test";
@@ -48,6 +49,20 @@ impl Server {
                 .into();
         arguments.extend(["--data-dir".to_owned(), text(&data)?]);
         arguments.extend(["--acme-root-ca".to_owned(), text(&pebble.directory_ca)?]);
+        // As on a host where Tern is installed: what a start reads is on the host's own disk, and in its
+        // memory from the second time on. The checkout is seen over a network protocol.
+        let installed = dir.join("installed");
+        std::fs::create_dir_all(&installed)?;
+        for (option, from) in [
+            ("--vmm", artefacts.program("tern-vmm")),
+            ("--kernel", artefacts.program("guest/vmlinux")),
+            ("--initramfs", artefacts.program("guest/initramfs.cpio")),
+        ] {
+            let name = from.file_name().context("a file without a name")?;
+            let to = installed.join(name);
+            std::fs::copy(&from, &to).with_context(|| format!("copy {}", from.display()))?;
+            arguments.extend([option.to_owned(), text(&to)?]);
+        }
         arguments.extend(more.iter().map(|&m| m.to_owned()));
         let log = dir.join("serve.log");
         let mut server = Self {
@@ -66,7 +81,7 @@ impl Server {
         let mut command = Command::new(self.artefacts.program("tern"));
         command.args(&self.arguments).env("RUST_BACKTRACE", "1");
         let mut process = Background::start("tern serve", &mut command, &self.log)?;
-        wait_for("the API answers", Duration::from_secs(60), || {
+        wait_for("the API answers", PATIENCE, || {
             process.must_run()?;
             let health = format!("{API}/healthz");
             Ok(checked(Command::new("curl").args(["-sf", "--max-time", "5", &health])).ok())

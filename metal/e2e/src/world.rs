@@ -89,7 +89,7 @@ impl World {
         if !orgs.contains(&format!("\"{org}\"")) {
             self.server.tern(&["orgs", "create", org])?;
         }
-        let image = format!("oci:{}", self.artefacts.image(image)?.display());
+        let image = self.image(image)?;
         let dir = dir.to_str().context("a path that is not UTF-8")?;
         self.server
             .tern(&["launch", dir, "--org", org, "--image", &image])
@@ -105,6 +105,11 @@ impl World {
             hostname,
             machine: id,
         })
+    }
+
+    /// An example's image, as `--image` takes it.
+    pub fn image(&self, name: &str) -> Result<String> {
+        Ok(format!("oci:{}", self.artefacts.image(name)?.display()))
     }
 
     /// A laptop outside.

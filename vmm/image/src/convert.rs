@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::apply::Applier;
 use crate::layer::Layer;
+use crate::layers::{Fetching, Layers};
 use crate::manifest::Configuration;
 use crate::resolve::{Resolved, read_document};
 use crate::spool::Spool;
@@ -45,6 +46,7 @@ pub(crate) fn convert(
     image: &Resolved,
     limits: &Limits,
     spool_dir: &Path,
+    layers: &Arc<Layers>,
     disk: &mut File,
     observer: &Observer,
 ) -> Result<ImageConfig, ImageError> {
@@ -62,6 +64,16 @@ pub(crate) fn convert(
     let spool = Spool::create(spool_dir)
         .map_err(ImageError::io("create a temporary file in", spool_dir))?;
     let mut applier = Applier::new(spool, limits);
+    let fetching = match image.blobs.server() {
+        Some(server) => Some(Fetching::start(
+            layers,
+            &image.blobs,
+            server,
+            &manifest.layers,
+            &observer.abandoned,
+        )?),
+        None => None,
+    };
     let mut budget = limits.unpacked_bytes;
     let mut bytes = 0;
     for (n, (descriptor, &diff_id)) in manifest
@@ -75,8 +87,22 @@ pub(crate) fn convert(
             descriptor,
             diff_id,
         };
-        let stream = Observed::new(image.blobs.blob(descriptor)?, layer.number, bytes, observer);
-        layer.read(stream, &mut applier, &mut budget, limits)?;
+        let stream: Box<dyn Read> = match &fetching {
+            Some(fetching) => Box::new(fetching.reader(n)),
+            None => image.blobs.blob(descriptor)?,
+        };
+        let stream = Observed::new(stream, layer.number, bytes, observer);
+        let outcome = layer.read(stream, &mut applier, &mut budget, limits);
+        if let Err(ImageError::DigestMismatch { .. } | ImageError::SizeMismatch { .. }) = outcome {
+            // A kept layer that has gone bad must not stand in the way of the next attempt.
+            layers
+                .forget(&descriptor.digest)
+                .map_err(ImageError::io("remove", layers.path(&descriptor.digest)))?;
+        }
+        outcome?;
+        if let Some(fetching) = &fetching {
+            fetching.applied(n + 1);
+        }
         bytes += descriptor.size;
     }
     let (tree, spool) = applier.finish();

@@ -121,6 +121,15 @@ pub enum ImageError {
         /// The repository asked for.
         repository: String,
     },
+    /// The registry, or what it leads to, is at an address that references may not lead to.
+    #[error(
+        "registry {host} is not on the public Internet, or leads away from it; the server's operator \
+         can allow this with --private-registries"
+    )]
+    NotPublic {
+        /// The registry's host and port.
+        host: String,
+    },
     /// Whoever asked for the conversion went away.
     #[error("the conversion was cancelled")]
     Cancelled,

@@ -138,6 +138,14 @@ impl Layout {
 }
 
 impl Blobs for Layout {
+    fn server(&self) -> Option<&str> {
+        None // it is here already
+    }
+
+    fn may_read(&self, _: &Descriptor) -> bool {
+        true
+    }
+
     fn manifest(&self, descriptor: &Descriptor) -> Result<Box<dyn Read + Send>, ImageError> {
         self.blob_at(&descriptor.digest)
     }

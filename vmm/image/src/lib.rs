@@ -3,7 +3,9 @@
 //! A Machine's root file system is an image's layers, flattened into one disk per manifest digest.
 //! [`ImageStore::ensure`] takes an image from a [`Source`] (an OCI layout or a registry), reads its
 //! layers in order, each checked against its digest while it streams by, applies them to a tree in
-//! memory, and writes that tree as an EROFS file system.
+//! memory, and writes that tree as an EROFS file system. Of a registry's image the next layers are on
+//! their way meanwhile, and are kept for other images that have them, until
+//! [`ImageStore::collect`] needs the space.
 //!
 //! What the crate promises about images, whose authors it does not trust:
 //!
@@ -19,7 +21,9 @@ mod convert;
 mod digest;
 mod erofs;
 mod error;
+mod gc;
 mod layer;
+mod layers;
 mod layout;
 mod limits;
 mod manifest;
@@ -39,7 +43,8 @@ mod verify;
 pub use config::ImageConfig;
 pub use digest::Digest;
 pub use error::ImageError;
+pub use gc::{Budget, Collected, Round};
 pub use limits::Limits;
 pub use reference::Reference;
 pub use source::{Credentials, Progress, RegistryOptions, Source};
-pub use store::{Image, ImageStore};
+pub use store::{Image, ImageStore, Lease};

@@ -101,6 +101,7 @@ fn source(arguments: &Convert) -> Result<Source> {
         let credentials = arguments.creds.as_deref().map(credentials).transpose()?;
         let options = RegistryOptions {
             insecure: arguments.insecure,
+            anywhere: true, // whoever runs this chose the registry
             credentials,
         };
         return Ok(Source::Registry {

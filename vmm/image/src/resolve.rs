@@ -1,6 +1,7 @@
 //! From a [`Source`] to one manifest for this platform, and the place to read its blobs from.
 
 use std::io::Read;
+use std::sync::Arc;
 
 use crate::layout::Layout;
 use crate::manifest::{Descriptor, Document, Manifest};
@@ -10,7 +11,11 @@ use crate::{Digest, ImageError, Limits, Source};
 
 /// Where the content of an image is read from. What comes is not to be trusted, not even its
 /// length: [`Verified`] checks it.
-pub(crate) trait Blobs: Send {
+pub(crate) trait Blobs: Send + Sync {
+    /// The server that blobs come from, if they are worth keeping once they are here.
+    fn server(&self) -> Option<&str>;
+    /// Whether the server would give us this blob. Must not be called from an asynchronous task.
+    fn may_read(&self, descriptor: &Descriptor) -> bool;
     /// A manifest or index.
     fn manifest(&self, descriptor: &Descriptor) -> Result<Box<dyn Read + Send>, ImageError>;
     /// A configuration or layer.
@@ -21,8 +26,10 @@ pub(crate) trait Blobs: Send {
 pub(crate) struct Resolved {
     /// The manifest's digest.
     pub(crate) digest: Digest,
+    /// The digest of what the source named: the manifest, or an index that leads to it.
+    pub(crate) named: Digest,
     pub(crate) manifest: Manifest,
-    pub(crate) blobs: Box<dyn Blobs>,
+    pub(crate) blobs: Arc<dyn Blobs>,
 }
 
 /// Finds the manifest of `source`. Blocks; for a registry it must run in a Tokio runtime's blocking
@@ -32,12 +39,12 @@ pub(crate) fn resolve(source: &Source, limits: &Limits) -> Result<Resolved, Imag
         Source::Layout { path, tag } => {
             let layout = Layout::open(path, limits)?;
             let start = layout.find(tag.as_deref(), limits)?;
-            follow(Start::At(start), Box::new(layout), limits)
+            follow(Start::At(start), Arc::new(layout), limits)
         }
         Source::Registry { reference, options } => {
             let registry = Registry::new(reference, options)?;
             let (digest, bytes) = registry.start(limits)?;
-            follow(Start::Read(digest, bytes), Box::new(registry), limits)
+            follow(Start::Read(digest, bytes), Arc::new(registry), limits)
         }
     }
 }
@@ -48,7 +55,7 @@ enum Start {
 }
 
 /// Follows indexes down to a manifest.
-fn follow(start: Start, blobs: Box<dyn Blobs>, limits: &Limits) -> Result<Resolved, ImageError> {
+fn follow(start: Start, blobs: Arc<dyn Blobs>, limits: &Limits) -> Result<Resolved, ImageError> {
     let read = |descriptor: &Descriptor| {
         let bytes = read_document(
             blobs.manifest(descriptor)?,
@@ -62,11 +69,13 @@ fn follow(start: Start, blobs: Box<dyn Blobs>, limits: &Limits) -> Result<Resolv
         Start::At(descriptor) => read(&descriptor)?,
         Start::Read(digest, bytes) => (digest, bytes),
     };
+    let named = digest;
     for _ in 0..=limits.index_depth {
         match Document::parse(&bytes, limits)? {
             Document::Manifest(manifest) => {
                 return Ok(Resolved {
                     digest,
+                    named,
                     manifest,
                     blobs,
                 });

@@ -43,6 +43,10 @@ impl fmt::Display for Source {
 pub struct RegistryOptions {
     /// Speak plain HTTP. Credentials then travel in the clear: meant for loopback.
     pub insecure: bool,
+    /// Let the registry, and what it redirects to, be at any address. Without it only those of the
+    /// public Internet are visited, because whoever writes a reference chooses where the host
+    /// connects to. Meant for registries that the operator names.
+    pub anywhere: bool,
     /// Sent to the registry, or to the token service it names, when it asks for them.
     pub credentials: Option<Credentials>,
 }

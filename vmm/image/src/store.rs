@@ -4,6 +4,10 @@
 //! `sha256-<hex>.json`, how to run it. Both are written under a temporary name, synced and renamed;
 //! the description goes last, so an image that has one is whole. Conversion is deterministic:
 //! whoever else writes the same image, in this process or another, writes the same bytes.
+//!
+//! `sha256-<hex>.alias` holds the digest of the manifest that an index of that digest leads to, so that
+//! an image named by its index is found without asking anybody. `layers/` holds compressed layers of
+//! images from registries. A description's modification time is when the image was last handed out.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -11,12 +15,15 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
 use crate::convert::{self, Observer};
+use crate::gc::{Round, digest_of};
+use crate::layers::Layers;
 use crate::resolve::{self, Resolved};
 use crate::{Digest, ImageConfig, ImageError, Limits, Progress, Source};
 
@@ -36,20 +43,66 @@ pub struct Image {
     pub config: ImageConfig,
     /// The size of the disk in bytes.
     pub size: u64,
+    /// As long as somebody holds it, the image is not collected.
+    pub lease: Lease,
 }
+
+/// Keeps an image from being collected. All are equal: it says nothing of the image.
+#[derive(Debug, Clone, Default)]
+pub struct Lease(Arc<()>);
+
+impl PartialEq for Lease {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Lease {}
 
 /// Converted images in one directory. Clones share it.
 #[derive(Debug, Clone)]
 pub struct ImageStore {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
 #[derive(Debug)]
-struct Inner {
-    dir: PathBuf,
+pub(crate) struct Inner {
+    pub(crate) dir: PathBuf,
     limits: Limits,
+    pub(crate) layers: Arc<Layers>,
+    leases: Mutex<Leases>,
     /// One lock per digest that is being converted, so that one conversion serves all who ask.
     turns: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
+}
+
+/// Who has which image, and since when nobody has.
+#[derive(Debug, Default)]
+pub(crate) struct Leases {
+    /// Counts images handed out.
+    clock: u64,
+    given: HashMap<Digest, (u64, Weak<()>)>,
+}
+
+impl Leases {
+    fn take(&mut self, digest: Digest) -> Lease {
+        self.clock += 1;
+        let known = self.given.get(&digest).and_then(|(_, held)| held.upgrade());
+        let lease = known.map(Lease).unwrap_or_default();
+        self.given
+            .insert(digest, (self.clock, Arc::downgrade(&lease.0)));
+        lease
+    }
+
+    /// Whether somebody has the image, or was given it after `round`.
+    pub(crate) fn is_taken(&self, digest: &Digest, round: Round) -> bool {
+        self.given
+            .get(digest)
+            .is_some_and(|(at, held)| *at > round.0 || held.strong_count() > 0)
+    }
+
+    pub(crate) fn forget(&mut self, digest: &Digest) {
+        self.given.remove(digest);
+    }
 }
 
 /// What `<digest>.json` holds.
@@ -58,6 +111,9 @@ struct Description {
     digest: Digest,
     size: u64,
     config: ImageConfig,
+    /// Its layers, in no particular order; older descriptions do not say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    layers: Vec<Digest>,
 }
 
 impl ImageStore {
@@ -67,12 +123,19 @@ impl ImageStore {
         let dir = dir.into();
         fs::create_dir_all(&dir).map_err(ImageError::io("create", &dir))?;
         remove_leftovers(&dir).map_err(ImageError::io("tidy", &dir))?;
+        let layers = Layers::open(dir.join("layers")).map_err(ImageError::io("tidy", &dir))?;
+        let inner = Inner {
+            dir,
+            limits,
+            layers: Arc::new(layers),
+            leases: Mutex::default(),
+            turns: Mutex::default(),
+        };
+        inner
+            .remove_halves()
+            .map_err(ImageError::io("tidy", &inner.dir))?;
         Ok(Self {
-            inner: Arc::new(Inner {
-                dir,
-                limits,
-                turns: Mutex::default(),
-            }),
+            inner: Arc::new(inner),
         })
     }
 
@@ -87,7 +150,7 @@ impl ImageStore {
     ) -> Result<Image, ImageError> {
         if let Source::Registry { reference, .. } = source
             && let Some(digest) = reference.digest()
-            && let Some(image) = self.get(&digest)?
+            && let Some(image) = self.get(&self.inner.resolve_alias(&digest).unwrap_or(digest))?
         {
             return Ok(image);
         }
@@ -100,43 +163,111 @@ impl ImageStore {
         };
         let turn = self.inner.turn(resolved.digest);
         let _turn = turn.lock().await;
+        let inner = Arc::clone(&self.inner);
         if let Some(image) = self.get(&resolved.digest)? {
+            inner.set_alias(&resolved)?;
             return Ok(image);
         }
-        let inner = Arc::clone(&self.inner);
-        blocking(move || inner.convert(&resolved, &observer)).await
+        blocking(move || {
+            let image = inner.convert(&resolved, &observer)?;
+            inner.set_alias(&resolved)?;
+            Ok(image)
+        })
+        .await
     }
 
     /// The image whose manifest has this digest, if it has been converted.
     pub fn get(&self, digest: &Digest) -> Result<Option<Image>, ImageError> {
-        self.inner.get(digest)
+        // Before it is looked for: from here on it is not collected.
+        let lease = self.inner.leases().take(*digest);
+        let found = self.inner.get(digest)?;
+        if found.is_some() {
+            self.inner.touch(digest);
+        }
+        Ok(found.map(|image| Image { lease, ..image }))
+    }
+
+    /// The manifest that a digest stands for: itself, or where the index leads that it is of, if
+    /// that has been here.
+    #[must_use]
+    pub fn follow(&self, digest: &Digest) -> Digest {
+        self.inner.resolve_alias(digest).unwrap_or(*digest)
     }
 
     /// All converted images, in the order of their digests.
     pub fn list(&self) -> Result<Vec<Image>, ImageError> {
-        let dir = &self.inner.dir;
+        self.inner.list()
+    }
+}
+
+impl Inner {
+    pub(crate) fn list(&self) -> Result<Vec<Image>, ImageError> {
+        let dir = &self.dir;
         let mut images = Vec::new();
         for entry in fs::read_dir(dir).map_err(ImageError::io("read", dir))? {
             let name = entry.map_err(ImageError::io("read", dir))?.file_name();
-            let digest = name
-                .to_str()
-                .and_then(|name| name.strip_prefix("sha256-")?.strip_suffix(".json"))
-                .and_then(|hex| format!("sha256:{hex}").parse().ok());
-            if let Some(digest) = digest {
+            if let Some(digest) = name.to_str().and_then(|name| digest_of(name, ".json")) {
                 images.extend(self.get(&digest)?);
             }
         }
         images.sort_by_key(|image| image.digest);
         Ok(images)
     }
-}
 
-impl Inner {
-    fn disk(&self, digest: &Digest) -> PathBuf {
+    pub(crate) fn leases(&self) -> MutexGuard<'_, Leases> {
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn round(&self) -> Round {
+        Round(self.leases().clock)
+    }
+
+    pub(crate) fn layers_of(&self, digest: &Digest) -> Vec<Digest> {
+        let text = fs::read(self.description(digest)).unwrap_or_default();
+        serde_json::from_slice::<Description>(&text)
+            .map_or_else(|_| Vec::new(), |found| found.layers)
+    }
+
+    /// Notes that an image was of use. One that is not noted goes a little early.
+    fn touch(&self, digest: &Digest) {
+        let touched = File::open(self.description(digest))
+            .and_then(|file| file.set_modified(SystemTime::now()));
+        if let Err(error) = touched {
+            tracing::debug!(%digest, %error, "the use of an image cannot be noted");
+        }
+    }
+
+    /// The image that an index leads to, if it is here.
+    pub(crate) fn resolve_alias(&self, index: &Digest) -> Option<Digest> {
+        let mut text = String::new();
+        let file = File::open(self.alias(index)).ok()?;
+        file.take(128).read_to_string(&mut text).ok()?;
+        let digest = text.trim().parse().ok()?;
+        self.description(&digest).exists().then_some(digest)
+    }
+
+    fn set_alias(&self, resolved: &Resolved) -> Result<(), ImageError> {
+        if resolved.named == resolved.digest
+            || self.resolve_alias(&resolved.named) == Some(resolved.digest)
+        {
+            return Ok(());
+        }
+        let mut temporary = temporary(&self.dir)?;
+        writeln!(temporary, "{}", resolved.digest)
+            .map_err(ImageError::io("write", temporary.path()))?;
+        self.publish(temporary, &self.alias(&resolved.named))?;
+        Ok(())
+    }
+
+    fn alias(&self, index: &Digest) -> PathBuf {
+        self.dir.join(format!("{}.alias", index.file_stem()))
+    }
+
+    pub(crate) fn disk(&self, digest: &Digest) -> PathBuf {
         self.dir.join(format!("{}.erofs", digest.file_stem()))
     }
 
-    fn description(&self, digest: &Digest) -> PathBuf {
+    pub(crate) fn description(&self, digest: &Digest) -> PathBuf {
         self.dir.join(format!("{}.json", digest.file_stem()))
     }
 
@@ -163,6 +294,7 @@ impl Inner {
                 disk,
                 config: found.config,
                 size,
+                lease: Lease::default(), // none, yet
             })),
             outcome => {
                 let error = outcome.err().map(tracing::field::display);
@@ -185,56 +317,45 @@ impl Inner {
 
     fn convert(&self, resolved: &Resolved, observer: &Observer) -> Result<Image, ImageError> {
         let started = std::time::Instant::now();
-        let mut temporary = self.temporary()?;
+        let lease = self.leases().take(resolved.digest);
+        let mut temporary = temporary(&self.dir)?;
         let config = convert::convert(
             resolved,
             &self.limits,
             &self.dir,
+            &self.layers,
             temporary.as_file_mut(),
             observer,
         )?;
         let digest = resolved.digest;
         let disk = self.disk(&digest);
+        // Whoever removes halves of images waits until this is a whole one.
+        let dir = File::open(&self.dir).map_err(ImageError::io("open", &self.dir))?;
+        dir.lock_shared()
+            .map_err(ImageError::io("lock", &self.dir))?;
         let size = self.publish(temporary, &disk)?;
 
         let description = Description {
             digest,
             size,
             config,
+            layers: resolved.manifest.layers.iter().map(|l| l.digest).collect(),
         };
-        let mut temporary = self.temporary()?;
+        let mut temporary = crate::store::temporary(&self.dir)?;
         serde_json::to_writer_pretty(&mut temporary, &description)
             .map_err(io::Error::from)
             .and_then(|()| temporary.write_all(b"\n"))
             .map_err(ImageError::io("write", temporary.path()))?;
         self.publish(temporary, &self.description(&digest))?;
-        File::open(&self.dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(ImageError::io("sync", &self.dir))?;
+        dir.sync_all().map_err(ImageError::io("sync", &self.dir))?;
         tracing::info!(%digest, size, seconds = started.elapsed().as_secs_f64(), "image converted");
         Ok(Image {
             digest,
             disk,
             config: description.config,
             size,
+            lease,
         })
-    }
-
-    /// A new file that is ours while it is locked: see [`remove_leftovers`].
-    fn temporary(&self) -> Result<NamedTempFile, ImageError> {
-        let create = || -> io::Result<NamedTempFile> {
-            loop {
-                let file = tempfile::Builder::new()
-                    .prefix(TEMPORARY)
-                    .tempfile_in(&self.dir)?;
-                file.as_file().lock()?;
-                // Somebody who tidies may have found it before it was locked.
-                if file.as_file().metadata()?.nlink() > 0 {
-                    return Ok(file);
-                }
-            }
-        };
-        create().map_err(ImageError::io("create a file in", &self.dir))
     }
 
     fn publish(&self, file: NamedTempFile, path: &Path) -> Result<u64, ImageError> {
@@ -251,8 +372,25 @@ impl Inner {
     }
 }
 
+/// A new file that is ours while it is locked: see [`remove_leftovers`].
+pub(crate) fn temporary(dir: &Path) -> Result<NamedTempFile, ImageError> {
+    let create = || -> io::Result<NamedTempFile> {
+        loop {
+            let file = tempfile::Builder::new()
+                .prefix(TEMPORARY)
+                .tempfile_in(dir)?;
+            file.as_file().lock()?;
+            // Somebody who tidies may have found it before it was locked.
+            if file.as_file().metadata()?.nlink() > 0 {
+                return Ok(file);
+            }
+        }
+    };
+    create().map_err(ImageError::io("create a file in", dir))
+}
+
 /// Removes temporary files that no living process holds the lock of.
-fn remove_leftovers(dir: &Path) -> io::Result<()> {
+pub(crate) fn remove_leftovers(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         if !entry

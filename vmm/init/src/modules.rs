@@ -19,6 +19,9 @@ pub fn load_all() -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         list => list.context(LIST)?,
     };
+    if list.trim().is_empty() {
+        return Ok(());
+    }
     let cmdline = fs::read_to_string("/proc/cmdline").context("/proc/cmdline")?;
     for file in list.lines().filter(|line| !line.is_empty()) {
         load(

@@ -2,6 +2,7 @@
 //! disk; and on top of it all that a Linux program expects to find mounted.
 
 use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Seek as _, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown, symlink};
 use std::path::Path;
@@ -11,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount, umount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::statfs::fstatfs;
 use nix::unistd::{chdir, chroot};
 use tern_guest::archive::RUN_JSON;
 use tern_guest::config::{DiskConfig, MountConfig, RootConfig};
@@ -80,6 +82,10 @@ impl Disks {
         mount_disk(&disk, &volume.path, flags)?;
         self.volumes.push(volume.path.clone());
         if !volume.read_only {
+            if volume.fs == "ext4" {
+                grow_ext4(Path::new(&volume.path), Path::new(&volume.device))
+                    .context("growing it")?;
+            }
             chown(&volume.path, Some(account.uid), Some(account.gid))?;
         }
         Ok(())
@@ -105,6 +111,23 @@ impl Disks {
         }
     }
 }
+
+/// Makes a mounted file system as large as its disk, which may have grown since the last boot. The kernel
+/// does it while the file system is in use (fs/ext4/resize.c), and nothing at all where it fits.
+fn grow_ext4(mounted: &Path, device: &Path) -> Result<()> {
+    let bytes = File::open(device)?.seek(SeekFrom::End(0))?;
+    let root = File::open(mounted)?;
+    let blocks: u64 = bytes / fstatfs(&root)?.block_size().unsigned_abs().max(1);
+    // SAFETY: the kernel reads one number from where `blocks` is.
+    let grown = unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_RESIZE_FS, &raw const blocks) };
+    if grown < 0 {
+        return Err(io::Error::last_os_error().into());
+    }
+    Ok(())
+}
+
+/// `_IOW('f', 16, __u64)` of `linux/ext4.h`.
+const EXT4_IOC_RESIZE_FS: libc::Ioctl = 0x4008_6610;
 
 /// Mounts what programs expect, inside the new root.
 pub fn mount_system() -> Result<()> {

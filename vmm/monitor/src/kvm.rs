@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::boot::layout;
 use crate::memory::Memory;
+use crate::trace::Trace;
 
 /// What to do when there is no usable KVM; part of every error that says so.
 pub const USE_METAL: &str =
@@ -106,9 +107,11 @@ impl Vm {
     ///
     /// Needs no guest memory yet, so that it can run beside the loading of a kernel: creating a VM is
     /// among the slowest calls of a start.
-    pub fn create() -> Result<Self, KvmError> {
+    pub fn create(trace: &Trace) -> Result<Self, KvmError> {
         let kvm = open()?;
+        trace.mark("kvm_opened");
         let fd = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+        trace.mark("vm_created");
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(layout::KVM_TSS)

@@ -33,3 +33,7 @@ pub mod snapshot;
 pub mod trace;
 pub mod vcpu;
 pub mod virtio;
+
+/// Stack of each of the monitor's threads. Rust's default of 2 MiB is a huge page's size: where the host
+/// hands those out unasked, a stack of which 20 KiB are used takes 2 MiB of its memory.
+pub(crate) const THREAD_STACK_BYTES: usize = 512 << 10;

@@ -72,6 +72,8 @@ pub struct Description {
     pub vcpus: u8,
     /// Memory.
     pub memory_mib: u32,
+    /// When this process began, in microseconds since 1970.
+    pub started_unix_us: u64,
     /// Where the time of the start went.
     #[serde(serialize_with = "serialize_shared")]
     pub boot: Arc<Trace>,
@@ -196,7 +198,7 @@ impl Machine {
         events: EventSink,
     ) -> Result<Self, MachineError> {
         let (vm, loaded) = beside(&trace, || -> Result<_, MachineError> {
-            let opened = snapshot::open(&config)?;
+            let opened = snapshot::open(&config, &trace)?;
             trace.mark("snapshot_checked");
             let devices = restored_devices(&config, &opened)?;
             trace.mark("devices");
@@ -213,6 +215,7 @@ impl Machine {
             index,
         } = opened;
         vm.attach_memory(&memory)?;
+        trace.mark("memory_attached");
         let transports = devices
             .into_iter()
             .zip(&machine.devices)
@@ -223,7 +226,9 @@ impl Machine {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let bus = connect(&vm, serial, transports)?;
+        trace.mark("devices_connected");
         let fds = create_vcpus(&vm, config.vcpus)?;
+        trace.mark("vcpus_created");
         let extra = extra_xsave_words(vm.fd());
         for (fd, state) in fds.iter().zip(&machine.vcpus) {
             state
@@ -231,6 +236,7 @@ impl Machine {
                 .map_err(Refused::Processor)?;
             state.restore(fd, extra).map_err(Refused::Kvm)?;
         }
+        trace.mark("vcpus_restored");
         vm.restore(&machine.vm).map_err(Refused::Kvm)?;
         trace.mark("state_restored");
         confine(jail, &mut config, &trace)?;
@@ -323,6 +329,7 @@ impl Machine {
             pid: std::process::id(),
             vcpus: self.config.vcpus,
             memory_mib: self.config.memory_mib,
+            started_unix_us: self.trace.started_unix_micros(),
             boot: self.trace.clone(),
         }
     }
@@ -344,15 +351,22 @@ fn confine(jail: &Jail, config: &mut VmConfig, trace: &Trace) -> Result<(), Jail
 /// Creates the VM in a thread of its own while `work` goes on in this one.
 fn beside<T>(trace: &Trace, work: impl FnOnce() -> T) -> (Result<Vm, KvmError>, T) {
     thread::scope(|scope| {
-        let vm = scope.spawn(|| {
-            let vm = Vm::create();
+        let create = || {
+            let vm = Vm::create(trace);
             trace.mark("kvm");
             vm
-        });
+        };
+        let aside = thread::Builder::new()
+            .stack_size(crate::THREAD_STACK_BYTES)
+            .spawn_scoped(scope, create);
         let done = work();
-        let vm = vm
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let vm = match aside {
+            Ok(thread) => thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            // Without a thread it only takes longer.
+            Err(_) => create(),
+        };
         (vm, done)
     })
 }

@@ -78,6 +78,7 @@ fn main() -> ExitCode {
 
 fn run_machine(path: &Path, restore: bool, trace: Trace) -> anyhow::Result<Exit> {
     let config = VmConfig::load(path)?;
+    trace.mark("config_read");
     control::block_signals().context("cannot block signals")?;
     let jail = Arc::new(Jail::new(config.jail.clone()));
     end_with_a_panic(config.exit_file.clone(), jail.clone());

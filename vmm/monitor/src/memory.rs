@@ -18,6 +18,9 @@ pub type GuestRam = GuestMemoryMmap<()>;
 /// x86's page size; the unit of what a snapshot writes or leaves out.
 pub const PAGE_SIZE: usize = 4096;
 
+/// What the host's and the guest's page tables can map at once (x86's next larger page).
+const HUGE_PAGE_SIZE: usize = 2 << 20;
+
 /// The guest's RAM and, after a restore, the file that lies under its untouched pages.
 #[derive(Debug, Clone)]
 pub struct Memory {
@@ -69,24 +72,27 @@ impl Memory {
         for range in ranges(bytes) {
             let size = usize::try_from(range.len)
                 .map_err(|_| MemoryError::Layout(format!("{} bytes", range.len)))?;
-            let mut flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-            let mut builder =
-                MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-            match &backing {
+            let refused = |source| MemoryError::Map {
+                mib: bytes >> 20,
+                source,
+            };
+            let builder = MmapRegionBuilder::new(size)
+                .with_mmap_prot(PROTECTION)
+                .with_mmap_flags(FLAGS);
+            let builder = match &backing {
                 Some(file) => {
-                    builder = builder
-                        .with_file_offset(FileOffset::from_arc(file.clone(), range.file_offset));
+                    builder.with_file_offset(FileOffset::from_arc(file.clone(), range.file_offset))
                 }
-                None => flags |= libc::MAP_ANONYMOUS,
-            }
-            let mapping =
-                builder
-                    .with_mmap_flags(flags)
-                    .build()
-                    .map_err(|error| MemoryError::Map {
-                        mib: bytes >> 20,
-                        source: io::Error::other(error),
-                    })?;
+                None => {
+                    let address = map_aligned(size).map_err(refused)?;
+                    // SAFETY: `size` bytes are mapped there for reading and writing, for nobody else,
+                    // and stay so to the end of the process.
+                    unsafe { builder.with_raw_mmap_pointer(address) }
+                }
+            };
+            let mapping = builder
+                .build()
+                .map_err(|error| refused(io::Error::other(error)))?;
             let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
                 .ok_or_else(|| MemoryError::Layout(format!("{range:?} overflows")))?;
             regions.push(region);
@@ -127,6 +133,38 @@ impl Memory {
     pub fn size(&self) -> u64 {
         self.ram.iter().map(|region| region.len()).sum()
     }
+}
+
+const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
+const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+
+/// Maps `size` zeroed bytes at a multiple of [`HUGE_PAGE_SIZE`], and never unmaps them.
+///
+/// KVM maps a huge page of the host's as one into the guest only where both addresses agree in their
+/// low bits; and `mmap` aligns to no more than a page. Whether there are huge pages is the host's
+/// policy (`/sys/kernel/mm/transparent_hugepage/enabled`), which this leaves alone.
+fn map_aligned(size: usize) -> io::Result<*mut u8> {
+    let room = size
+        .checked_add(HUGE_PAGE_SIZE)
+        .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+    let flags = FLAGS | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping, at an address that the kernel chooses, takes nothing from anybody.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), room, PROTECTION, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let start = start.cast::<u8>();
+    let before = start.align_offset(HUGE_PAGE_SIZE); // less than a huge page, so within the room
+    let aligned = start.wrapping_add(before);
+    let after = HUGE_PAGE_SIZE - before;
+    for (address, length) in [(start, before), (aligned.wrapping_add(size), after)] {
+        if length > 0 {
+            // SAFETY: both ends belong to the mapping just made, which nobody has seen yet; each is a
+            // number of whole pages. Should it fail, some addresses stay taken, and no memory.
+            unsafe { libc::munmap(address.cast(), length) };
+        }
+    }
+    Ok(aligned)
 }
 
 /// How `bytes` of RAM are laid out around the gap below 4 GiB.
@@ -179,6 +217,20 @@ mod tests {
                 },
             ]
         );
+    }
+
+    #[test]
+    fn host_and_guest_addresses_agree_in_their_low_bits() {
+        for bytes in [32 << 20, (64 << 20) + 4096, 4 << 30] {
+            let memory = Memory::anonymous(bytes).unwrap();
+            for (range, address) in memory.mappings() {
+                let mask = HUGE_PAGE_SIZE as u64 - 1;
+                assert_eq!(address as u64 & mask, range.start & mask, "{range:?}");
+                let last = GuestAddress(range.start + range.len - 8);
+                memory.ram().write_obj(1_u64, last).unwrap();
+            }
+            assert_eq!(memory.size(), bytes);
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::kvm::{KvmError, USE_METAL, Vm, call, open};
 use crate::memory::Memory;
+use crate::trace::Trace;
 
 /// What was measured.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -84,7 +85,7 @@ pub fn probe() -> Result<Report, ProbeError> {
         return Err(ProbeError::Slow(mips));
     }
     // What a Machine needs beyond instructions.
-    Vm::create()?;
+    Vm::create(&Trace::new(Instant::now()))?;
     Ok(Report { mips })
 }
 

@@ -73,11 +73,12 @@ fn live(config: &VmConfig, jail: &Jail, restore: bool, trace: Arc<Trace>) -> Exi
         Ok(socket) => socket,
         Err(cause) => return error(&format_args!("{cause:#}")),
     };
+    trace.mark("control_bound");
     let sink = vcpu_sink(events.clone());
     let made = if restore {
-        Machine::restore(config.clone(), jail, trace, sink)
+        Machine::restore(config.clone(), jail, trace.clone(), sink)
     } else {
-        Machine::boot(config.clone(), jail, trace, sink)
+        Machine::boot(config.clone(), jail, trace.clone(), sink)
     };
     // Threads are born with what this one has given up. Its own filter comes when they are.
     let started = made.and_then(|mut machine| {
@@ -88,6 +89,7 @@ fn live(config: &VmConfig, jail: &Jail, restore: bool, trace: Arc<Trace>) -> Exi
         seccomp::confine(ThreadKind::Main);
         machine.resume().map(|()| machine)
     });
+    trace.mark("resumed");
     match started {
         Ok(mut machine) => {
             tracing::info!(id = config.id, restore, "runs");

@@ -1,7 +1,7 @@
 //! Where the time of a start went: a list of named moments, in microseconds since process start.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
@@ -12,6 +12,8 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 #[derive(Debug)]
 pub struct Trace {
     start: Instant,
+    /// The wall clock at `start`, by which others put these phases beside their own.
+    started_at: SystemTime,
     phases: Mutex<Vec<(&'static str, u64)>>,
 }
 
@@ -20,6 +22,7 @@ impl Trace {
     pub fn new(start: Instant) -> Self {
         Self {
             start,
+            started_at: SystemTime::now() - start.elapsed(),
             phases: Mutex::new(Vec::with_capacity(16)),
         }
     }
@@ -31,6 +34,14 @@ impl Trace {
         if phases.iter().all(|(known, _)| *known != name) {
             phases.push((name, micros));
         }
+    }
+
+    /// When the count began, in microseconds since 1970.
+    pub fn started_unix_micros(&self) -> u64 {
+        let since = self.started_at.duration_since(UNIX_EPOCH);
+        since.map_or(0, |since| {
+            u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+        })
     }
 
     /// The phases so far.

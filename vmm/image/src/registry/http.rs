@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header};
+use ::http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use bytes::Bytes;
 use http_body_util::Empty;
 use hyper::body::Incoming;
@@ -13,6 +13,7 @@ use hyper_util::rt::TokioExecutor;
 use tokio::sync::Mutex;
 use url::{Origin, Url};
 
+use super::address::{self, Resolver};
 use super::auth::{self, Challenge};
 use crate::{Credentials, ImageError, Reference, RegistryOptions};
 
@@ -22,13 +23,16 @@ const RESPONSE: Duration = Duration::from_secs(30);
 /// Registries send blobs from elsewhere: one hop, sometimes two.
 const MAX_REDIRECTS: usize = 5;
 
+type Connector = HttpsConnector<HttpConnector<Resolver>>;
+
 /// An HTTP client that is allowed into one repository.
 pub(super) struct Client {
-    http: HyperClient<HttpsConnector<HttpConnector>, Empty<Bytes>>,
+    http: HyperClient<Connector, Empty<Bytes>>,
     host: String,
     repository: String,
     reference: String,
     insecure: bool,
+    anywhere: bool,
     credentials: Option<Credentials>,
     /// The value of `Authorization` that the registry last took.
     authorization: Mutex<Option<HeaderValue>>,
@@ -39,7 +43,7 @@ impl Client {
         reference: &Reference,
         options: &RegistryOptions,
     ) -> Result<Self, ImageError> {
-        let mut http = HttpConnector::new();
+        let mut http = HttpConnector::new_with_resolver(Resolver::new(options.anywhere));
         http.enforce_http(false);
         http.set_connect_timeout(Some(CONNECT));
         http.set_nodelay(true);
@@ -50,6 +54,7 @@ impl Client {
             repository: reference.repository().to_owned(),
             reference: reference.to_string(),
             insecure: options.insecure,
+            anywhere: options.anywhere,
             credentials: options.credentials.clone(),
             authorization: Mutex::default(),
         })
@@ -66,11 +71,32 @@ impl Client {
         if response.status() != StatusCode::UNAUTHORIZED {
             return self.judge(response);
         }
+        let authorization = self.answer(&response).await?;
+        let response = self.follow(url, &headers, Some(&authorization)).await?;
+        self.judge(response)
+    }
+
+    /// Whether the registry would let us GET `url`. Where it sends others on, it would: what a HEAD
+    /// finds elsewhere says nothing, as such addresses are often signed for GET alone.
+    pub(super) async fn may_get(&self, url: &Url) -> Result<bool, ImageError> {
+        let head = async |authorization: Option<&HeaderValue>| {
+            self.send(Method::HEAD, url, &|_| {}, authorization).await
+        };
+        let authorization = self.authorization.lock().await.clone();
+        let mut response = head(authorization.as_ref()).await?;
+        if response.status() == StatusCode::UNAUTHORIZED {
+            let authorization = self.answer(&response).await?;
+            response = head(Some(&authorization)).await?;
+        }
+        Ok(response.status().is_success() || response.status().is_redirection())
+    }
+
+    /// Logs in as a 401 asks for, and remembers it.
+    async fn answer(&self, response: &Response<Incoming>) -> Result<HeaderValue, ImageError> {
         let challenge = auth::challenge(response.headers()).ok_or_else(|| self.unauthorized())?;
         let authorization = self.log_in(&challenge).await?;
         *self.authorization.lock().await = Some(authorization.clone());
-        let response = self.follow(url, &headers, Some(&authorization)).await?;
-        self.judge(response)
+        Ok(authorization)
     }
 
     /// What to show the registry, according to what it asked for.
@@ -106,7 +132,7 @@ impl Client {
         let mut url = url.clone();
         for _ in 0..=MAX_REDIRECTS {
             let authorization = authorization.filter(|_| url.origin() == trusted);
-            let response = self.send(&url, headers, authorization).await?;
+            let response = self.send(Method::GET, &url, headers, authorization).await?;
             if !response.status().is_redirection() {
                 return Ok(response);
             }
@@ -122,6 +148,7 @@ impl Client {
 
     async fn send(
         &self,
+        method: Method,
         url: &Url,
         headers: &impl Fn(&mut HeaderMap),
         authorization: Option<&HeaderValue>,
@@ -130,7 +157,11 @@ impl Client {
             .as_str()
             .parse()
             .map_err(|_| self.failure("an address it gave is not one", None))?;
+        if !self.anywhere && !address::may_be_public(url) {
+            return Err(self.not_public());
+        }
         let mut request = Request::new(Empty::new());
+        *request.method_mut() = method;
         *request.uri_mut() = uri;
         headers(request.headers_mut());
         request
@@ -144,7 +175,13 @@ impl Client {
         tokio::time::timeout(RESPONSE, self.http.request(request))
             .await
             .map_err(|_| self.failure("it does not answer", None))?
-            .map_err(|error| self.failure("it cannot be reached", Some(error.into())))
+            .map_err(|error| {
+                if is_refused(&error) {
+                    self.not_public()
+                } else {
+                    self.failure("it cannot be reached", Some(error.into()))
+                }
+            })
     }
 
     /// Secure registries lead to secure places.
@@ -174,6 +211,12 @@ impl Client {
         }
     }
 
+    fn not_public(&self) -> ImageError {
+        ImageError::NotPublic {
+            host: self.host.clone(),
+        }
+    }
+
     pub(super) fn failure(
         &self,
         reason: &str,
@@ -192,11 +235,24 @@ pub(super) fn is_worth_retrying(error: &ImageError) -> bool {
     matches!(error, ImageError::Registry { .. })
 }
 
+/// Whether [`Resolver`] did not let a connection be made.
+fn is_refused(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let io = error.downcast_ref::<std::io::Error>();
+        if io.is_some_and(|error| error.to_string() == address::REFUSAL) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
 fn connector(
-    http: HttpConnector,
+    http: HttpConnector<Resolver>,
     reference: &Reference,
     options: &RegistryOptions,
-) -> Result<HttpsConnector<HttpConnector>, ImageError> {
+) -> Result<Connector, ImageError> {
     let provider = rustls::crypto::ring::default_provider();
     let no_tls = |source: Box<dyn std::error::Error + Send + Sync>| ImageError::Registry {
         host: reference.host().to_owned(),

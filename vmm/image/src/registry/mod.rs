@@ -4,6 +4,7 @@
 //! specification](https://github.com/opencontainers/distribution-spec/blob/main/spec.md#pull), over
 //! HTTP/1.1. A blob is one long response: if it breaks off, the rest is asked for by `Range`.
 
+mod address;
 mod auth;
 mod http;
 
@@ -126,6 +127,17 @@ impl Registry {
 }
 
 impl Blobs for Registry {
+    fn server(&self) -> Option<&str> {
+        Some(self.reference.host())
+    }
+
+    fn may_read(&self, descriptor: &Descriptor) -> bool {
+        let url = self.url("blobs", &descriptor.digest.to_string());
+        let allowed = self.runtime.block_on(self.client.may_get(&url));
+        // The download that follows a refusal says why.
+        allowed.unwrap_or(false)
+    }
+
     fn manifest(&self, descriptor: &Descriptor) -> Result<Box<dyn Read + Send>, ImageError> {
         let url = self.url("manifests", &descriptor.digest.to_string());
         Ok(Box::new(self.stream(

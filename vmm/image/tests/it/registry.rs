@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use base64::Engine;
 use bytes::Bytes;
@@ -16,7 +17,9 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tern_image::{Credentials, Digest, ImageError, ImageStore, Reference, RegistryOptions, Source};
+use tern_image::{
+    Budget, Credentials, Digest, ImageError, ImageStore, Reference, RegistryOptions, Source,
+};
 use tokio::net::TcpListener;
 
 use crate::support::{Layer, TestImage, Workshop};
@@ -56,6 +59,7 @@ struct Asked {
     path: String,
     authorization: Option<String>,
     range: Option<String>,
+    head: bool,
 }
 
 type Body = BoxBody<Bytes, std::io::Error>;
@@ -110,6 +114,7 @@ impl Registry {
             path: request.uri().to_string(),
             authorization: header(AUTHORIZATION),
             range: header(RANGE),
+            head: request.method() == hyper::Method::HEAD,
         };
         self.asked.lock().unwrap().push(asked.clone());
 
@@ -221,6 +226,7 @@ impl Registry {
             reference: format!("{}/{name}", self.address).parse().unwrap(),
             options: RegistryOptions {
                 insecure: true,
+                anywhere: true,
                 credentials: credentials.map(|(username, password)| Credentials {
                     username: username.to_owned(),
                     password: password.to_owned(),
@@ -457,7 +463,10 @@ async fn a_registry_that_is_not_there_or_speaks_no_tls_is_named() {
     let reference: Reference = format!("{}/a/b:v1", registry.address).parse().unwrap();
     let source = Source::Registry {
         reference,
-        options: RegistryOptions::default(),
+        options: RegistryOptions {
+            anywhere: true,
+            ..RegistryOptions::default()
+        },
     };
     let workshop = Workshop::new();
     let message = workshop.refusal_of(&source).await;
@@ -484,4 +493,245 @@ async fn a_dropped_store_leaves_no_download_behind() {
     }
     drop(task);
     assert!(ensure(&workshop, &source).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_reference_cannot_make_the_host_visit_its_own_network() {
+    let inside = Registry::start(|_| ()).await;
+    let port = inside.address.port();
+    let workshop = Workshop::new();
+    for host in ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]"] {
+        let source = Source::Registry {
+            reference: format!("{host}:{port}/a/b:v1").parse().unwrap(),
+            options: RegistryOptions {
+                insecure: true,
+                ..RegistryOptions::default()
+            },
+        };
+        let message = workshop.refusal_of(&source).await;
+        assert!(message.contains("public Internet"), "{host}: {message}");
+    }
+    assert!(inside.asked().is_empty(), "{:?}", inside.asked());
+}
+
+/// Two images of one base, under `v1` and `v2`, and the base's digest.
+fn two_of_a_base() -> (BTreeMap<Digest, Vec<u8>>, [Digest; 2], Digest) {
+    let noise = |seed: u64| -> Vec<u8> {
+        let mut state = seed;
+        std::iter::repeat_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 32) as u8
+        })
+        .take(300_000)
+        .collect()
+    };
+    let base = || Layer::new().file("base", noise(7));
+    let app = |seed: u64| {
+        // Several layers more than come at once.
+        let own = (0..6).map(|n| Layer::new().file(&format!("own{n}"), noise(seed + n)));
+        TestImage::new(std::iter::once(base()).chain(own))
+    };
+    let (mut one, mut two) = (app(100), app(200));
+    let shared: Digest = serde_json::from_value(one.layers[0]["digest"].clone()).unwrap();
+    let digest = |manifest: Value| serde_json::from_value(manifest["digest"].clone()).unwrap();
+    let manifests = [digest(one.manifest()), digest(two.manifest())];
+    let mut blobs = one.blobs;
+    blobs.append(&mut two.blobs);
+    (blobs, manifests, shared)
+}
+
+async fn registry_of_two() -> (Registry, [Digest; 2], Digest) {
+    let (blobs, manifests, shared) = two_of_a_base();
+    let registry = Registry::start(|registry| {
+        registry.blobs = blobs;
+        for (tag, manifest) in ["v1", "v2"].into_iter().zip(manifests) {
+            registry.tags.insert(tag.to_owned(), manifest);
+        }
+    })
+    .await;
+    (registry, manifests, shared)
+}
+
+impl Registry {
+    fn sent(&self, digest: &Digest) -> usize {
+        let asked = self.asked();
+        let of = |asked: &&Asked| !asked.head && asked.path.ends_with(&digest.to_string());
+        asked.iter().filter(of).count()
+    }
+}
+
+#[tokio::test]
+async fn a_base_is_fetched_once_whoever_asks_and_the_disks_are_right() {
+    let (registry, manifests, shared) = registry_of_two().await;
+    let workshop = Workshop::new();
+    let store = workshop.store();
+    let asking = (0..12).map(|n| {
+        let (store, source) = (
+            store.clone(),
+            registry.source(["a/b:v1", "a/b:v2"][n % 2], None),
+        );
+        async move { store.ensure(&source, |_| ()).await.unwrap() }
+    });
+    let images = futures::future::join_all(asking).await;
+    for (n, image) in images.iter().enumerate() {
+        assert_eq!(image.digest, manifests[n % 2]);
+        // One at a time, elsewhere: the same bytes.
+        let alone = Workshop::new();
+        if n < 2 {
+            let source = registry.source(&format!("a/b@{}", image.digest), None);
+            let other = alone.store().ensure(&source, |_| ()).await.unwrap();
+            assert!(std::fs::read(&image.disk).unwrap() == std::fs::read(other.disk).unwrap());
+        }
+    }
+    // Once for the store, once for each of the two others.
+    assert_eq!(registry.sent(&shared), 3);
+    assert_eq!(workshop.layers().len(), 13);
+}
+
+#[tokio::test]
+async fn a_kept_layer_that_has_gone_bad_is_fetched_again() {
+    let (registry, manifests, shared) = registry_of_two().await;
+    let workshop = Workshop::new();
+    ensure(&workshop, &registry.source("a/b:v1", None))
+        .await
+        .unwrap();
+    let path = workshop.path("store/layers").join(shared.file_stem());
+    let length = std::fs::metadata(&path).unwrap().len();
+    std::fs::write(&path, vec![0; usize::try_from(length).unwrap()]).unwrap();
+    let second = registry.source("a/b:v2", None);
+    assert!(ensure(&workshop, &second).await.is_err());
+    assert_eq!(
+        ensure(&workshop, &second).await.unwrap().digest,
+        manifests[1]
+    );
+    assert_eq!(registry.sent(&shared), 2);
+}
+
+#[tokio::test]
+async fn a_kept_layer_is_used_only_for_those_whom_the_registry_would_give_it() {
+    let (registry, manifests, shared) = registry_of_two().await;
+    let workshop = Workshop::new();
+    ensure(&workshop, &registry.source("a/b:v1", None))
+        .await
+        .unwrap();
+    // Another registry, whose image names the layer without having it.
+    let (mut blobs, _, _) = two_of_a_base();
+    blobs.remove(&shared);
+    let other = Registry::start(|registry| {
+        registry.blobs = blobs;
+        registry.tags.insert("v2".to_owned(), manifests[1]);
+    })
+    .await;
+    let error = ensure(&workshop, &other.source("a/b:v2", None))
+        .await
+        .unwrap_err();
+    assert!(matches!(error, ImageError::NotFound { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn an_image_pinned_by_its_index_is_found_without_asking() {
+    let mut index = Digest::of(b"");
+    let registry = Registry::start(|registry| {
+        let mut image = image();
+        let manifest = image.manifest();
+        let entry = image.index(&[manifest]);
+        index = serde_json::from_value(entry["digest"].clone()).unwrap();
+        registry.blobs = image.blobs;
+    })
+    .await;
+    let workshop = Workshop::new();
+    let source = registry.source(&format!("a/b@{index}"), None);
+    let first = ensure(&workshop, &source).await.unwrap();
+    let asked = registry.asked().len();
+    assert_eq!(ensure(&workshop, &source).await.unwrap(), first);
+    assert_eq!(registry.asked().len(), asked);
+    assert_eq!(workshop.store().follow(&index), first.digest);
+}
+
+#[tokio::test]
+async fn collection_spares_what_is_used_held_or_just_handed_out() {
+    let (registry, [one, two], _) = registry_of_two().await;
+    let workshop = Workshop::new();
+    let store = workshop.store();
+    let nothing = Budget {
+        bytes: 0,
+        min_age: Duration::ZERO,
+    };
+    let fetch = async |tag: &str| {
+        let source = registry.source(&format!("a/b:{tag}"), None);
+        store.ensure(&source, |_| ()).await.unwrap()
+    };
+    let collect = |round, in_use: &[Digest], budget: &Budget| {
+        let in_use = in_use.iter().copied().collect();
+        store.collect(round, &in_use, budget).unwrap()
+    };
+
+    // Within the budget, or young: nothing happens.
+    drop(fetch("v1").await);
+    let held = fetch("v2").await;
+    for budget in [
+        Budget {
+            bytes: u64::MAX,
+            ..nothing.clone()
+        },
+        Budget {
+            min_age: Duration::from_secs(600),
+            ..nothing.clone()
+        },
+    ] {
+        let done = collect(store.round(), &[], &budget);
+        assert_eq!((done.images, done.layers, done.freed), (vec![], vec![], 0));
+    }
+    // One is referred to, the other held.
+    let done = collect(store.round(), &[one], &nothing);
+    assert_eq!(done.images, []);
+    assert_eq!(done.layers.len(), 13);
+    assert!(workshop.layers().is_empty());
+    // Handed out after the references were looked up.
+    let round = store.round();
+    drop(held);
+    drop(store.get(&two).unwrap());
+    assert_eq!(collect(round, &[one], &nothing).images, []);
+    // Now nobody has it.
+    let done = collect(store.round(), &[one], &nothing);
+    assert_eq!(done.images, [two]);
+    assert!(done.freed > 0 && done.kept > 0);
+    assert!(store.get(&two).unwrap().is_none() && store.get(&one).unwrap().is_some());
+    // And it can be had again.
+    assert_eq!(fetch("v2").await.digest, two);
+}
+
+#[tokio::test]
+async fn what_a_crash_leaves_is_removed_at_the_next_start() {
+    let (registry, [one, two], _) = registry_of_two().await;
+    let workshop = Workshop::new();
+    for tag in ["v1", "v2"] {
+        let source = registry.source(&format!("a/b:{tag}"), None);
+        ensure(&workshop, &source).await.unwrap();
+    }
+    let store = workshop.path("store");
+    // A collection, killed in the middle; a conversion; a download.
+    std::fs::remove_file(store.join(format!("{}.json", one.file_stem()))).unwrap();
+    std::fs::write(store.join(".tmp-disk"), "x").unwrap();
+    std::fs::write(store.join("layers/.tmp-layer"), "x").unwrap();
+    let opened = workshop.store();
+    let images: Vec<Digest> = opened.list().unwrap().iter().map(|i| i.digest).collect();
+    assert_eq!(images, [two]);
+    let mut left: Vec<String> = std::fs::read_dir(&store)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    left.sort();
+    let two = two.file_stem();
+    assert_eq!(
+        left,
+        [
+            "layers".to_owned(),
+            format!("{two}.erofs"),
+            format!("{two}.json")
+        ]
+    );
+    assert!(!store.join("layers/.tmp-layer").exists());
 }

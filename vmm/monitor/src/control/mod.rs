@@ -132,6 +132,7 @@ pub fn spawn(socket: Socket, events: Sender<Event>) -> Result<(), SpawnError> {
     let failed = |source| SpawnError { path, source };
     thread::Builder::new()
         .name("control".into())
+        .stack_size(crate::THREAD_STACK_BYTES)
         .spawn(move || {
             let failure = events.clone();
             if let Err(error) = serve(listener, events) {

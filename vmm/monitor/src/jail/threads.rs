@@ -21,6 +21,7 @@ pub fn prepare() -> io::Result<()> {
     let (jobs, receiver) = channel::<Job>();
     thread::Builder::new()
         .name("starter".into())
+        .stack_size(crate::THREAD_STACK_BYTES)
         .spawn(move || {
             seccomp::confine(ThreadKind::Starter);
             for job in receiver {
@@ -36,7 +37,9 @@ pub fn start<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    let builder = thread::Builder::new().name(name.into());
+    let builder = thread::Builder::new()
+        .name(name.into())
+        .stack_size(crate::THREAD_STACK_BYTES);
     let Some(starter) = STARTER.get() else {
         return builder.spawn(work);
     };

@@ -35,6 +35,7 @@ use crate::config::VmConfig;
 use crate::kvm::VmState;
 use crate::memory::Memory;
 use crate::serial::SerialPortState;
+use crate::trace::Trace;
 use crate::vcpu::state::VcpuState;
 use crate::virtio::transport::TransportState;
 
@@ -247,7 +248,7 @@ pub struct Opened {
 }
 
 /// Reads and checks the snapshot in `config.snapshot_dir`.
-pub fn open(config: &VmConfig) -> Result<Opened, Refused> {
+pub fn open(config: &VmConfig, trace: &Trace) -> Result<Opened, Refused> {
     let state_path = config.snapshot_dir.join(STATE);
     let payload = read_state(&state_path)?;
     let payload: Payload = postcard::from_bytes(&payload).map_err(Refused::StateFormat)?;
@@ -258,9 +259,12 @@ pub fn open(config: &VmConfig) -> Result<Opened, Refused> {
             expected: expected.to_string(),
         });
     }
+    trace.mark("state_read");
     let path = config.snapshot_dir.join(MEMORY);
     let file = memory_file::open(&path, config.memory_bytes(), &payload.memory)?;
+    trace.mark("memory_checked");
     let memory = Memory::from_file(file, config.memory_bytes())?;
+    trace.mark("memory_mapped");
     Ok(Opened {
         machine: payload.machine,
         memory,

@@ -39,8 +39,12 @@ fn machine(dir: &TempDir) -> MachineState {
     }
 }
 
+fn trace() -> Trace {
+    Trace::new(std::time::Instant::now())
+}
+
 fn refusal(config: &VmConfig) -> Refused {
-    match open(config) {
+    match open(config, &trace()) {
         Ok(_) => panic!("it was taken"),
         Err(refused) => refused,
     }
@@ -49,7 +53,7 @@ fn refusal(config: &VmConfig) -> Refused {
 #[test]
 fn a_whole_snapshot_opens_and_a_second_replaces_it() {
     let (dir, config) = snapshot();
-    let opened = open(&config).unwrap();
+    let opened = open(&config, &trace()).unwrap();
     assert_eq!(opened.memory.size(), 32 << 20);
     // While it is in use, as when a Machine is suspended for the second time.
     write(
@@ -60,7 +64,7 @@ fn a_whole_snapshot_opens_and_a_second_replaces_it() {
         Some(&opened.index),
     )
     .unwrap();
-    open(&config).unwrap();
+    open(&config, &trace()).unwrap();
     let names: Vec<_> = fs::read_dir(dir.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name())
@@ -75,7 +79,7 @@ fn a_failed_write_leaves_the_old_one() {
     let blocked = sibling(&config.snapshot_dir, ".tmp");
     fs::write(&blocked, b"in the way").unwrap();
     write(&config.snapshot_dir, &config, &machine(&dir), &memory, None).unwrap_err();
-    open(&config).unwrap();
+    open(&config, &trace()).unwrap();
 }
 
 #[test]
@@ -149,6 +153,6 @@ proptest! {
         fs::write(&path, &whole[..at]).unwrap();
         refusal(&config);
         fs::write(&path, &whole).unwrap();
-        open(&config).unwrap();
+        open(&config, &trace()).unwrap();
     }
 }

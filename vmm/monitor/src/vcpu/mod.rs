@@ -90,6 +90,7 @@ impl Vcpu {
         let (commands, receiver) = channel();
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))
+            .stack_size(crate::THREAD_STACK_BYTES)
             .spawn(move || {
                 seccomp::confine(ThreadKind::Vcpu);
                 Runner {
@@ -222,8 +223,14 @@ impl Runner {
     /// Runs the guest until it is to park; false if the thread is to end.
     fn run(&mut self) -> bool {
         self.context.trace.mark("first_vcpu_run");
+        let mut exits = false;
         loop {
-            match self.step() {
+            let step = self.step();
+            if !exits {
+                exits = true;
+                self.context.trace.mark("first_exit");
+            }
+            match step {
                 Step::Continue => {}
                 Step::Over => return true,
                 Step::Interrupted => {

@@ -336,6 +336,7 @@ impl Transport {
                     self.ram.clone(),
                     self.registers.accepted,
                     self.interrupt.clone(),
+                    self.trace.clone(),
                 );
                 match spawned {
                     Ok(worker) => self.slot = Slot::Running(worker),

@@ -15,6 +15,7 @@ use super::queue::VirtQueue;
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::jail::threads;
 use crate::memory::GuestRam;
+use crate::trace::Trace;
 
 /// A running device. [`Worker::stop`] gives it back.
 #[derive(Debug)]
@@ -43,6 +44,9 @@ pub struct Context {
     pub features: u64,
     interrupt: Arc<Interrupt>,
     epoll: Epoll,
+    trace: Arc<Trace>,
+    /// Whether the driver has sent something since the worker started.
+    spoke: bool,
 }
 
 /// What a watched descriptor is ready for.
@@ -80,6 +84,7 @@ impl Worker {
         ram: Arc<GuestRam>,
         features: u64,
         interrupt: Arc<Interrupt>,
+        trace: Arc<Trace>,
     ) -> Result<Self, (io::Error, Box<Parked>)> {
         let kind = parked.device.kind();
         let prepared = (|| {
@@ -115,6 +120,8 @@ impl Worker {
             features,
             interrupt,
             epoll,
+            trace,
+            spoke: false,
         };
         // The thread cannot give the device back if it does not start, so it is handed over inside.
         let (send, receive) = std::sync::mpsc::sync_channel(1);
@@ -230,6 +237,13 @@ fn watch(
 }
 
 impl Context {
+    /// Marks the guest's first word on this device, which ends the phase `name` of a start.
+    pub fn spoken(&mut self, name: &'static str) {
+        if !std::mem::replace(&mut self.spoke, true) {
+            self.trace.mark(name);
+        }
+    }
+
     /// A context outside a worker, for a device's own tests.
     #[cfg(test)]
     pub fn for_test(ram: Arc<GuestRam>, queues: Vec<VirtQueue>, features: u64) -> Self {
@@ -239,6 +253,8 @@ impl Context {
             features,
             interrupt: Arc::new(Interrupt::new().unwrap()),
             epoll: Epoll::new().unwrap(),
+            trace: super::testing::trace(),
+            spoke: false,
         }
     }
 

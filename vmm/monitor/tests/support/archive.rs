@@ -8,7 +8,8 @@ use std::process::Command;
 use super::which;
 
 /// Loads the modules, starts the network, runs what is sent to port 1000, sends back what is sent to
-/// port 1001 (a shell would read ahead of `exec cat`).
+/// port 1001 (a shell would read ahead of `exec cat`). Both have the connection itself (`nofork`): a
+/// socat in between never ends when its shell does before what the shell left in the background.
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox mkdir -p /bin /proc /sys /dev /tmp
 /bin/busybox --install -s /bin
@@ -20,8 +21,8 @@ while read -r module; do insmod /lib/modules/$module; done < /lib/modules-list
 ip link set lo up
 ip addr add 192.0.2.2/24 dev eth0
 ip link set eth0 up
-socat -t 3600 VSOCK-LISTEN:1000,reuseaddr,fork,backlog=64 EXEC:/bin/sh &
-socat -t 3600 VSOCK-LISTEN:1001,reuseaddr,fork,backlog=64 EXEC:/bin/cat &
+socat VSOCK-LISTEN:1000,reuseaddr,fork,backlog=64 EXEC:/bin/sh,nofork &
+socat VSOCK-LISTEN:1001,reuseaddr,fork,backlog=64 EXEC:/bin/cat,nofork &
 echo "test guest is ready" > /dev/console
 while :; do wait; sleep 1; done
 "#;

@@ -157,6 +157,19 @@ impl Workshop {
         ImageStore::open(self.path("store"), self.limits.clone()).unwrap()
     }
 
+    /// The layers that the store keeps, by name; without those that are on their way.
+    pub fn layers(&self) -> BTreeMap<String, Vec<u8>> {
+        let Ok(entries) = std::fs::read_dir(self.path("store/layers")) else {
+            return BTreeMap::new();
+        };
+        entries
+            .map(|entry| entry.unwrap())
+            .map(|entry| (entry.file_name().into_string().unwrap(), entry.path()))
+            .filter(|(name, _)| !name.starts_with(".tmp-"))
+            .map(|(name, path)| (name, std::fs::read(path).unwrap()))
+            .collect()
+    }
+
     pub fn layout(&self, image: TestImage) -> Source {
         image.layout(&self.path("layout"))
     }
@@ -193,8 +206,19 @@ impl Workshop {
             .ensure(source, |_| ())
             .await
             .expect_err("it was accepted");
-        let left: Vec<_> = std::fs::read_dir(self.path("store")).unwrap().collect();
+        let left: Vec<_> = std::fs::read_dir(self.path("store"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .filter(|name| name != "layers")
+            .collect();
         assert!(left.is_empty(), "left behind: {left:?}");
+        for (name, content) in self.layers() {
+            assert_eq!(
+                name,
+                Digest::of(&content).file_stem(),
+                "a layer that is not one"
+            );
+        }
         error.to_string()
     }
 }

@@ -4,7 +4,7 @@
 //! between the page cache and guest memory. A write is answered when the page cache has it, and is on
 //! the disk after the guest's next flush, as the driver has been told.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::AsFd;
 
@@ -55,6 +55,13 @@ impl Block {
             .read(true)
             .write(!config.read_only)
             .open(&config.path)?;
+        if !config.read_only {
+            // Two writers are the end of a file system. Whoever copies the disk takes this lock too.
+            file.try_lock().map_err(|error| match error {
+                TryLockError::WouldBlock => io::Error::other("it is in use by another process"),
+                TryLockError::Error(error) => error,
+            })?;
+        }
         let len = file.metadata()?.len();
         if len == 0 || !len.is_multiple_of(SECTOR) {
             return Err(io::Error::other(format!(

@@ -172,10 +172,12 @@ impl<L: Link> Net<L> {
         let ram = cx.ram.clone();
         let queue = &mut cx.queues[TRANSMIT];
         queue.mute(&ram);
+        let mut sent = false;
         for _ in 0..FRAMES_PER_ROUND {
             let Some(descriptors) = queue.pop(&ram) else {
                 break;
             };
+            sent = true;
             let head = descriptors.head_index();
             if let Ok(chain) = Chain::map(&ram, descriptors) {
                 let len = chain.readable.len();
@@ -190,6 +192,9 @@ impl<L: Link> Net<L> {
             queue.push(&ram, head, 0);
         }
         let more = queue.unmute(&ram);
+        if sent {
+            cx.spoken("first_frame_out");
+        }
         cx.interrupt(TRANSMIT);
         if more {
             cx.again(TRANSMIT);

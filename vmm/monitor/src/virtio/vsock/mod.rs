@@ -108,6 +108,7 @@ impl Vsock {
             let Some(descriptors) = cx.queues[TRANSMIT].pop(&ram) else {
                 break;
             };
+            cx.spoken("first_vsock_out");
             let head = descriptors.head_index();
             if let Ok(chain) = Chain::map(&ram, descriptors) {
                 self.take_packet(cx, &chain);
