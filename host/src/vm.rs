@@ -195,7 +195,7 @@ impl Vm {
                 root: self.dir.jail(),
                 uid: user,
                 gid: user,
-                cgroup: None,
+                cgroup: self.host.groups.path(self.id.as_str()),
             }),
         );
         let vm = serde_json::to_vec_pretty(&vm).map_err(|e| lasting(e.to_string()))?;
@@ -210,7 +210,10 @@ impl Vm {
         self.on_disk({
             let (dir, host) = (self.dir.clone(), Arc::clone(&self.host));
             let user = self.user();
+            let (id, guest) = (self.id.clone(), machine.config.guest.clone());
             move || {
+                host.groups
+                    .make(id.as_str(), guest.cpus.into(), guest.memory_mb)?;
                 if reset_disk || !dir.disk().exists() {
                     host.blank.put(&dir.disk())?;
                 }
@@ -276,6 +279,11 @@ impl Vm {
             for mount in &machine.config.mounts {
                 turns.push(self.host.volumes.turn(&mount.volume).await);
             }
+            let guest = &machine.config.guest;
+            self.host
+                .groups
+                .make(self.id.as_str(), guest.cpus.into(), guest.memory_mb)
+                .map_err(told)?;
             self.plug(machine).await?;
         }
         trace.mark("plugged");
@@ -580,6 +588,10 @@ impl Vm {
                 let tail = MachineDir::tail(&self.dir.vmm_log());
                 let mut end = end_of("", &tail, signal);
                 end.reason = format!("{} (process {pid})", end.reason);
+                if self.host.groups.out_of_memory(self.id.as_str()) {
+                    end.reason
+                        .push_str(", out of the memory that the host allows this Machine");
+                }
                 end
             }
         }
@@ -714,9 +726,12 @@ impl Hands for Vm {
             .unplug(self.slot)
             .await
             .map_err(|e| e.to_string())?;
-        let dir = self.dir.clone();
-        self.on_disk(move || absent_is_fine(std::fs::remove_dir_all(dir.path())))
-            .await
+        let (dir, host, id) = (self.dir.clone(), Arc::clone(&self.host), self.id.clone());
+        self.on_disk(move || {
+            host.groups.remove(id.as_str())?;
+            absent_is_fine(std::fs::remove_dir_all(dir.path()))
+        })
+        .await
     }
 }
 
