@@ -23,7 +23,7 @@ use crate::jail::{Jail, JailError};
 use crate::kvm::{KvmError, Vm, call};
 use crate::memory::{Memory, MemoryError};
 use crate::serial::SerialPort;
-use crate::snapshot::{self, MachineState, MemoryIndex, Opened, Refused};
+use crate::snapshot::{self, MachineState, MemoryIndex, Opened, Refused, WorkingSet};
 use crate::trace::Trace;
 use crate::vcpu::state::extra_xsave_words;
 use crate::vcpu::{Vcpu, VcpuContext, VcpuError, VcpuEvent};
@@ -45,8 +45,24 @@ pub struct Machine {
     memory: Memory,
     /// The checksums of the memory file under `memory`, after a restore.
     memory_index: Option<MemoryIndex>,
+    touched: Touched,
     state: State,
     trace: Arc<Trace>,
+}
+
+/// What is known of the pages that the guest has touched since its restore.
+///
+/// ```text
+/// boot ──► Unobserved        restore ──► Observing ──settle──► Observed ──► its next snapshot
+/// ```
+#[derive(Debug)]
+enum Touched {
+    /// It was not restored, or nobody could look.
+    Unobserved,
+    /// It is waking, with these pages mapped beforehand.
+    Observing(Option<WorkingSet>),
+    /// These were all.
+    Observed(WorkingSet),
 }
 
 /// What the guest is doing.
@@ -185,6 +201,7 @@ impl Machine {
             vm,
             memory,
             memory_index: None,
+            touched: Touched::Unobserved,
             state,
             trace,
         })
@@ -200,6 +217,7 @@ impl Machine {
         let (vm, loaded) = beside(&trace, || -> Result<_, MachineError> {
             let opened = snapshot::open(&config, &trace)?;
             trace.mark("snapshot_checked");
+            let opened = prefetched(opened, &trace);
             let devices = restored_devices(&config, &opened)?;
             trace.mark("devices");
             let serial = SerialPort::restore(&config.serial_log, &opened.machine.serial)
@@ -213,6 +231,7 @@ impl Machine {
             machine,
             memory,
             index,
+            working_set,
         } = opened;
         vm.attach_memory(&memory)?;
         trace.mark("memory_attached");
@@ -250,6 +269,7 @@ impl Machine {
             vm,
             memory,
             memory_index: Some(index),
+            touched: Touched::Observing(working_set),
             state,
             trace,
         })
@@ -276,6 +296,8 @@ impl Machine {
         if self.state == State::Paused {
             return Ok(());
         }
+        // The last chance, for a guest that hardly ran.
+        self.settle();
         let parking: Vec<_> = self
             .vcpus
             .iter()
@@ -290,6 +312,28 @@ impl Machine {
         self.bus.serial().flush_line();
         self.state = State::Paused;
         Ok(())
+    }
+
+    /// Takes down what a restored guest has touched until now, once: its wake is over.
+    pub fn settle(&mut self) {
+        let Touched::Observing(before) = &self.touched else {
+            return;
+        };
+        match WorkingSet::observe(&self.memory, before.as_ref()) {
+            Ok(set) => {
+                tracing::debug!(pages = set.pages(), "the working set of this wake");
+                self.touched = Touched::Observed(set);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the working set of this wake is not known");
+                self.touched = Touched::Unobserved;
+            }
+        }
+    }
+
+    /// Whether [`Self::settle`] has something to do.
+    pub fn is_waking(&self) -> bool {
+        matches!(self.touched, Touched::Observing(_))
     }
 
     /// Writes a snapshot of a paused Machine.
@@ -318,7 +362,19 @@ impl Machine {
                 .map_err(failed)?,
         };
         let base = self.memory_index.as_ref();
-        snapshot::write(path, &self.config, &machine, &self.memory, base).map_err(failed)
+        let working_set = match &self.touched {
+            Touched::Observed(set) => Some(set),
+            _ => None,
+        };
+        snapshot::write(
+            path,
+            &self.config,
+            &machine,
+            &self.memory,
+            base,
+            working_set,
+        )
+        .map_err(failed)
     }
 
     /// What it is and does.
@@ -369,6 +425,19 @@ fn beside<T>(trace: &Trace, work: impl FnOnce() -> T) -> (Result<Vm, KvmError>, 
         };
         (vm, done)
     })
+}
+
+/// Has the pages mapped that the guest will need, while the VM is made elsewhere. A set that is old is
+/// dropped, to be taken anew.
+fn prefetched(mut opened: Opened, trace: &Trace) -> Opened {
+    opened.working_set = opened.working_set.filter(|set| !set.is_old());
+    if let Some(set) = &opened.working_set {
+        match set.prefetch(&opened.memory) {
+            Ok(()) => trace.mark("prefetched"),
+            Err(error) => tracing::warn!(%error, "the working set is not prefetched"),
+        }
+    }
+    opened
 }
 
 /// The devices in the order of their windows: disks, network cards, vsock, randomness.

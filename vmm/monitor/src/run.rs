@@ -2,8 +2,8 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
 
 use crate::bus::Power;
 use crate::config::VmConfig;
@@ -18,6 +18,10 @@ use crate::vcpu::VcpuEvent;
 
 /// How long a stop waits for its own answer to be written.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What a restored guest touches in this time counts as what it needs to wake: its first replies, and
+/// not much of what follows.
+const WAKE: Duration = Duration::from_secs(1);
 
 /// What the main thread waits for.
 #[derive(Debug)]
@@ -120,8 +124,21 @@ fn vcpu_sink(events: Sender<Event>) -> EventSink {
 
 /// Carries out one event after the other, until one of them is the last.
 fn serve(machine: &mut Machine, events: &Receiver<Event>) -> Exit {
+    let awake_at = Instant::now() + WAKE;
     loop {
-        match events.recv() {
+        let event = if machine.is_waking() {
+            let left = awake_at.saturating_duration_since(Instant::now());
+            match events.recv_timeout(left) {
+                Err(RecvTimeoutError::Timeout) => {
+                    machine.settle();
+                    continue;
+                }
+                event => event.map_err(|_| RecvError),
+            }
+        } else {
+            events.recv()
+        };
+        match event {
             Ok(Event::Request(Request {
                 command,
                 reply,

@@ -320,6 +320,37 @@ fn clock_offset(guest: &Guest) -> (f64, f64) {
 }
 
 #[test]
+fn metal_a_wake_is_prefetched_and_a_damaged_working_set_is_ignored() {
+    let mut guest = Guest::new().booted();
+    guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null");
+    let sum = guest.sh("md5sum < /tmp/data");
+    let set = guest.path("snapshot/working_set");
+    let prefetched = |guest: &Guest| guest.describe()["boot"]["prefetched_us"].is_u64();
+    guest.suspend();
+    assert!(!set.exists(), "it has never woken");
+    guest.restore();
+    assert_eq!(guest.sh("echo awake"), "awake");
+    assert!(!prefetched(&guest));
+    guest.suspend();
+    guest.restore();
+    guest.until("the prefetch", || prefetched(&guest).then_some(()));
+    assert_eq!(guest.sh("md5sum < /tmp/data"), sum);
+    guest.suspend();
+    let mut bytes = fs::read(&set).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&set, bytes).unwrap();
+    guest.restore();
+    assert_eq!(guest.sh("md5sum < /tmp/data"), sum);
+    assert!(!prefetched(&guest));
+    assert!(
+        guest.logs().contains("the working set is ignored"),
+        "{}",
+        guest.logs()
+    );
+}
+
+#[test]
 fn metal_a_resume_ends_the_guests_old_connections() {
     let mut guest = Guest::new().booted();
     let mut stream = guest.connect(SHELL_PORT);

@@ -38,10 +38,12 @@ pub struct MemoryIndex {
 /// Opened while there is a `/proc`, by a process that is going to lose it.
 static PAGEMAP: OnceLock<File> = OnceLock::new();
 
-/// Opens `/proc/self/pagemap` for good.
-pub fn prepare() -> io::Result<()> {
-    let _ = PAGEMAP.set(open_pagemap()?); // the same one
-    Ok(())
+/// `/proc/self/pagemap`, opened once and for good: call it while there is a `/proc`.
+pub(super) fn pagemap() -> io::Result<&'static File> {
+    if PAGEMAP.get().is_none() {
+        let _ = PAGEMAP.set(open_pagemap()?); // by another thread: the same one
+    }
+    PAGEMAP.get().ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
 /// Without capabilities, even where this process has some: so it never shows where in the host's memory a
@@ -58,14 +60,7 @@ pub fn write(path: &Path, memory: &Memory, base: Option<&MemoryIndex>) -> io::Re
         .create_new(true)
         .open(path)?;
     file.set_len(memory.size())?;
-    let opened;
-    let pagemap = match PAGEMAP.get() {
-        Some(pagemap) => pagemap,
-        None => {
-            opened = open_pagemap()?;
-            &opened
-        }
-    };
+    let pagemap = pagemap()?;
     let base = memory.backing().zip(base);
     let zero_checksum = zero_checksum();
     let mut checksums = Vec::with_capacity((memory.size() as usize).div_ceil(CHUNK_BYTES));
@@ -184,19 +179,19 @@ fn next_data(file: &File, offset: u64, end: u64) -> io::Result<std::ops::Range<u
 
 /// One page's entry in `/proc/self/pagemap`.
 #[derive(Debug, Clone, Copy)]
-struct Entry(u64);
+pub(super) struct Entry(pub(super) u64);
 
 impl Entry {
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
     const OF_FILE: u64 = 1 << 61;
 
-    fn is_there(self) -> bool {
+    pub(super) fn is_there(self) -> bool {
         self.0 & (Self::PRESENT | Self::SWAPPED) != 0
     }
 
     /// Whether the page is the guest's own, not the page cache's.
-    fn holds_private_data(self) -> bool {
+    pub(super) fn holds_private_data(self) -> bool {
         self.is_there() && self.0 & Self::OF_FILE == 0
     }
 }

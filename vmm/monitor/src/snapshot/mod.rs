@@ -4,6 +4,7 @@
 //! state:   magic 8 │ version 4 │ reserved 4 │ payload length 8 │ payload checksum 8 │ header checksum 8
 //!          payload: whose snapshot it is, the memory file's checksums and seal, processors, devices
 //! memory:  guest RAM, range after range; pages of zeroes are holes
+//! working_set:  advice for the next restore, not always there; see `working_set.rs`
 //! ```
 //!
 //! A restore maps `memory` privately and runs at once: pages come from the page cache when the guest
@@ -20,6 +21,7 @@
 
 mod memory_file;
 mod seal;
+mod working_set;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -40,6 +42,7 @@ use crate::vcpu::state::VcpuState;
 use crate::virtio::transport::TransportState;
 
 pub use memory_file::{CHUNK_BYTES, MemoryIndex};
+pub use working_set::WorkingSet;
 
 /// Everything of a Machine but its memory.
 #[derive(Serialize, Deserialize)]
@@ -179,6 +182,7 @@ const HEADER_BYTES: usize = 40;
 const MAX_STATE_BYTES: u64 = 64 << 20;
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
+const WORKING_SET: &str = "working_set";
 
 /// Writes a snapshot of a paused Machine to `dir`: whole, or not at all.
 ///
@@ -190,6 +194,7 @@ pub fn write(
     machine: &MachineState,
     memory: &Memory,
     base: Option<&MemoryIndex>,
+    working_set: Option<&WorkingSet>,
 ) -> io::Result<()> {
     let temporary = sibling(dir, ".tmp");
     remove(&temporary)?;
@@ -205,6 +210,9 @@ pub fn write(
         let mut file = File::create_new(temporary.join(STATE))?;
         file.write_all(&header(&payload))?;
         file.write_all(&payload)?;
+        if let Some(set) = working_set {
+            fs::write(temporary.join(WORKING_SET), set.to_bytes())?;
+        }
         replace(&temporary, dir)
     })();
     if written.is_err() {
@@ -215,7 +223,7 @@ pub fn write(
 
 /// Opens what [`write`] needs of `/proc`, for a process that will soon be without it.
 pub fn prepare() -> io::Result<()> {
-    memory_file::prepare()?;
+    memory_file::pagemap()?;
     seal::boot_id().map(drop)
 }
 
@@ -245,6 +253,8 @@ pub struct Opened {
     pub memory: Memory,
     /// The checksums of the file under it, for the next snapshot.
     pub index: MemoryIndex,
+    /// What the guest touched when it last woke, if that is known.
+    pub working_set: Option<WorkingSet>,
 }
 
 /// Reads and checks the snapshot in `config.snapshot_dir`.
@@ -265,10 +275,16 @@ pub fn open(config: &VmConfig, trace: &Trace) -> Result<Opened, Refused> {
     trace.mark("memory_checked");
     let memory = Memory::from_file(file, config.memory_bytes())?;
     trace.mark("memory_mapped");
+    let path = config.snapshot_dir.join(WORKING_SET);
+    let working_set = WorkingSet::read(&path, config.memory_bytes()).unwrap_or_else(|error| {
+        tracing::warn!(path = %path.display(), %error, "the working set is ignored");
+        None
+    });
     Ok(Opened {
         machine: payload.machine,
         memory,
         index: payload.memory,
+        working_set,
     })
 }
 
