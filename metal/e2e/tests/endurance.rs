@@ -81,8 +81,9 @@ fn a_machine_wakes_time_and_again() -> Result<()> {
     // One connection more or less may be open.
     assert!(
         last.1 <= open + 4,
-        "serve: {open} -> {} descriptors",
-        last.1
+        "serve: {open} -> {} descriptors: {:#?}",
+        last.1,
+        open_files(world.server.pid()?)?
     );
     // Only RAM holds the counter, and nothing else than wakes was needed to keep it.
     assert_eq!(app.events("restart")?.len(), 0);
@@ -224,6 +225,21 @@ fn own_memory_kib(pid: Pid) -> Result<u64> {
 
 fn descriptors(pid: Pid) -> Result<u64> {
     entries(Path::new(&format!("/proc/{pid}/fd")))
+}
+
+/// What a process has open, to be told where it is too much.
+fn open_files(pid: Pid) -> Result<Vec<String>> {
+    let mut open: Vec<String> = fs::read_dir(format!("/proc/{pid}/fd"))?
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .map(|target| target.display().to_string())
+        .collect();
+    open.sort();
+    let sockets = checked(Command::new("ss").args(["-anpt"]))?;
+    open.extend(sockets.lines().map(str::to_owned));
+    let sockets = checked(Command::new("ss").args(["-anpx"]))?;
+    open.extend(sockets.lines().map(str::to_owned));
+    Ok(open)
 }
 
 fn entries(dir: &Path) -> Result<u64> {
