@@ -18,6 +18,7 @@ use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
+use crate::cgroup::Groups;
 use crate::checks::Checks;
 use crate::config::HostConfig;
 use crate::dir::{self, MachineDir, Memo};
@@ -135,6 +136,7 @@ impl Agent {
             blank: Blank::new(&config.data_dir, config.disk_size),
             volumes: Volumes::open(config.volumes_dir())
                 .map_err(|e| AgentError::Volumes(e.to_string()))?,
+            groups: Groups::open(),
             boot_id: dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?,
             metrics: Arc::new(Metrics::default()),
             view,
@@ -450,6 +452,9 @@ impl Supervisor {
                 if let Some(monitor) = Monitor::adopt(&path.join("vmm.pid"))? {
                     monitor.kill();
                     monitor.ended().await;
+                }
+                if let Some(name) = path.file_name().and_then(|n| n.to_str()) {
+                    host.groups.remove(name)?;
                 }
                 fs::remove_dir_all(&path)
             };

@@ -18,7 +18,7 @@ use thiserror::Error;
 
 use crate::config::HostConfig;
 use crate::dir::MachineDir;
-use crate::monitor::config::{Disk, Net, VmConfig, Vsock};
+use crate::monitor::config::{Disk, Jail, Net, VmConfig, Vsock};
 use crate::network::{GATEWAY, Slot};
 
 /// A config that cannot be run, whatever is tried.
@@ -129,6 +129,7 @@ pub(crate) fn vm_config(
     image: &std::path::Path,
     volumes: impl Iterator<Item = PathBuf>,
     slot: Slot,
+    jail: Option<Jail>,
 ) -> VmConfig {
     let disk = |path, read_only| Disk { path, read_only };
     let own = [disk(image.to_owned(), true), disk(dir.disk(), false)];
@@ -156,6 +157,7 @@ pub(crate) fn vm_config(
         serial_log: dir.serial_log(),
         snapshot_dir: dir.snapshot(),
         exit_file: dir.exit_file(),
+        jail,
     }
 }
 

@@ -117,12 +117,17 @@ impl MachineDir {
         self.path.join("vmm.log")
     }
 
+    /// All that a monitor sees of the host, and where it alone writes.
+    pub(crate) fn jail(&self) -> PathBuf {
+        self.path.join("jail")
+    }
+
     pub(crate) fn exit_file(&self) -> PathBuf {
-        self.path.join("exit.json")
+        self.jail().join("exit.json")
     }
 
     pub(crate) fn snapshot(&self) -> PathBuf {
-        self.path.join("snapshot")
+        self.jail().join("snapshot")
     }
 
     pub(crate) fn console_log(&self) -> PathBuf {
@@ -179,9 +184,10 @@ impl MachineDir {
     pub(crate) fn sync_snapshot(&self) -> io::Result<()> {
         let dir = self.snapshot();
         for entry in fs::read_dir(&dir)? {
-            File::open(entry?.path())?.sync_all()?;
+            open_theirs(&entry?.path())?.sync_all()?;
         }
         File::open(&dir)?.sync_all()?;
+        File::open(self.jail())?.sync_all()?;
         self.sync()
     }
 
@@ -190,8 +196,17 @@ impl MachineDir {
         absent_is_fine(fs::remove_dir_all(self.snapshot()))
     }
 
-    /// Removes what a monitor that has ended would leave in the way of the next.
-    pub(crate) fn prepare_for_monitor(&self) -> io::Result<()> {
+    /// Removes what a monitor that has ended would leave in the way of the next, which will be `user`, or
+    /// whoever runs this where that is nobody else.
+    pub(crate) fn prepare_for_monitor(&self, user: Option<u32>) -> io::Result<()> {
+        let mut builder = fs::DirBuilder::new();
+        match std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700).create(self.jail()) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        if user.is_some() {
+            std::os::unix::fs::lchown(self.jail(), user, user)?;
+        }
         for path in [self.control(), self.vsock(), self.exit_file()] {
             absent_is_fine(fs::remove_file(path))?;
         }
@@ -200,7 +215,11 @@ impl MachineDir {
 
     /// How the last monitor ended, if it said.
     pub(crate) fn exit(&self) -> io::Result<Option<ExitFile>> {
-        read_json(&self.exit_file())
+        match open_theirs(&self.exit_file()) {
+            Ok(file) => parse_json(&self.exit_file(), file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// The end of a log file, for a reason that a person can act on.
@@ -275,13 +294,34 @@ fn write_json<T: Serialize>(path: &Path, value: &T, durability: Durability) -> i
     write_whole(path, &serde_json::to_vec(value)?, durability)
 }
 
+/// Opens what a monitor has written, which may have been taken over by its guest: no link is followed,
+/// and nothing but a file is waited for.
+fn open_theirs(path: &Path) -> io::Result<File> {
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::other(format!(
+            "{}: not a plain file",
+            path.display()
+        )))
+    }
+}
+
 fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
-    let mut bytes = Vec::new();
     match File::open(path) {
-        Ok(file) => file.take(MAX_JSON).read_to_end(&mut bytes)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
+        Ok(file) => parse_json(path, file),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn parse_json<T: DeserializeOwned>(path: &Path, file: File) -> io::Result<Option<T>> {
+    let mut bytes = Vec::new();
+    file.take(MAX_JSON).read_to_end(&mut bytes)?;
     match serde_json::from_slice(&bytes) {
         Ok(value) => Ok(Some(value)),
         Err(error) => {
@@ -332,6 +372,7 @@ mod tests {
         let (_guard, dir) = dir();
         fs::write(dir.memo_file(), b"{\"slot\": \"many\"}").unwrap();
         assert_eq!(dir.memo().unwrap(), None);
+        dir.prepare_for_monitor(None).unwrap();
         fs::write(dir.exit_file(), b"").unwrap();
         assert_eq!(dir.exit().unwrap(), None);
     }

@@ -8,6 +8,7 @@ use tern_image::{
     Source,
 };
 
+use crate::cgroup::Groups;
 use crate::config::HostConfig;
 use crate::disk::Blank;
 use crate::machine::core::BootFailure;
@@ -23,6 +24,7 @@ pub(crate) struct Host {
     pub(crate) network: Network,
     pub(crate) blank: Blank,
     pub(crate) volumes: Volumes,
+    pub(crate) groups: Groups,
     pub(crate) metrics: Arc<Metrics>,
     /// The boot of the host's kernel.
     pub(crate) boot_id: String,

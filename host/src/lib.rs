@@ -20,6 +20,7 @@
 
 mod agent;
 mod bundle;
+mod cgroup;
 mod checks;
 mod config;
 mod dir;

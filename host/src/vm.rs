@@ -20,6 +20,7 @@ use crate::host::Host;
 use crate::logs::Logs;
 use crate::machine::core::{BootFailure, End, Epoch, Found};
 use crate::machine::hands::{Hands, SleepFailure};
+use crate::monitor::config::Jail;
 use crate::monitor::{Monitor, control};
 use crate::network::Slot;
 use crate::running::Running;
@@ -190,6 +191,12 @@ impl Vm {
                 .iter()
                 .map(|m| self.host.volumes.disk(&m.volume)),
             self.slot,
+            self.user().map(|user| Jail {
+                root: self.dir.jail(),
+                uid: user,
+                gid: user,
+                cgroup: self.host.groups.path(self.id.as_str()),
+            }),
         );
         let vm = serde_json::to_vec_pretty(&vm).map_err(|e| lasting(e.to_string()))?;
         let digest = image.digest.to_string();
@@ -202,12 +209,16 @@ impl Vm {
         };
         self.on_disk({
             let (dir, host) = (self.dir.clone(), Arc::clone(&self.host));
+            let user = self.user();
+            let (id, guest) = (self.id.clone(), machine.config.guest.clone());
             move || {
+                host.groups
+                    .make(id.as_str(), guest.cpus.into(), guest.memory_mb)?;
                 if reset_disk || !dir.disk().exists() {
                     host.blank.put(&dir.disk())?;
                 }
                 dir.set_memo(&memo)?;
-                dir.prepare_for_monitor()?;
+                dir.prepare_for_monitor(user)?;
                 absent_is_fine(std::fs::remove_file(dir.serial_log()))?;
                 write_whole(&dir.run_cpio(), &archive, Durability::Unsynced)?;
                 write_whole(&dir.vm_json(), &vm, Durability::Unsynced)
@@ -255,7 +266,7 @@ impl Vm {
         }
         let mut trace = WakeTrace::new();
         self.break_seal().map_err(told)?;
-        self.dir.prepare_for_monitor().map_err(told)?;
+        self.dir.prepare_for_monitor(self.user()).map_err(told)?;
         let sync = tokio::task::spawn_blocking({
             let dir = self.dir.clone();
             move || dir.sync()
@@ -268,6 +279,11 @@ impl Vm {
             for mount in &machine.config.mounts {
                 turns.push(self.host.volumes.turn(&mount.volume).await);
             }
+            let guest = &machine.config.guest;
+            self.host
+                .groups
+                .make(self.id.as_str(), guest.cpus.into(), guest.memory_mb)
+                .map_err(told)?;
             self.plug(machine).await?;
         }
         trace.mark("plugged");
@@ -500,6 +516,11 @@ impl Vm {
         Ok(running)
     }
 
+    /// Who the monitor becomes. Only root can make it somebody else.
+    fn user(&self) -> Option<u32> {
+        nix::unistd::geteuid().is_root().then(|| self.slot.user())
+    }
+
     /// Collects what the guest tells.
     fn attend(&self, running: &Arc<Running>) {
         let boot = self.memo.lock().boots;
@@ -567,6 +588,10 @@ impl Vm {
                 let tail = MachineDir::tail(&self.dir.vmm_log());
                 let mut end = end_of("", &tail, signal);
                 end.reason = format!("{} (process {pid})", end.reason);
+                if self.host.groups.out_of_memory(self.id.as_str()) {
+                    end.reason
+                        .push_str(", out of the memory that the host allows this Machine");
+                }
                 end
             }
         }
@@ -701,9 +726,12 @@ impl Hands for Vm {
             .unplug(self.slot)
             .await
             .map_err(|e| e.to_string())?;
-        let dir = self.dir.clone();
-        self.on_disk(move || absent_is_fine(std::fs::remove_dir_all(dir.path())))
-            .await
+        let (dir, host, id) = (self.dir.clone(), Arc::clone(&self.host), self.id.clone());
+        self.on_disk(move || {
+            host.groups.remove(id.as_str())?;
+            absent_is_fine(std::fs::remove_dir_all(dir.path()))
+        })
+        .await
     }
 }
 
@@ -714,6 +742,10 @@ fn end_of(reason: &str, message: &str, signal: Option<i32>) -> End {
         ("guest_shutdown" | "guest_reset", _) => "the guest ended".to_owned(),
         ("stopped", _) => "the monitor was stopped".to_owned(),
         ("snapshot_refused", _) => "the snapshot was refused".to_owned(),
+        ("", Some(libc::SIGSYS)) => {
+            "the monitor was killed by SIGSYS: it made a system call that its filter does not allow"
+                .to_owned()
+        }
         ("", Some(signal)) => format!(
             "the monitor was killed by {}",
             tern_guest::signal::signal_name(signal)

@@ -21,6 +21,18 @@ pub(crate) struct VmConfig {
     pub(crate) serial_log: PathBuf,
     pub(crate) snapshot_dir: PathBuf,
     pub(crate) exit_file: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) jail: Option<Jail>,
+}
+
+/// Who and where a monitor is once it has opened its files.
+#[derive(Debug, Serialize)]
+pub(crate) struct Jail {
+    pub(crate) root: PathBuf,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) cgroup: Option<PathBuf>,
 }
 
 #[derive(Debug, Serialize)]

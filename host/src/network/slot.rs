@@ -51,6 +51,11 @@ impl Slot {
         u32::from(self.0) + 3
     }
 
+    /// The user and group that its monitor becomes, and nothing else on the host is.
+    pub(crate) fn user(self) -> u32 {
+        FIRST_USER + u32::from(self.0)
+    }
+
     /// The guest's Ethernet address.
     pub(crate) fn guest_mac(self) -> Mac {
         let [high, low] = self.0.to_be_bytes();
@@ -105,6 +110,11 @@ impl Slots {
     }
 }
 
+/// The users of monitors: 1879048192 (0x70000000) and the 16383 after it. Above those that people and
+/// services get, systemd's dynamic users (61184-65519) and the ranges that useradd hands out for user
+/// namespaces (524288-600100000) and systemd for containers (524288-1879048191).
+const FIRST_USER: u32 = 0x7000_0000;
+
 /// All names that start so, and go on with a number, are ours.
 pub(crate) const TAP_PREFIX: &str = "tn";
 const V4_BASE: u32 = u32::from_be_bytes([172, 19, 0, 0]);
@@ -121,6 +131,7 @@ mod tests {
         assert_eq!(slot.host_mac().to_string(), "02:74:6e:01:01:2c");
         assert_eq!(slot.host_v4().to_string(), "172.19.4.177");
         assert_eq!(slot.guest_v4().to_string(), "172.19.4.178");
+        assert_eq!(slot.user(), 1_879_048_492);
         let last = Slot::new(Slot::COUNT - 1).unwrap();
         assert_eq!(last.guest_v4().to_string(), "172.19.255.254");
         assert_eq!(Slot::new(Slot::COUNT), None);

@@ -29,7 +29,7 @@ fn a_machine_is_launched_suspended_woken_stopped_and_destroyed() {
     world.start(&machine);
     assert_eq!(world.count(&machine), 2, "its memory is what it was");
     until("the snapshot is gone", || {
-        !world.machine_dir(&machine).join("snapshot").exists()
+        !world.machine_dir(&machine).join("jail/snapshot").exists()
     });
 
     world.stop(&machine);

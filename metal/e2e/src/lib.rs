@@ -17,4 +17,4 @@ pub mod world;
 pub use artefacts::Artefacts;
 pub use http::Reply;
 pub use laptop::Laptop;
-pub use world::{World, fly_toml};
+pub use world::{App, World, fly_toml};

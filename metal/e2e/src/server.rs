@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::artefacts::Artefacts;
@@ -131,6 +132,30 @@ impl Server {
             .env("TERN_API_URL", API);
         command.env("XDG_CONFIG_HOME", self.data.join("no-settings"));
         command
+    }
+
+    /// A call of the API as this server's administrator; anything but success is an error.
+    pub fn api(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
+        let token = std::fs::read_to_string(self.data.join("admin-token"))?;
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--fail-with-body", "--max-time", "120", "-X", method])
+            .args(["-H", &format!("authorization: Bearer {}", token.trim())]);
+        if let Some(body) = body {
+            curl.args([
+                "-H",
+                "content-type: application/json",
+                "-d",
+                &body.to_string(),
+            ]);
+        }
+        let text = checked(curl.arg(format!("{API}{path}")))?;
+        serde_json::from_str(&text).with_context(|| format!("{method} {path} answered {text}"))
+    }
+
+    /// The process of `tern serve`.
+    pub fn pid(&self) -> Result<Pid> {
+        let process = self.process.as_ref().context("tern serve is not running")?;
+        Ok(process.pid())
     }
 
     /// What `tern serve` has logged.

@@ -164,7 +164,16 @@ pub struct App<'a> {
     pub machine: String,
 }
 
-impl App<'_> {
+impl<'a> App<'a> {
+    /// A Machine of an app that there is already.
+    pub fn of(world: &'a World, app: &str, machine: &str) -> Self {
+        Self {
+            world,
+            name: app.to_owned(),
+            hostname: format!("{app}.{DOMAIN}"),
+            machine: machine.to_owned(),
+        }
+    }
     /// `GET https://<hostname><path>`, verified against the CA's root.
     pub fn get(&self, path: &str) -> Result<Reply> {
         self.curl(path, &[])

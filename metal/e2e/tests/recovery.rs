@@ -109,7 +109,7 @@ fn a_damaged_snapshot_is_refused_and_the_machine_starts_cold() -> Result<()> {
             .data
             .join("machines")
             .join(&app.machine)
-            .join("snapshot")
+            .join("jail/snapshot")
             .join(name);
         damage(
             &std::fs::File::options()

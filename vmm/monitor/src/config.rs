@@ -46,6 +46,25 @@ pub struct VmConfig {
     pub snapshot_dir: PathBuf,
     /// Written just before the monitor ends: why it did.
     pub exit_file: PathBuf,
+    /// Who and where the monitor is once it has opened its files; without it, who started it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jail: Option<JailConfig>,
+}
+
+/// The jail of a monitor that is started by root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailConfig {
+    /// An existing directory that belongs to `uid`: all that the monitor can see later. `snapshot_dir`
+    /// and `exit_file` must be in it; sockets and logs are opened before, and better outside.
+    pub root: PathBuf,
+    /// The user that it becomes, which nothing else should run as.
+    pub uid: u32,
+    /// Its only group.
+    pub gid: u32,
+    /// An existing cgroup v2 directory to join.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
 }
 
 /// One block device.
@@ -219,6 +238,23 @@ impl VmConfig {
             })?;
             sockets.push(("vsock path", &vsock.path));
         }
+        if let Some(jail) = &self.jail {
+            require(jail.uid != 0 && jail.gid != 0, &|| {
+                "jail: uid and gid must not be root's".into()
+            })?;
+            require(jail.root.is_absolute(), &|| {
+                "jail: root must be an absolute path".into()
+            })?;
+            for (name, path) in [
+                ("snapshot_dir", &self.snapshot_dir),
+                ("exit_file", &self.exit_file),
+            ] {
+                let below = path.parent() == Some(&*jail.root);
+                require(below, &|| {
+                    format!("jail: {name} must be directly in its root")
+                })?;
+            }
+        }
         for (name, path) in sockets {
             let length = path.as_os_str().len();
             require(length <= MAX_SOCKET_PATH, &|| {
@@ -268,7 +304,8 @@ mod tests {
             "net": [{"tap": "tn0", "mac": "02:00:00:00:00:01"}],
             "vsock": {"cid": 3, "path": "/m/vsock.sock"},
             "control": "/m/vmm.sock", "pid_file": "/m/vmm.pid", "serial_log": "/m/serial.log",
-            "snapshot_dir": "/m/snapshot", "exit_file": "/m/exit.json"
+            "snapshot_dir": "/m/snapshot", "exit_file": "/m/exit.json",
+            "jail": {"root": "/m", "uid": 1_000_000, "gid": 1_000_000, "cgroup": "/sys/fs/cgroup/tern/1"}
         })
     }
 
@@ -289,7 +326,7 @@ mod tests {
 
     #[test]
     fn refuses_an_unknown_key_at_every_level() {
-        for pointer in ["", "/disks/0", "/net/0", "/vsock"] {
+        for pointer in ["", "/disks/0", "/net/0", "/vsock", "/jail"] {
             let mut value = sample();
             let table = value.pointer_mut(pointer).unwrap().as_object_mut().unwrap();
             table.insert("colour".into(), json!("blue"));
@@ -311,6 +348,8 @@ mod tests {
             ("/net/0/mac", json!("01:00:00:00:00:00"), "multicast"),
             ("/vsock/cid", json!(2), "cid"),
             ("/control", json!("x".repeat(200)), "control"),
+            ("/jail/uid", json!(0), "root"),
+            ("/jail/root", json!("/elsewhere"), "snapshot_dir"),
             ("/cmdline", json!("a\nb"), "ASCII"),
             ("/cmdline", json!("a".repeat(2000)), "cmdline"),
         ];

@@ -13,12 +13,16 @@
 //! | `vcpu<n>` | runs the guest ([`vcpu`]) and answers its exits ([`bus`]) |
 //! | `block`, `net`, `vsock`, `rng` | one per device, from its driver's "ready" on ([`virtio::worker`]) |
 //! | `control` | the API and SIGTERM; hands commands to main |
+//! | `starter` | starts the devices' threads, which a vCPU's filter forbids ([`jail::threads`]) |
+//!
+//! Before the guest runs the process gives up everything but what it has opened by then: see [`jail`].
 
 pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod control;
 pub mod exit;
+pub mod jail;
 pub mod kvm;
 pub mod machine;
 pub mod memory;

@@ -19,10 +19,11 @@ use serde::Serialize;
 use crate::boot::{self, BootError, Entry, cpu, layout};
 use crate::bus::Bus;
 use crate::config::VmConfig;
+use crate::jail::{Jail, JailError};
 use crate::kvm::{KvmError, Vm, call};
 use crate::memory::{Memory, MemoryError};
 use crate::serial::SerialPort;
-use crate::snapshot::{self, MachineState, MemoryIndex, Opened, Refused};
+use crate::snapshot::{self, MachineState, MemoryIndex, Opened, Refused, WorkingSet};
 use crate::trace::Trace;
 use crate::vcpu::state::extra_xsave_words;
 use crate::vcpu::{Vcpu, VcpuContext, VcpuError, VcpuEvent};
@@ -44,8 +45,24 @@ pub struct Machine {
     memory: Memory,
     /// The checksums of the memory file under `memory`, after a restore.
     memory_index: Option<MemoryIndex>,
+    touched: Touched,
     state: State,
     trace: Arc<Trace>,
+}
+
+/// What is known of the pages that the guest has touched since its restore.
+///
+/// ```text
+/// boot ──► Unobserved        restore ──► Observing ──settle──► Observed ──► its next snapshot
+/// ```
+#[derive(Debug)]
+enum Touched {
+    /// It was not restored, or nobody could look.
+    Unobserved,
+    /// It is waking, with these pages mapped beforehand.
+    Observing(Option<WorkingSet>),
+    /// These were all.
+    Observed(WorkingSet),
 }
 
 /// What the guest is doing.
@@ -97,6 +114,15 @@ pub enum MachineError {
     /// Kernel or initramfs cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The walls around the monitor cannot be put up.
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    /// No thread to start others.
+    #[error("cannot start a thread: {0}")]
+    Starter(io::Error),
+    /// The control API cannot be served.
+    #[error(transparent)]
+    Control(crate::control::SpawnError),
     /// A processor's thread fails.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -127,7 +153,8 @@ pub enum MachineError {
 impl Machine {
     /// Loads a guest that is about to execute its first instruction.
     pub fn boot(
-        config: VmConfig,
+        mut config: VmConfig,
+        jail: &Jail,
         trace: Arc<Trace>,
         events: EventSink,
     ) -> Result<Self, MachineError> {
@@ -139,11 +166,13 @@ impl Machine {
             trace.mark("devices");
             let entry = boot::load(&config, &memory, devices.len())?;
             trace.mark("kernel_loaded");
-            Ok((memory, devices, entry))
+            let serial = SerialPort::new(&config.serial_log).map_err(device_error("serial log"))?;
+            jail.isolate()?;
+            trace.mark("isolated");
+            Ok((memory, devices, entry, serial))
         });
-        let (mut vm, (memory, devices, entry)) = (vm?, loaded?);
+        let (mut vm, (memory, devices, entry, serial)) = (vm?, loaded?);
         vm.attach_memory(&memory)?;
-        let serial = SerialPort::new(&config.serial_log).map_err(device_error("serial log"))?;
         let transports = devices
             .into_iter()
             .map(|device| Transport::new(device, memory.ram().clone(), trace.clone()))
@@ -161,6 +190,7 @@ impl Machine {
                 &memory,
             )?;
         }
+        confine(jail, &mut config, &trace)?;
         let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
         trace.mark("vcpus");
         let state = State::Paused;
@@ -171,6 +201,7 @@ impl Machine {
             vm,
             memory,
             memory_index: None,
+            touched: Touched::Unobserved,
             state,
             trace,
         })
@@ -178,27 +209,32 @@ impl Machine {
 
     /// Takes a guest from its snapshot.
     pub fn restore(
-        config: VmConfig,
+        mut config: VmConfig,
+        jail: &Jail,
         trace: Arc<Trace>,
         events: EventSink,
     ) -> Result<Self, MachineError> {
         let (vm, loaded) = beside(&trace, || -> Result<_, MachineError> {
             let opened = snapshot::open(&config, &trace)?;
             trace.mark("snapshot_checked");
+            let opened = prefetched(opened, &trace);
             let devices = restored_devices(&config, &opened)?;
             trace.mark("devices");
-            Ok((opened, devices))
+            let serial = SerialPort::restore(&config.serial_log, &opened.machine.serial)
+                .map_err(device_error("serial log"))?;
+            jail.isolate()?;
+            trace.mark("isolated");
+            Ok((opened, devices, serial))
         });
-        let (mut vm, (opened, devices)) = (vm?, loaded?);
+        let (mut vm, (opened, devices, serial)) = (vm?, loaded?);
         let Opened {
             machine,
             memory,
             index,
+            working_set,
         } = opened;
         vm.attach_memory(&memory)?;
         trace.mark("memory_attached");
-        let serial = SerialPort::restore(&config.serial_log, &machine.serial)
-            .map_err(device_error("serial log"))?;
         let transports = devices
             .into_iter()
             .zip(&machine.devices)
@@ -222,6 +258,7 @@ impl Machine {
         trace.mark("vcpus_restored");
         vm.restore(&machine.vm).map_err(Refused::Kvm)?;
         trace.mark("state_restored");
+        confine(jail, &mut config, &trace)?;
         let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
         trace.mark("vcpus");
         let state = State::Paused;
@@ -232,6 +269,7 @@ impl Machine {
             vm,
             memory,
             memory_index: Some(index),
+            touched: Touched::Observing(working_set),
             state,
             trace,
         })
@@ -258,6 +296,8 @@ impl Machine {
         if self.state == State::Paused {
             return Ok(());
         }
+        // The last chance, for a guest that hardly ran.
+        self.settle();
         let parking: Vec<_> = self
             .vcpus
             .iter()
@@ -272,6 +312,28 @@ impl Machine {
         self.bus.serial().flush_line();
         self.state = State::Paused;
         Ok(())
+    }
+
+    /// Takes down what a restored guest has touched until now, once: its wake is over.
+    pub fn settle(&mut self) {
+        let Touched::Observing(before) = &self.touched else {
+            return;
+        };
+        match WorkingSet::observe(&self.memory, before.as_ref()) {
+            Ok(set) => {
+                tracing::debug!(pages = set.pages(), "the working set of this wake");
+                self.touched = Touched::Observed(set);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the working set of this wake is not known");
+                self.touched = Touched::Unobserved;
+            }
+        }
+    }
+
+    /// Whether [`Self::settle`] has something to do.
+    pub fn is_waking(&self) -> bool {
+        matches!(self.touched, Touched::Observing(_))
     }
 
     /// Writes a snapshot of a paused Machine.
@@ -300,7 +362,19 @@ impl Machine {
                 .map_err(failed)?,
         };
         let base = self.memory_index.as_ref();
-        snapshot::write(path, &self.config, &machine, &self.memory, base).map_err(failed)
+        let working_set = match &self.touched {
+            Touched::Observed(set) => Some(set),
+            _ => None,
+        };
+        snapshot::write(
+            path,
+            &self.config,
+            &machine,
+            &self.memory,
+            base,
+            working_set,
+        )
+        .map_err(failed)
     }
 
     /// What it is and does.
@@ -320,6 +394,14 @@ impl Machine {
     pub fn flush_console(&self) {
         self.bus.serial().flush_line();
     }
+}
+
+/// The last step before there are threads: everything is open.
+fn confine(jail: &Jail, config: &mut VmConfig, trace: &Trace) -> Result<(), JailError> {
+    jail.drop_privileges()?;
+    config.snapshot_dir = jail.inside(&config.snapshot_dir);
+    trace.mark("confined");
+    Ok(())
 }
 
 /// Creates the VM in a thread of its own while `work` goes on in this one.
@@ -343,6 +425,19 @@ fn beside<T>(trace: &Trace, work: impl FnOnce() -> T) -> (Result<Vm, KvmError>, 
         };
         (vm, done)
     })
+}
+
+/// Has the pages mapped that the guest will need, while the VM is made elsewhere. A set that is old is
+/// dropped, to be taken anew.
+fn prefetched(mut opened: Opened, trace: &Trace) -> Opened {
+    opened.working_set = opened.working_set.filter(|set| !set.is_old());
+    if let Some(set) = &opened.working_set {
+        match set.prefetch(&opened.memory) {
+            Ok(()) => trace.mark("prefetched"),
+            Err(error) => tracing::warn!(%error, "the working set is not prefetched"),
+        }
+    }
+    opened
 }
 
 /// The devices in the order of their windows: disks, network cards, vsock, randomness.

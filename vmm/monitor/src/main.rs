@@ -3,12 +3,15 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use tern_vmm::config::VmConfig;
 use tern_vmm::exit::{Exit, Reason};
+use tern_vmm::jail::Jail;
+use tern_vmm::jail::seccomp::{self, ThreadKind};
 use tern_vmm::trace::Trace;
 use tern_vmm::{control, probe, run};
 use tracing::Level;
@@ -38,6 +41,13 @@ enum Subcommands {
         #[arg(long)]
         json: bool,
     },
+    /// Makes a call that the filter of a kind of threads does not allow; for tests of the filters.
+    #[command(hide = true)]
+    Forbidden {
+        /// The thread, as it is named.
+        #[arg(long)]
+        thread: String,
+    },
 }
 
 const EXIT_ERROR: u8 = 1;
@@ -49,6 +59,7 @@ fn main() -> ExitCode {
     log_to_stderr();
     match options.command {
         Subcommands::Probe { json } => ExitCode::from(report_probe(json)),
+        Subcommands::Forbidden { thread } => forbidden(&thread),
         Subcommands::Run { config, restore } => match run_machine(&config, restore, trace) {
             Ok(exit) => {
                 if exit.reason.code() != 0 {
@@ -69,17 +80,19 @@ fn run_machine(path: &Path, restore: bool, trace: Trace) -> anyhow::Result<Exit>
     let config = VmConfig::load(path)?;
     trace.mark("config_read");
     control::block_signals().context("cannot block signals")?;
-    end_with_a_panic(config.exit_file.clone());
-    Ok(run::run(config, restore, trace)?)
+    let jail = Arc::new(Jail::new(config.jail.clone()));
+    end_with_a_panic(config.exit_file.clone(), jail.clone());
+    Ok(run::run(config, &jail, restore, trace)?)
 }
 
 /// A panic in any thread is a bug, and leaves a guest that looks alive and is not: better to end, and
 /// say so where the host's agent looks.
-fn end_with_a_panic(exit_file: PathBuf) {
+fn end_with_a_panic(exit_file: PathBuf, jail: Arc<Jail>) {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         report(panic);
-        let _ = Exit::new(Reason::Error, format!("bug in the monitor: {panic}")).write(&exit_file);
+        let _ = Exit::new(Reason::Error, format!("bug in the monitor: {panic}"))
+            .write(&jail.inside(&exit_file));
         std::process::exit(EXIT_ERROR.into());
     }));
 }
@@ -100,6 +113,28 @@ fn log_to_stderr() {
         .finish();
     // Fails only if it was done before.
     let _ = tracing::subscriber::set_global_default(subscriber);
+}
+
+/// Ends by SIGSYS where the filter holds.
+fn forbidden(thread: &str) -> ExitCode {
+    let Some(kind) = ThreadKind::ALL.into_iter().find(|k| k.name() == thread) else {
+        eprintln!("tern-vmm: no thread is called {thread:?}");
+        return ExitCode::from(EXIT_ERROR);
+    };
+    if let Err(error) = seccomp::prepare() {
+        eprintln!("tern-vmm: {error}");
+        return ExitCode::from(EXIT_ERROR);
+    }
+    let _ = std::thread::spawn(move || {
+        seccomp::confine(kind);
+        // Allowed, so that an end before it is told from an end by what follows.
+        eprintln!("confined");
+        // SAFETY: takes numbers only; a socket that only root could have.
+        unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW, 0) }
+    })
+    .join();
+    eprintln!("not killed");
+    ExitCode::from(EXIT_ERROR)
 }
 
 fn report_probe(json: bool) -> u8 {

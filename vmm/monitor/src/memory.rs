@@ -129,6 +129,35 @@ impl Memory {
         })
     }
 
+    /// Maps what belongs to `len` bytes at `offset` of a memory file, before anybody touches it:
+    /// `written` as private copies, else as the file's own pages. Content does not change.
+    pub fn populate(&self, offset: u64, len: u64, written: bool) -> io::Result<()> {
+        let advice = if written {
+            libc::MADV_POPULATE_WRITE
+        } else {
+            libc::MADV_POPULATE_READ
+        };
+        let end = offset.saturating_add(len);
+        for (range, host) in self.mappings() {
+            let from = offset.max(range.file_offset);
+            let to = end.min(range.file_offset + range.len);
+            if from >= to {
+                continue;
+            }
+            // SAFETY: `from` and `to` lie in the range, which is mapped at `host` for as long as this
+            // borrow lives. The advice only has pages faulted in (madvise(2)), as the guest's own
+            // accesses would at any time.
+            let done = unsafe {
+                let at = host.add((from - range.file_offset) as usize);
+                libc::madvise(at.cast(), (to - from) as usize, advice)
+            };
+            if done < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
     /// All of it, in bytes.
     pub fn size(&self) -> u64 {
         self.ram.iter().map(|region| region.len()).sum()

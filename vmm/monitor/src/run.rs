@@ -2,19 +2,26 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
 
 use crate::bus::Power;
 use crate::config::VmConfig;
 use crate::control::{self, Command, ControlError, Request};
 use crate::exit::{Exit, PidFile, Reason};
+use crate::jail::Jail;
+use crate::jail::seccomp::{self, ThreadKind};
+use crate::jail::threads;
 use crate::machine::{EventSink, Machine, MachineError};
 use crate::trace::Trace;
 use crate::vcpu::VcpuEvent;
 
 /// How long a stop waits for its own answer to be written.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What a restored guest touches in this time counts as what it needs to wake: its first replies, and
+/// not much of what follows.
+const WAKE: Duration = Duration::from_secs(1);
 
 /// What the main thread waits for.
 #[derive(Debug)]
@@ -40,7 +47,7 @@ pub struct NotBegun {
 /// Runs a Machine to its end, and leaves `exit.json`.
 ///
 /// SIGTERM and SIGINT must be blocked in every thread: see [`control::block_signals`].
-pub fn run(config: VmConfig, restore: bool, trace: Trace) -> Result<Exit, NotBegun> {
+pub fn run(config: VmConfig, jail: &Jail, restore: bool, trace: Trace) -> Result<Exit, NotBegun> {
     let pid_file = PidFile::acquire(&config.pid_file).map_err(|source| NotBegun {
         path: config.pid_file.clone(),
         source,
@@ -48,33 +55,44 @@ pub fn run(config: VmConfig, restore: bool, trace: Trace) -> Result<Exit, NotBeg
     // From here on this Machine's files are ours: what a former monitor left is out of date.
     let _ = std::fs::remove_file(&config.exit_file);
     trace.mark("locked");
-    let exit = live(&config, restore, Arc::new(trace));
+    let exit = live(&config, jail, restore, Arc::new(trace));
     tracing::info!(reason = ?exit.reason, message = exit.message, "ends");
+    // From inside a jail they cannot be removed, and whoever starts the next monitor does.
     let _ = std::fs::remove_file(&config.control);
     if let Some(vsock) = &config.vsock {
         let _ = std::fs::remove_file(&vsock.path);
     }
-    if let Err(error) = exit.write(&config.exit_file) {
+    if let Err(error) = exit.write(&jail.inside(&config.exit_file)) {
         tracing::error!(path = %config.exit_file.display(), %error, "cannot write the exit file");
     }
     let _ = pid_file.release(); // the lock goes all the same
     Ok(exit)
 }
 
-fn live(config: &VmConfig, restore: bool, trace: Arc<Trace>) -> Exit {
+fn live(config: &VmConfig, jail: &Jail, restore: bool, trace: Arc<Trace>) -> Exit {
     let (events, receiver) = channel();
-    // The API's socket appears while the guest starts; requests wait for the Machine in the channel.
-    if let Err(error) = control::spawn(&config.control, events.clone()) {
-        return Exit::new(Reason::Error, error.to_string());
-    }
-    trace.mark("control_bound");
-    let sink = vcpu_sink(events);
-    let made = if restore {
-        Machine::restore(config.clone(), trace.clone(), sink)
-    } else {
-        Machine::boot(config.clone(), trace.clone(), sink)
+    let error = |error: &dyn std::fmt::Display| Exit::new(Reason::Error, error.to_string());
+    // The API's socket appears while the guest starts; requests wait for the Machine in its backlog.
+    let socket = match prepare(config, jail) {
+        Ok(socket) => socket,
+        Err(cause) => return error(&format_args!("{cause:#}")),
     };
-    let started = made.and_then(|mut machine| machine.resume().map(|()| machine));
+    trace.mark("control_bound");
+    let sink = vcpu_sink(events.clone());
+    let made = if restore {
+        Machine::restore(config.clone(), jail, trace.clone(), sink)
+    } else {
+        Machine::boot(config.clone(), jail, trace.clone(), sink)
+    };
+    // Threads are born with what this one has given up. Its own filter comes when they are.
+    let started = made.and_then(|mut machine| {
+        threads::prepare().map_err(MachineError::Starter)?;
+        if let Err(cause) = control::spawn(socket, events) {
+            return Err(MachineError::Control(cause));
+        }
+        seccomp::confine(ThreadKind::Main);
+        machine.resume().map(|()| machine)
+    });
     trace.mark("resumed");
     match started {
         Ok(mut machine) => {
@@ -90,6 +108,13 @@ fn live(config: &VmConfig, restore: bool, trace: Arc<Trace>) -> Exit {
     }
 }
 
+/// What is done before the guest is made, with all rights.
+fn prepare(config: &VmConfig, jail: &Jail) -> anyhow::Result<control::Socket> {
+    jail.join_cgroup()?;
+    seccomp::prepare()?;
+    Ok(control::bind(&config.control)?)
+}
+
 fn vcpu_sink(events: Sender<Event>) -> EventSink {
     Arc::new(move |event| {
         // Without a receiver the monitor is ending already.
@@ -99,8 +124,21 @@ fn vcpu_sink(events: Sender<Event>) -> EventSink {
 
 /// Carries out one event after the other, until one of them is the last.
 fn serve(machine: &mut Machine, events: &Receiver<Event>) -> Exit {
+    let awake_at = Instant::now() + WAKE;
     loop {
-        match events.recv() {
+        let event = if machine.is_waking() {
+            let left = awake_at.saturating_duration_since(Instant::now());
+            match events.recv_timeout(left) {
+                Err(RecvTimeoutError::Timeout) => {
+                    machine.settle();
+                    continue;
+                }
+                event => event.map_err(|_| RecvError),
+            }
+        } else {
+            events.recv()
+        };
+        match event {
             Ok(Event::Request(Request {
                 command,
                 reply,

@@ -85,3 +85,16 @@ fn a_probe_says_what_to_do() {
         );
     }
 }
+
+#[test]
+fn a_call_outside_its_filter_kills_the_monitor_whichever_thread_makes_it() {
+    use std::os::unix::process::ExitStatusExt;
+    for thread in [
+        "main", "control", "vcpu", "starter", "net", "block", "rng", "vsock",
+    ] {
+        let output = vmm(&["forbidden", "--thread", thread]);
+        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{thread}");
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(log, "confined\n", "{thread}");
+    }
+}

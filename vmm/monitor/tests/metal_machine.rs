@@ -320,6 +320,37 @@ fn clock_offset(guest: &Guest) -> (f64, f64) {
 }
 
 #[test]
+fn metal_a_wake_is_prefetched_and_a_damaged_working_set_is_ignored() {
+    let mut guest = Guest::new().booted();
+    guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null");
+    let sum = guest.sh("md5sum < /tmp/data");
+    let set = guest.path("snapshot/working_set");
+    let prefetched = |guest: &Guest| guest.describe()["boot"]["prefetched_us"].is_u64();
+    guest.suspend();
+    assert!(!set.exists(), "it has never woken");
+    guest.restore();
+    assert_eq!(guest.sh("echo awake"), "awake");
+    assert!(!prefetched(&guest));
+    guest.suspend();
+    guest.restore();
+    guest.until("the prefetch", || prefetched(&guest).then_some(()));
+    assert_eq!(guest.sh("md5sum < /tmp/data"), sum);
+    guest.suspend();
+    let mut bytes = fs::read(&set).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&set, bytes).unwrap();
+    guest.restore();
+    assert_eq!(guest.sh("md5sum < /tmp/data"), sum);
+    assert!(!prefetched(&guest));
+    assert!(
+        guest.logs().contains("the working set is ignored"),
+        "{}",
+        guest.logs()
+    );
+}
+
+#[test]
 fn metal_a_resume_ends_the_guests_old_connections() {
     let mut guest = Guest::new().booted();
     let mut stream = guest.connect(SHELL_PORT);
@@ -389,4 +420,61 @@ fn metal_damaged_and_foreign_snapshots_are_refused() {
     // Whole again, it runs.
     guest.restore();
     assert_eq!(guest.sh("echo back"), "back");
+}
+
+#[test]
+fn metal_a_jailed_monitor_has_no_rights_no_files_and_no_network_and_does_all_the_same() {
+    const USER: u32 = 0x7000_0123;
+    let mut guest = Guest::new().jailed(USER).booted();
+    for round in 0..2 {
+        check_jail(&guest, USER);
+        guest.sh(&format!("echo {round} >> /tmp/rounds"));
+        guest.suspend();
+        guest.restore();
+    }
+    assert_eq!(guest.sh("cat /tmp/rounds"), "0\n1");
+    check_jail(&guest, USER);
+    guest.post("stop");
+    assert_eq!(guest.exit(), (0, "stopped".into()));
+}
+
+fn check_jail(guest: &Guest, user: u32) {
+    guest.sh("true"); // once the guest runs, there is nothing left to give up
+    let pid = guest.pid();
+    let mut names = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+        let task = task.unwrap().path();
+        names.push(fs::read_to_string(task.join("comm")).unwrap());
+        let status = fs::read_to_string(task.join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_else(|| panic!("no {name}\n{status}"))
+                .trim()
+                .to_owned()
+        };
+        let ids = [user.to_string().as_str(); 4].join("\t");
+        assert_eq!((field("Uid:"), field("Gid:")), (ids.clone(), ids));
+        assert_eq!(field("Groups:"), "");
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+            assert_eq!(field(set), "0000000000000000", "{set}");
+        }
+        assert_eq!(field("NoNewPrivs:"), "1");
+        assert_eq!(field("Seccomp:"), "2", "{names:?}");
+    }
+    for thread in [
+        "vcpu0", "block", "net", "vsock", "rng", "control", "starter",
+    ] {
+        assert!(names.iter().any(|n| n.trim() == thread), "{names:?}");
+    }
+    // Its own directory is all there is; a snapshot that has been resumed is still in it.
+    for entry in fs::read_dir(format!("/proc/{pid}/root/")).unwrap() {
+        let name = entry.unwrap().file_name();
+        assert_eq!(name, "snapshot");
+    }
+    for namespace in ["mnt", "net", "ipc", "uts", "cgroup"] {
+        let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
+        assert_ne!(of(&pid.to_string()), of("self"), "{namespace}");
+    }
+    let number = fs::read_to_string(guest.path("vmm.pid")).unwrap();
+    assert_eq!(number.trim(), pid.to_string());
 }

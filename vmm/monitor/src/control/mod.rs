@@ -31,6 +31,7 @@ use serde_json::json;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
+use crate::jail::seccomp::{self, ThreadKind};
 use crate::machine::Description;
 use crate::run::Event;
 
@@ -106,14 +107,29 @@ fn signals() -> SigSet {
     [Signal::SIGTERM, Signal::SIGINT].into_iter().collect()
 }
 
-/// Serves the API at `path`, in place of what was there, from a thread of its own.
-pub fn spawn(path: &Path, events: Sender<Event>) -> Result<(), SpawnError> {
-    let failed = |source| SpawnError {
+/// The API's socket, which nobody answers at yet: whoever connects waits.
+#[derive(Debug)]
+pub struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+/// Listens at `path`, in place of what was there.
+pub fn bind(path: &Path) -> Result<Socket, SpawnError> {
+    let listener = listen(path).map_err(|source| SpawnError {
         path: path.to_owned(),
         source,
-    };
-    // Bound here, so that a wrong path is an error of the start and not of a thread.
-    let listener = bind(path).map_err(failed)?;
+    })?;
+    Ok(Socket {
+        listener,
+        path: path.to_owned(),
+    })
+}
+
+/// Serves the API from a thread of its own.
+pub fn spawn(socket: Socket, events: Sender<Event>) -> Result<(), SpawnError> {
+    let Socket { listener, path } = socket;
+    let failed = |source| SpawnError { path, source };
     thread::Builder::new()
         .name("control".into())
         .stack_size(crate::THREAD_STACK_BYTES)
@@ -128,7 +144,7 @@ pub fn spawn(path: &Path, events: Sender<Event>) -> Result<(), SpawnError> {
     Ok(())
 }
 
-fn bind(path: &Path) -> io::Result<UnixListener> {
+fn listen(path: &Path) -> io::Result<UnixListener> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -150,6 +166,7 @@ fn serve(listener: UnixListener, events: Sender<Event>) -> io::Result<()> {
             SignalFd::with_flags(&signals(), SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         // SAFETY: the value owns its descriptor, returns the same one always, and closes it on drop.
         let signals = unsafe { AsyncFd::register(signals) }.map_err(io::Error::other)?;
+        seccomp::confine(ThreadKind::Control);
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {

@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use nix::unistd::{Whence, lseek};
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,23 @@ pub struct MemoryIndex {
     seal: Option<Seal>,
 }
 
+/// Opened while there is a `/proc`, by a process that is going to lose it.
+static PAGEMAP: OnceLock<File> = OnceLock::new();
+
+/// `/proc/self/pagemap`, opened once and for good: call it while there is a `/proc`.
+pub(super) fn pagemap() -> io::Result<&'static File> {
+    if PAGEMAP.get().is_none() {
+        let _ = PAGEMAP.set(open_pagemap()?); // by another thread: the same one
+    }
+    PAGEMAP.get().ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// Without capabilities, even where this process has some: so it never shows where in the host's memory a
+/// page is (`pagemap_read` asks whoever opened the file).
+fn open_pagemap() -> io::Result<File> {
+    crate::jail::without_capabilities(|| File::open("/proc/self/pagemap"))?
+}
+
 /// Writes `memory` to a new file at `path`. `base` is the index of the file under it, if there is one.
 pub fn write(path: &Path, memory: &Memory, base: Option<&MemoryIndex>) -> io::Result<MemoryIndex> {
     let file = OpenOptions::new()
@@ -42,7 +60,7 @@ pub fn write(path: &Path, memory: &Memory, base: Option<&MemoryIndex>) -> io::Re
         .create_new(true)
         .open(path)?;
     file.set_len(memory.size())?;
-    let pagemap = File::open("/proc/self/pagemap")?;
+    let pagemap = pagemap()?;
     let base = memory.backing().zip(base);
     let zero_checksum = zero_checksum();
     let mut checksums = Vec::with_capacity((memory.size() as usize).div_ceil(CHUNK_BYTES));
@@ -101,7 +119,7 @@ pub fn open(path: &Path, bytes: u64, index: &MemoryIndex) -> Result<File, Refuse
         path: path.to_owned(),
         source,
     };
-    let file = File::open(path).map_err(read)?;
+    let file = super::open_plain(path).map_err(read)?;
     let found = file.metadata().map_err(read)?.len();
     let chunks = (bytes as usize).div_ceil(CHUNK_BYTES);
     if found != bytes || index.bytes != bytes || index.checksums.len() != chunks {
@@ -161,19 +179,19 @@ fn next_data(file: &File, offset: u64, end: u64) -> io::Result<std::ops::Range<u
 
 /// One page's entry in `/proc/self/pagemap`.
 #[derive(Debug, Clone, Copy)]
-struct Entry(u64);
+pub(super) struct Entry(pub(super) u64);
 
 impl Entry {
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
     const OF_FILE: u64 = 1 << 61;
 
-    fn is_there(self) -> bool {
+    pub(super) fn is_there(self) -> bool {
         self.0 & (Self::PRESENT | Self::SWAPPED) != 0
     }
 
     /// Whether the page is the guest's own, not the page cache's.
-    fn holds_private_data(self) -> bool {
+    pub(super) fn holds_private_data(self) -> bool {
         self.is_there() && self.0 & Self::OF_FILE == 0
     }
 }

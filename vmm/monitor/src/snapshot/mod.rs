@@ -4,6 +4,7 @@
 //! state:   magic 8 │ version 4 │ reserved 4 │ payload length 8 │ payload checksum 8 │ header checksum 8
 //!          payload: whose snapshot it is, the memory file's checksums and seal, processors, devices
 //! memory:  guest RAM, range after range; pages of zeroes are holes
+//! working_set:  advice for the next restore, not always there; see `working_set.rs`
 //! ```
 //!
 //! A restore maps `memory` privately and runs at once: pages come from the page cache when the guest
@@ -16,17 +17,19 @@
 //! checked whole before the guest runs.
 //!
 //! Checksums are XXH3 of 64 bits: they find damage, not forgery. Whoever can write these files is the
-//! user who runs the monitor.
+//! user who runs the monitor, and a monitor that was taken over can forge its own Machine's.
 
 mod memory_file;
 mod seal;
+mod working_set;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::fcntl::{AT_FDCWD, OFlag, RenameFlags, openat, renameat2};
+use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -39,6 +42,7 @@ use crate::vcpu::state::VcpuState;
 use crate::virtio::transport::TransportState;
 
 pub use memory_file::{CHUNK_BYTES, MemoryIndex};
+pub use working_set::WorkingSet;
 
 /// Everything of a Machine but its memory.
 #[derive(Serialize, Deserialize)]
@@ -178,6 +182,7 @@ const HEADER_BYTES: usize = 40;
 const MAX_STATE_BYTES: u64 = 64 << 20;
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
+const WORKING_SET: &str = "working_set";
 
 /// Writes a snapshot of a paused Machine to `dir`: whole, or not at all.
 ///
@@ -189,6 +194,7 @@ pub fn write(
     machine: &MachineState,
     memory: &Memory,
     base: Option<&MemoryIndex>,
+    working_set: Option<&WorkingSet>,
 ) -> io::Result<()> {
     let temporary = sibling(dir, ".tmp");
     remove(&temporary)?;
@@ -204,12 +210,39 @@ pub fn write(
         let mut file = File::create_new(temporary.join(STATE))?;
         file.write_all(&header(&payload))?;
         file.write_all(&payload)?;
+        if let Some(set) = working_set {
+            fs::write(temporary.join(WORKING_SET), set.to_bytes())?;
+        }
         replace(&temporary, dir)
     })();
     if written.is_err() {
         let _ = remove(&temporary);
     }
     written
+}
+
+/// Opens what [`write`] needs of `/proc`, for a process that will soon be without it.
+pub fn prepare() -> io::Result<()> {
+    memory_file::pagemap()?;
+    seal::boot_id().map(drop)
+}
+
+/// Opens a file of a snapshot: a plain file, in a directory that is one.
+///
+/// The directory belongs to the Machine's own monitor, and who reads it next may still be root: a link
+/// out of it is not followed.
+fn open_plain(path: &Path) -> io::Result<File> {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let dir = nix::fcntl::open(dir, flags | OFlag::O_DIRECTORY, Mode::empty())?;
+    let file = File::from(openat(dir, name, flags, Mode::empty())?);
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::other("not a plain file"))
+    }
 }
 
 /// A snapshot that has been checked, with its memory mapped.
@@ -220,6 +253,8 @@ pub struct Opened {
     pub memory: Memory,
     /// The checksums of the file under it, for the next snapshot.
     pub index: MemoryIndex,
+    /// What the guest touched when it last woke, if that is known.
+    pub working_set: Option<WorkingSet>,
 }
 
 /// Reads and checks the snapshot in `config.snapshot_dir`.
@@ -240,10 +275,16 @@ pub fn open(config: &VmConfig, trace: &Trace) -> Result<Opened, Refused> {
     trace.mark("memory_checked");
     let memory = Memory::from_file(file, config.memory_bytes())?;
     trace.mark("memory_mapped");
+    let path = config.snapshot_dir.join(WORKING_SET);
+    let working_set = WorkingSet::read(&path, config.memory_bytes()).unwrap_or_else(|error| {
+        tracing::warn!(path = %path.display(), %error, "the working set is ignored");
+        None
+    });
     Ok(Opened {
         machine: payload.machine,
         memory,
         index: payload.memory,
+        working_set,
     })
 }
 
@@ -295,7 +336,7 @@ fn read_state(path: &Path) -> Result<Vec<u8>, Refused> {
         path: path.to_owned(),
         source,
     };
-    let file = File::open(path).map_err(read)?;
+    let file = open_plain(path).map_err(read)?;
     let found = file.metadata().map_err(read)?.len();
     if found > MAX_STATE_BYTES {
         return Err(Refused::NotASnapshot(path.to_owned()));

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,16 @@ pub struct Seal {
     changed: (i64, i64),
 }
 
+/// This boot of the host; read once, since a jail has no `/proc`.
+pub fn boot_id() -> io::Result<&'static str> {
+    static BOOT_ID: OnceLock<String> = OnceLock::new();
+    if let Some(id) = BOOT_ID.get() {
+        return Ok(id);
+    }
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    Ok(BOOT_ID.get_or_init(|| id.trim().to_owned()))
+}
+
 /// A timer tick is 1 to 10 ms.
 const TICK_PATIENCE: Duration = Duration::from_millis(100);
 
@@ -30,9 +41,7 @@ impl Seal {
     pub fn read(file: &File) -> io::Result<Self> {
         let metadata = file.metadata()?;
         Ok(Self {
-            boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id")?
-                .trim()
-                .to_owned(),
+            boot_id: boot_id()?.to_owned(),
             device: metadata.dev(),
             inode: metadata.ino(),
             bytes: metadata.size(),

@@ -22,10 +22,15 @@ fn snapshot() -> (TempDir, VmConfig) {
         serial_log: at("serial.log"),
         snapshot_dir: at("snapshot"),
         exit_file: at("exit.json"),
+        jail: None,
     };
     let memory = Memory::anonymous(config.memory_bytes()).unwrap();
-    write(&config.snapshot_dir, &config, &machine(&dir), &memory, None).unwrap();
+    write_new(&config, &machine(&dir), &memory).unwrap();
     (dir, config)
+}
+
+fn write_new(config: &VmConfig, machine: &MachineState, memory: &Memory) -> io::Result<()> {
+    write(&config.snapshot_dir, config, machine, memory, None, None)
 }
 
 fn machine(dir: &TempDir) -> MachineState {
@@ -61,6 +66,7 @@ fn a_whole_snapshot_opens_and_a_second_replaces_it() {
         &machine(&dir),
         &opened.memory,
         Some(&opened.index),
+        None,
     )
     .unwrap();
     open(&config, &trace()).unwrap();
@@ -77,7 +83,7 @@ fn a_failed_write_leaves_the_old_one() {
     let memory = Memory::anonymous(config.memory_bytes()).unwrap();
     let blocked = sibling(&config.snapshot_dir, ".tmp");
     fs::write(&blocked, b"in the way").unwrap();
-    write(&config.snapshot_dir, &config, &machine(&dir), &memory, None).unwrap_err();
+    write_new(&config, &machine(&dir), &memory).unwrap_err();
     open(&config, &trace()).unwrap();
 }
 

@@ -24,6 +24,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::bus::{Bus, Power};
+use crate::jail::seccomp::{self, ThreadKind};
 use crate::kvm::KvmError;
 use crate::trace::Trace;
 use state::VcpuState;
@@ -91,6 +92,7 @@ impl Vcpu {
             .name(format!("vcpu{id}"))
             .stack_size(crate::THREAD_STACK_BYTES)
             .spawn(move || {
+                seccomp::confine(ThreadKind::Vcpu);
                 Runner {
                     id,
                     fd,

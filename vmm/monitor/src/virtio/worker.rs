@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -12,6 +12,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Device;
 use super::queue::VirtQueue;
+use crate::jail::seccomp::{self, ThreadKind};
+use crate::jail::threads;
 use crate::memory::GuestRam;
 use crate::trace::Trace;
 
@@ -84,7 +86,7 @@ impl Worker {
         interrupt: Arc<Interrupt>,
         trace: Arc<Trace>,
     ) -> Result<Self, (io::Error, Box<Parked>)> {
-        let name = parked.device.kind().name();
+        let kind = parked.device.kind();
         let prepared = (|| {
             let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
             let epoll = Epoll::new()?;
@@ -123,15 +125,13 @@ impl Worker {
         };
         // The thread cannot give the device back if it does not start, so it is handed over inside.
         let (send, receive) = std::sync::mpsc::sync_channel(1);
-        let thread = thread::Builder::new()
-            .name(name.into())
-            .stack_size(crate::THREAD_STACK_BYTES)
-            .spawn(move || {
-                let (device, context): (Box<dyn Device>, Context) = receive
-                    .recv()
-                    .expect("the sender sends before it is dropped");
-                run(device, context, &stopped)
-            });
+        let thread = threads::start(kind.name(), move || {
+            seccomp::confine(ThreadKind::Device(kind));
+            let (device, context): (Box<dyn Device>, Context) = receive
+                .recv()
+                .expect("the sender sends before it is dropped");
+            run(device, context, &stopped)
+        });
         match thread {
             Ok(thread) => {
                 // The receiver lives in the thread that has just been started.

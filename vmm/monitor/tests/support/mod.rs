@@ -71,6 +71,17 @@ impl Guest {
         }
     }
 
+    /// Has the monitor jailed, as user and group `user`; the test must run as root.
+    pub fn jailed(self, user: u32) -> Self {
+        let root = self.path("jail");
+        fs::create_dir(&root).unwrap();
+        std::os::unix::fs::chown(&root, Some(user), Some(user)).unwrap();
+        let (snapshot, exit) = (root.join("snapshot"), root.join("exit.json"));
+        self.with("snapshot_dir", json!(snapshot))
+            .with("exit_file", json!(exit))
+            .with("jail", json!({"root": root, "uid": user, "gid": user}))
+    }
+
     /// Changes a value of `vm.json`.
     pub fn with(mut self, key: &str, value: Value) -> Self {
         self.config[key] = value;
@@ -208,7 +219,7 @@ impl Guest {
     pub fn exit(&mut self) -> (i32, String) {
         let mut monitor = self.monitor.take().expect("it runs");
         let status = self.until("the monitor's end", || monitor.try_wait().unwrap());
-        let exit = fs::read_to_string(self.path("exit.json"))
+        let exit = fs::read_to_string(self.exit_file())
             .unwrap_or_else(|error| panic!("no exit.json ({error}), {status}\n{}", self.logs()));
         let exit: Value = serde_json::from_str(&exit).unwrap();
         (
@@ -217,9 +228,13 @@ impl Guest {
         )
     }
 
+    fn exit_file(&self) -> PathBuf {
+        self.config["exit_file"].as_str().unwrap().into()
+    }
+
     /// The message of the last end.
     pub fn exit_message(&self) -> String {
-        let exit = fs::read_to_string(self.path("exit.json")).unwrap();
+        let exit = fs::read_to_string(self.exit_file()).unwrap();
         let exit: Value = serde_json::from_str(&exit).unwrap();
         exit["message"].as_str().unwrap().to_owned()
     }

@@ -1,0 +1,300 @@
+//! The working set of a wake: the pages that a guest touched in the first moments after a restore,
+//! kept in its next snapshot so that the next restore can have them ready.
+//!
+//! ```text
+//! working_set:  magic 8 │ format 4 │ age 4 │ memory bytes 8 │ runs 8 │ checksum 8
+//!               runs, in the order of the memory file: first page 4 │ pages 4 (top bit: written)
+//! ```
+//!
+//! A guest that wakes needs the same pages each time, some thousand of them, and meets them one fault
+//! after the other (REAP, ASPLOS 2021, <https://doi.org/10.1145/3445814.3446714>). Here they are mapped
+//! beforehand in file order: those that it wrote as private copies, so that a page that is read first and
+//! written then is not met twice; the others from the page cache.
+//!
+//! This is advice. It holds nothing of the guest's memory, a wrong one costs a little time, and one
+//! that is damaged, foreign or too long is ignored.
+//!
+//! A page that was mapped beforehand looks touched ever after, so a set can only grow; therefore each
+//! [`MAX_AGE`]th wake goes without and takes stock anew.
+
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::memory_file::Entry;
+use crate::memory::{Memory, PAGE_SIZE};
+
+/// The pages of a wake, in the order of the memory file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkingSet {
+    memory_bytes: u64,
+    /// How many wakes had a set from before that this one follows from.
+    age: u32,
+    runs: Vec<Run>,
+}
+
+/// Pages that follow one another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Run {
+    first: u32,
+    pages: u32,
+    written: bool,
+}
+
+/// Why a working set is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum Unusable {
+    /// It cannot be read.
+    #[error("cannot read it: {0}")]
+    Read(#[from] io::Error),
+    /// It is not what was written.
+    #[error("it is damaged, or not of this memory and format")]
+    Damaged,
+}
+
+const MAGIC: [u8; 8] = *b"TERNWSET";
+const FORMAT: u32 = 1;
+const HEADER_BYTES: usize = 40;
+const RUN_BYTES: usize = 8;
+const WRITTEN: u32 = 1 << 31;
+/// After so many wakes a set is taken anew.
+const MAX_AGE: u32 = 16;
+/// A guest that has touched more than this when it woke did something else than wake; and all of it is
+/// mapped before its first instruction.
+const MAX_PREFETCH: u64 = 64 << 20;
+/// A run for every second page of 4 GiB; a set like this is no use either.
+const MAX_RUNS: usize = 1 << 19;
+/// Entries of the page map read at once: 64 KiB.
+const ENTRIES: usize = 8 << 10;
+
+impl WorkingSet {
+    /// What the guest has touched of a restored memory until now. `before` was prefetched.
+    pub fn observe(memory: &Memory, before: Option<&Self>) -> io::Result<Self> {
+        let pagemap = super::memory_file::pagemap()?;
+        let mut runs: Vec<Run> = Vec::new();
+        let mut bytes = vec![0; ENTRIES * 8];
+        for (range, host) in memory.mappings() {
+            let pages = range.len as usize / PAGE_SIZE;
+            for at in (0..pages).step_by(ENTRIES) {
+                let bytes = &mut bytes[..ENTRIES.min(pages - at) * 8];
+                let index = host as u64 / PAGE_SIZE as u64 + at as u64;
+                pagemap.read_exact_at(bytes, index * 8)?;
+                let first = range.file_offset / PAGE_SIZE as u64 + at as u64;
+                for (page, entry) in bytes.as_chunks().0.iter().enumerate() {
+                    let entry = Entry(u64::from_le_bytes(*entry));
+                    if !entry.is_there() {
+                        continue;
+                    }
+                    let page = u32::try_from(first + page as u64).map_err(io::Error::other)?;
+                    let written = entry.holds_private_data();
+                    match runs.last_mut() {
+                        Some(run) if run.first + run.pages == page && run.written == written => {
+                            run.pages += 1;
+                        }
+                        _ => runs.push(Run {
+                            first: page,
+                            pages: 1,
+                            written,
+                        }),
+                    }
+                }
+            }
+        }
+        Ok(Self {
+            memory_bytes: memory.size(),
+            age: before.map_or(0, |before| before.age + 1),
+            runs,
+        })
+    }
+
+    /// How many pages it has.
+    pub fn pages(&self) -> u64 {
+        self.runs.iter().map(|run| u64::from(run.pages)).sum()
+    }
+
+    /// Whether it is time to take a new one, without this.
+    pub fn is_old(&self) -> bool {
+        self.age >= MAX_AGE
+    }
+
+    /// Maps its pages of `memory`, in file order and no more than [`MAX_PREFETCH`]. Stops where the host
+    /// says no: the guest then takes its own faults.
+    pub fn prefetch(&self, memory: &Memory) -> io::Result<()> {
+        let mut left = MAX_PREFETCH;
+        for run in &self.runs {
+            let start = u64::from(run.first) * PAGE_SIZE as u64;
+            let bytes = (u64::from(run.pages) * PAGE_SIZE as u64).min(left);
+            memory.populate(start, bytes, run.written)?;
+            left -= bytes;
+        }
+        Ok(())
+    }
+
+    /// The bytes of its file.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let runs = self.runs.iter().take(MAX_RUNS);
+        let mut body = Vec::with_capacity(self.runs.len() * RUN_BYTES);
+        for run in runs {
+            let mark = if run.written { WRITTEN } else { 0 };
+            body.extend_from_slice(&run.first.to_le_bytes());
+            body.extend_from_slice(&(run.pages | mark).to_le_bytes());
+        }
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
+        bytes.extend_from_slice(&MAGIC);
+        bytes.extend_from_slice(&FORMAT.to_le_bytes());
+        bytes.extend_from_slice(&self.age.to_le_bytes());
+        bytes.extend_from_slice(&self.memory_bytes.to_le_bytes());
+        bytes.extend_from_slice(&((body.len() / RUN_BYTES) as u64).to_le_bytes());
+        let checksum = checksum(&bytes, &body);
+        bytes.extend_from_slice(&checksum.to_le_bytes());
+        bytes.extend_from_slice(&body);
+        bytes
+    }
+
+    /// Reads the set at `path`, of a memory of `memory_bytes`; `None` if there is no file.
+    pub fn read(path: &Path, memory_bytes: u64) -> Result<Option<Self>, Unusable> {
+        let file = match super::open_plain(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let most = HEADER_BYTES + MAX_RUNS * RUN_BYTES;
+        let mut bytes = Vec::new();
+        file.take(most as u64 + 1).read_to_end(&mut bytes)?;
+        let set = Self::parse(&bytes).filter(|set| set.memory_bytes == memory_bytes);
+        set.map(Some).ok_or(Unusable::Damaged)
+    }
+
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let (head, body) = bytes.split_first_chunk::<HEADER_BYTES>()?;
+        let (head, sum) = head.split_last_chunk::<8>()?;
+        let word = |at: usize| Some(u32::from_le_bytes(*head.get(at..)?.first_chunk()?));
+        let long = |at: usize| Some(u64::from_le_bytes(*head.get(at..)?.first_chunk()?));
+        let whole = head.starts_with(&MAGIC)
+            && word(8)? == FORMAT
+            && long(24)? == (body.len() / RUN_BYTES) as u64
+            && body.len() % RUN_BYTES == 0
+            && u64::from_le_bytes(*sum) == checksum(head, body);
+        let memory_bytes = long(16)?;
+        let mut end = 0;
+        let mut runs = Vec::with_capacity(body.len() / RUN_BYTES);
+        for bytes in body.as_chunks::<RUN_BYTES>().0 {
+            let (first, pages) = bytes.split_first_chunk::<4>()?;
+            let first = u32::from_le_bytes(*first);
+            let pages = u32::from_le_bytes(*pages.first_chunk()?);
+            let run = Run {
+                first,
+                pages: pages & !WRITTEN,
+                written: pages & WRITTEN != 0,
+            };
+            if run.pages == 0 || u64::from(first) < end {
+                return None;
+            }
+            end = u64::from(first) + u64::from(run.pages);
+            runs.push(run);
+        }
+        (whole && end * PAGE_SIZE as u64 <= memory_bytes).then_some(Self {
+            memory_bytes,
+            age: word(12)?,
+            runs,
+        })
+    }
+}
+
+fn checksum(head: &[u8], body: &[u8]) -> u64 {
+    xxh3_64(&[head, body].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const BYTES: u64 = 32 << 20;
+
+    fn memory() -> Memory {
+        let mut file = tempfile::tempfile().unwrap();
+        let mut pages = vec![0; BYTES as usize];
+        for (number, page) in pages.chunks_mut(PAGE_SIZE).enumerate() {
+            page[..4].copy_from_slice(&(number as u32 + 1).to_le_bytes());
+        }
+        file.write_all(&pages).unwrap();
+        Memory::from_file(file, BYTES).unwrap()
+    }
+
+    fn set() -> WorkingSet {
+        let memory = memory();
+        for page in [3, 4, 700] {
+            let at = GuestAddress(page * PAGE_SIZE as u64 + 8);
+            memory.ram().write_slice(b"written", at).unwrap();
+        }
+        WorkingSet::observe(&memory, None).unwrap()
+    }
+
+    fn written(set: &WorkingSet) -> Vec<(u32, u32)> {
+        let runs = set.runs.iter().filter(|run| run.written);
+        runs.map(|run| (run.first, run.pages)).collect()
+    }
+
+    #[test]
+    fn what_was_touched_is_prefetched_and_memory_stays_what_it_was() {
+        let set = set();
+        assert_eq!(written(&set), [(3, 2), (700, 1)]);
+        let memory = memory();
+        assert_eq!(WorkingSet::observe(&memory, None).unwrap().pages(), 0);
+        set.prefetch(&memory).unwrap();
+        let after = WorkingSet::observe(&memory, Some(&set)).unwrap();
+        assert_eq!(written(&after), written(&set));
+        assert_eq!((set.age, after.age), (0, 1));
+        for page in 0..BYTES / PAGE_SIZE as u64 {
+            let at = GuestAddress(page * PAGE_SIZE as u64);
+            let number: u32 = memory.ram().read_obj(at).unwrap();
+            assert_eq!(u64::from(number), page + 1);
+        }
+    }
+
+    #[test]
+    fn a_set_is_read_as_it_was_written_and_any_damage_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("working_set");
+        assert!(WorkingSet::read(&path, BYTES).unwrap().is_none());
+        let set = set();
+        let bytes = set.to_bytes();
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(WorkingSet::read(&path, BYTES).unwrap(), Some(set));
+        assert!(WorkingSet::read(&path, 2 * BYTES).is_err(), "other memory");
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 0x40;
+            assert!(WorkingSet::parse(&damaged).is_none(), "byte {at}");
+            assert!(WorkingSet::parse(&bytes[..at]).is_none(), "{at} bytes");
+        }
+    }
+
+    #[test]
+    fn runs_that_do_not_fit_are_refused_whatever_their_checksum() {
+        let run = |first, pages| Run {
+            first,
+            pages,
+            written: false,
+        };
+        let all = (BYTES / PAGE_SIZE as u64) as u32;
+        for runs in [
+            vec![run(0, all + 1)],
+            vec![run(all, 1)],
+            vec![run(5, 2), run(6, 1)],
+            vec![run(1, 0)],
+            vec![run(u32::MAX, 0x7fff_ffff)],
+        ] {
+            let set = WorkingSet {
+                memory_bytes: BYTES,
+                age: 0,
+                runs,
+            };
+            assert!(WorkingSet::parse(&set.to_bytes()).is_none(), "{set:?}");
+        }
+    }
+}
