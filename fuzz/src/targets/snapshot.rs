@@ -66,6 +66,7 @@ impl Place {
             serial_log: at("serial.log"),
             snapshot_dir: at("snapshot"),
             exit_file: at("exit.json"),
+            jail: None,
         };
         let memory = Memory::anonymous(config.memory_bytes()).unwrap();
         let trace = Arc::new(Trace::new(Instant::now()));
@@ -93,7 +94,7 @@ impl Place {
             serial: SerialPort::new(&config.serial_log).unwrap().save(),
             devices,
         };
-        snapshot::write(&config.snapshot_dir, &config, &machine, &memory, None).unwrap();
+        snapshot::write(&config.snapshot_dir, &config, &machine, &memory, None, None).unwrap();
         let state = config.snapshot_dir.join("state");
         Self {
             whole: std::fs::read(&state).unwrap(),
