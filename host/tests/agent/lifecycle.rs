@@ -25,7 +25,12 @@ fn a_machine_is_launched_suspended_woken_stopped_and_destroyed() {
         "proxy"
     );
     assert!(world.monitors().is_empty(), "its memory is free");
-    assert!(world.machine_dir(&machine).join("snapshot/state").exists());
+    assert!(
+        world
+            .machine_dir(&machine)
+            .join("jail/snapshot/state")
+            .exists()
+    );
     world.start(&machine);
     assert_eq!(world.count(&machine), 2, "its memory is what it was");
     until("the snapshot is gone", || {
@@ -225,7 +230,7 @@ fn a_damaged_snapshot_becomes_a_cold_start() {
     let machine = world.launch(&[]);
     world.exec(&machine, &["write", "kept"]);
     world.suspend(&machine);
-    let state = world.machine_dir(&machine).join("snapshot/state");
+    let state = world.machine_dir(&machine).join("jail/snapshot/state");
     std::fs::write(&state, b"{\"counter\":").unwrap();
     world.start(&machine);
     assert_eq!(world.count(&machine), 1);

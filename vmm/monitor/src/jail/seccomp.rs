@@ -1,4 +1,4 @@
-//! Turns the tables of [`filters`](super::filters) into seccomp programs, and threads under them.
+//! Turns the tables of [`filters`] into seccomp programs, and threads under them.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -119,7 +119,7 @@ impl WorkingSet {
         self.age >= MAX_AGE
     }
 
-    /// Maps its pages of `memory`, in file order and no more than [`MAX_PREFETCH`]. Stops where the host
+    /// Maps its pages of `memory`, in file order and no more than 64 MiB. Stops where the host
     /// says no: the guest then takes its own faults.
     pub fn prefetch(&self, memory: &Memory) -> io::Result<()> {
         let mut left = MAX_PREFETCH;
