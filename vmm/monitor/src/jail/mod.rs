@@ -82,10 +82,11 @@ impl Jail {
     ///
     /// Only for the calling thread and those it starts: other threads end before a guest runs.
     pub fn isolate(&self) -> Result<(), JailError> {
+        // Without a jail too: no filter allows it later.
+        crate::snapshot::prepare().map_err(failed("open what a snapshot needs"))?;
         let Some(JailConfig { root, .. }) = &self.config else {
             return Ok(());
         };
-        crate::snapshot::prepare().map_err(failed("open what a snapshot needs"))?;
         unshare(
             CloneFlags::CLONE_NEWNS
                 | CloneFlags::CLONE_NEWNET

@@ -221,7 +221,7 @@ pub fn write(
     written
 }
 
-/// Opens what [`write()`] needs of `/proc`, for a process that will soon be without it.
+/// Opens what [`write()`] needs of `/proc`, for a process that will soon be without it, or may not open it.
 pub fn prepare() -> io::Result<()> {
     memory_file::pagemap()?;
     seal::boot_id().map(drop)
