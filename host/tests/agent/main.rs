@@ -5,4 +5,5 @@
 
 mod crashes;
 mod lifecycle;
+mod walk;
 mod world;

@@ -1,11 +1,12 @@
 //! A host of its own for one test: a network namespace, a directory, an agent as a process, and
 //! `fake-vmm` for a monitor.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
@@ -113,6 +114,25 @@ impl World {
         self.wait_for_crash();
     }
 
+    /// The agent's process id.
+    pub fn agent(&self) -> Pid {
+        let child = &self.agent.as_ref().unwrap().child;
+        Pid::from_raw(i32::try_from(child.id()).unwrap())
+    }
+
+    /// The answer to what was asked before, or `None` if the agent dies first.
+    pub fn answer_unless_it_dies(&mut self, n: u64) -> Option<Result<Value, String>> {
+        let agent = self.agent.as_mut().unwrap();
+        loop {
+            match agent.answers.recv_timeout(PATIENCE) {
+                Ok(answer) if answer["n"] == n => return Some(outcome(&answer)),
+                Ok(_) => {}
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) => panic!("the agent neither answers nor dies"),
+            }
+        }
+    }
+
     /// Waits until something else has killed the agent.
     pub fn wait_for_crash(&mut self) {
         let mut agent = self.agent.take().unwrap();
@@ -143,11 +163,7 @@ impl World {
         let agent = self.agent.as_mut().unwrap();
         loop {
             if let Some(at) = agent.waiting.iter().position(|a| a["n"] == n) {
-                let answer = agent.waiting.swap_remove(at);
-                return match answer.get("ok") {
-                    Some(ok) => Ok(ok.clone()),
-                    None => Err(answer["error"].as_str().unwrap().to_owned()),
-                };
+                return outcome(&agent.waiting.swap_remove(at));
             }
             let answer = agent.answers.recv_timeout(PATIENCE);
             agent.waiting.push(answer.expect("the agent answers"));
@@ -266,6 +282,14 @@ impl World {
         found
     }
 
+    /// Every file in the agent's directory, but for the catalog's own.
+    pub fn files(&self) -> BTreeSet<PathBuf> {
+        let mut files = BTreeSet::new();
+        list(self.dir.path(), &mut files);
+        files.retain(|path| !path.to_string_lossy().contains("/catalog.db"));
+        files
+    }
+
     /// Everything of Machines that this world's kernel and disk hold.
     pub fn traces(&self) -> Vec<String> {
         let run = |command: &str, arguments: &[&str]| {
@@ -291,6 +315,16 @@ impl World {
         let dirs = std::fs::read_dir(self.machines_dir()).unwrap();
         traces.extend(dirs.map(|d| d.unwrap().path().display().to_string()));
         traces
+    }
+}
+
+/// Adds the files below `dir`.
+fn list(dir: &Path, files: &mut BTreeSet<PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap().flatten() {
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => list(&entry.path(), files),
+            _ => _ = files.insert(entry.path()),
+        }
     }
 }
 
@@ -335,6 +369,13 @@ impl Machine {
         change(&mut self.record["config"]);
         let instance = format!("{}x", self.record["instance_id"].as_str().unwrap());
         self.record["instance_id"] = json!(instance);
+    }
+}
+
+fn outcome(answer: &Value) -> Result<Value, String> {
+    match answer.get("ok") {
+        Some(ok) => Ok(ok.clone()),
+        None => Err(answer["error"].as_str().unwrap().to_owned()),
     }
 }
 

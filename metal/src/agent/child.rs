@@ -10,7 +10,6 @@ use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc;
@@ -130,6 +129,23 @@ struct Running {
     terminal: Option<OwnedFd>,
 }
 
+/// Whether a command can begin in `path`; over a share that may fail for other reasons than its lack.
+fn check_directory(path: &str) -> Result<(), String> {
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => Ok(()),
+        Ok(_) => Err(format!(
+            "the working directory {path} is a file inside the host"
+        )),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(format!(
+            "the working directory {path} does not exist inside the host: share it with --share, or \
+             choose another with --cwd"
+        )),
+        Err(error) => Err(format!(
+            "the working directory {path} cannot be looked at: {error}"
+        )),
+    }
+}
+
 fn start(command: &Command, group: &Group) -> Result<Running, Failure> {
     let odd = |error: io::Error| Failure {
         message: error.to_string(),
@@ -141,14 +157,7 @@ fn start(command: &Command, group: &Group) -> Result<Running, Failure> {
             code: 125,
         });
     };
-    if !Path::new(&command.cwd).is_dir() {
-        let message = format!(
-            "the working directory {} does not exist inside the host: share it with --share, or \
-             choose another with --cwd",
-            command.cwd
-        );
-        return Err(Failure { message, code: 125 });
-    }
+    check_directory(&command.cwd).map_err(|message| Failure { message, code: 125 })?;
     let mut environment: BTreeMap<&str, &str> = ENVIRONMENT.into();
     environment.extend(
         command
