@@ -505,6 +505,10 @@ async fn begin(
             tracing::error!(machine = %machine.id, error, "the network cannot be set up");
         }
     }
+    let adopted = match found {
+        Found::Running { epoch } => Some(epoch),
+        _ => None,
+    };
     let now = std::time::Instant::now();
     let core = Core::new(Arc::clone(machine), status, vm.disk_instance(), found, now);
     let events = status.map(|s| s.events.clone()).unwrap_or_default();
@@ -512,6 +516,7 @@ async fn begin(
     let (state, states) = watch::channel(core.0.state());
     let beginning = Beginning {
         core,
+        adopted,
         hands: Arc::clone(&vm) as Arc<dyn crate::machine::hands::Hands>,
         recorder: Recorder::new(shared.catalog.clone(), machine.id.clone(), events),
         checks: Checks::new(Arc::clone(&host.metrics)),

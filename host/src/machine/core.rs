@@ -338,14 +338,15 @@ impl Core {
         self.digest.as_deref()
     }
 
+    /// The monitor of this Machine, if one may be there.
+    #[cfg(test)]
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
     /// The record as last told.
     pub(crate) fn wanted(&self) -> &Arc<Machine> {
         &self.wanted
-    }
-
-    /// The monitor of this Machine, if one may be there.
-    pub(crate) fn epoch(&self) -> Epoch {
-        self.epoch
     }
 
     /// Finds the phase in which an earlier agent has left the Machine.

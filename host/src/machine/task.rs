@@ -53,6 +53,8 @@ type Operation = Pin<Box<dyn Future<Output = Input> + Send>>;
 /// What a task begins with.
 pub(crate) struct Beginning {
     pub(crate) core: (Core, Vec<Action>),
+    /// The monitor that was found running.
+    pub(crate) adopted: Option<Epoch>,
     pub(crate) hands: Arc<dyn Hands>,
     pub(crate) recorder: Recorder,
     pub(crate) checks: Checks,
@@ -79,9 +81,9 @@ impl Task {
             next_waiter: 0,
             state: beginning.state,
         };
-        if task.core.state() == MachineState::Started {
-            // Adopted: it was found running.
-            task.watch(task.core.epoch());
+        if let Some(epoch) = beginning.adopted {
+            // Whatever is wanted of it: it may be leaving the state it was found in already.
+            task.watch(epoch);
         }
         task.act(actions);
         while task.core.state() != MachineState::Destroyed {

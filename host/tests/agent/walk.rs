@@ -2,17 +2,13 @@
 //! can be used, and once it is destroyed nothing of it is left.
 //!
 //! A step is a system call that changes something outside of the process (`tern-faults`). Each test walks
-//! one operation from its first step on, until it is done before the shot would fall. That are hundreds of
-//! kills, so `make test` takes each [`STRIDE`]th, and `TERN_DEEP=1` (`make check-deep`) takes all.
+//! one operation from its first step on, until it is done before the shot would fall.
 
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tern_faults::Shot;
 
 use crate::world::{Machine, World, until};
-
-/// A prime: walks of several operations do not keep to one kind of call.
-const STRIDE: usize = 7;
 
 /// Who is shot at.
 #[derive(Clone, Copy, PartialEq)]
@@ -37,17 +33,13 @@ struct Walk {
 
 impl Walk {
     fn run(&self) {
-        let stride = match std::env::var_os("TERN_DEEP") {
-            Some(_) => 1,
-            None => STRIDE,
-        };
         let mut world = World::new();
         // What the first Machine leaves, all others use: an empty file system.
         let mut first = world.launch(&[]);
         destroy(&mut world, &mut first);
         let files = world.files();
         let mut kills = 0;
-        for nth in (1..).step_by(stride) {
+        for nth in 1.. {
             let mut machine = (self.before)(&mut world);
             let shot = self.aim(&world, &machine, nth);
             let asked = (self.ask)(&mut world, &mut machine);
@@ -55,7 +47,12 @@ impl Walk {
             let answer = world.answer_unless_it_dies(asked);
             let fired = shot.fired().map(str::to_owned);
             let step = fired.as_deref().unwrap_or("none");
-            eprintln!("step {nth}: killed before {step}; answer {answer:?}");
+            let answered = match &answer {
+                None => "none".to_owned(),
+                Some(Ok(_)) => "ok".to_owned(),
+                Some(Err(error)) => error.clone(),
+            };
+            eprintln!("step {nth}: killed before {step}; answer: {answered}");
             match (self.victim, &answer) {
                 (Victim::Agent, None) => {
                     assert!(fired.is_some(), "the agent died by itself");
@@ -63,7 +60,7 @@ impl Walk {
                 }
                 (_, Some(answer)) => {
                     if fired.is_none() {
-                        assert!(answer.is_ok(), "it fails by itself: {answer:?}");
+                        assert!(answer.is_ok(), "it fails by itself: {answered}");
                     }
                     // Also after the last step of all; and a tracer goes with its agent.
                     world.kill();
@@ -76,15 +73,13 @@ impl Walk {
             assert_eq!(world.files(), files, "files of nobody");
             if fired.is_none() {
                 assert!(kills > 0, "no step was seen");
-                println!("{kills} kills in {} steps", shot.seen());
                 return;
             }
             kills += 1;
         }
     }
 
-    fn aim(&self, world: &World, machine: &Machine, nth: usize) -> Shot {
-        let nth = nth as u64;
+    fn aim(&self, world: &World, machine: &Machine, nth: u64) -> Shot {
         match self.victim {
             Victim::Agent => Shot::at(world.agent(), nth),
             Victim::Monitor => Shot::at(world.monitor(machine), nth),
@@ -94,11 +89,15 @@ impl Walk {
     }
 }
 
+/// Has a Machine destroyed, or what is left of it.
 fn destroy(world: &mut World, machine: &mut Machine) {
-    world.wish(machine, json!({"destroyed": {"force": true}}));
+    if world.ask("records", "", json!({})).unwrap() != json!([]) {
+        world.begin(machine, json!({"destroyed": {"force": true}}));
+    }
     world.wait(machine, "destroyed");
-    until("nothing is left", || world.traces().is_empty());
-    assert_eq!(world.ask("records", "", json!({})).unwrap(), json!([]));
+    until("nothing is left", || {
+        world.traces().is_empty() && world.ask("records", "", json!({})).unwrap() == json!([])
+    });
 }
 
 fn a_new_one(_: &mut World) -> Machine {
@@ -114,6 +113,7 @@ fn a_running_one(world: &mut World) -> Machine {
 fn a_sleeping_one(world: &mut World) -> Machine {
     let machine = a_running_one(world);
     world.suspend(&machine);
+    world.wait(&machine, "suspended");
     machine
 }
 
@@ -147,7 +147,7 @@ fn forget(world: &mut World, machine: &mut Machine) -> u64 {
 /// It runs, once, and does its work.
 fn runs(world: &mut World, machine: &Machine) -> u64 {
     world.start(machine);
-    assert_eq!(world.status(machine)["state"], "started");
+    world.wait(machine, "started");
     assert_eq!(world.monitors(), [world.monitor(machine)]);
     world.count(machine)
 }
@@ -185,7 +185,7 @@ fn told_why(status: &Value) -> bool {
 
 fn stopped(world: &mut World, machine: &mut Machine) {
     world.stop(machine);
-    assert_eq!(world.status(machine)["state"], "stopped");
+    world.wait(machine, "stopped");
     assert_eq!(world.monitors(), [Pid::this(); 0]);
     assert_eq!(runs(world, machine), 1, "a stop forgets");
 }

@@ -154,7 +154,11 @@ impl World {
         for (key, value) in more.as_object().into_iter().flatten() {
             request[key] = value.clone();
         }
-        writeln!(agent.input, "{request}").unwrap();
+        match writeln!(agent.input, "{request}") {
+            // One that has just been killed gives no answer.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+            written => written.unwrap(),
+        }
         agent.next
     }
 

@@ -18,7 +18,9 @@
 //! # std::io::Result::Ok(())
 //! ```
 //!
-//! The process is traced (ptrace(2)) by a thread of its own until it ends. x86-64 only.
+//! The process is traced (ptrace(2)) by a thread of its own until it ends. Where it is a child of this
+//! process, `waitpid(2)` for it would see the tracer's stops too: wait when it is known to be dead. x86-64
+//! only.
 
 pub mod calls;
 mod tracer;

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use crate::Score;
@@ -26,6 +26,7 @@ pub(crate) enum Victim {
 
 /// Traces one process, and maybe its children.
 pub(crate) struct Tracer {
+    aimed: Pid,
     victim: Victim,
     /// Whose calls count, as soon as it is there.
     target: Option<Pid>,
@@ -76,6 +77,7 @@ impl Tracer {
             let _ = ptrace::interrupt(thread);
         }
         Ok(Self {
+            aimed: pid,
             victim,
             target,
             nth,
@@ -84,18 +86,26 @@ impl Tracer {
         })
     }
 
-    /// Traces until nothing is left to trace.
+    /// Traces until the process that was aimed at has ended.
     pub(crate) fn run(mut self) {
         // The calling thread's own only: other children are waited for by others.
         let mine = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
+        let look = mine | WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOWAIT;
         loop {
-            let went_on = match waitpid(None, Some(mine)) {
-                Ok(status) => self.stopped(&status),
-                Err(Errno::EINTR) => Ok(()),
+            let status = match waitid(Id::All, look) {
+                Ok(status) => status,
+                Err(Errno::EINTR) => continue,
                 Err(_) => return, // ECHILD
             };
+            let Some(thread) = status.pid() else { continue };
+            let ended = matches!(status, WaitStatus::Exited(..) | WaitStatus::Signaled(..));
+            if ended && thread == self.aimed {
+                // Left for its parent, should that be this process. What else is traced goes free.
+                return;
+            }
+            let went_on = waitpid(thread, Some(mine)).and_then(|status| self.stopped(&status));
             match went_on {
-                Ok(()) | Err(Errno::ESRCH) => {} // killed in the meantime
+                Ok(()) | Err(Errno::ESRCH | Errno::ECHILD) => {} // killed in the meantime
                 Err(errno) => panic!("tracing fails: {errno}"),
             }
         }
@@ -169,10 +179,10 @@ impl Tracer {
         };
         let seen = self.score.seen.fetch_add(1, Ordering::AcqRel) + 1;
         if seen == self.nth {
-            // Before it goes on: a call at whose entry a thread is killed is not carried out.
+            // Told first, and shot before it goes on: a call at whose entry a thread is killed is not
+            // carried out.
+            let _ = self.score.fired.set(format!("{name} (number {seen})")); // there is one nth
             kill(target, Signal::SIGKILL)?;
-            let name = format!("{name} (number {seen})");
-            let _ = self.score.fired.set(name); // there is one nth
         }
         Ok(())
     }
