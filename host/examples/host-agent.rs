@@ -3,7 +3,7 @@
 //!
 //! Each line of input is a request, `{"n": 1, "op": "start", "id": "…"}`; its answer is a line with
 //! the same `n`, and `ok` or `error`. Requests are served side by side. Operations: `put` (a
-//! `machine` record), `start`, `suspend`, `stop` (`source` is `user` unless it says `proxy`),
+//! `machine` record), `destroy` (as the API does it), `start`, `suspend`, `stop` (`source` is `user` unless it says `proxy`),
 //! `exec` (`cmd`), `signal` (`signo`), `logs`, `status`, `wait` (until `state`), `records`,
 //! `metrics`, `shutdown`.
 
@@ -14,7 +14,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow};
 use clap::Parser;
 use serde_json::{Value, json};
-use tern_catalog::{Catalog, HostId, Machine, MachineId, MachineState, SqliteStore, Store, View};
+use tern_catalog::{
+    Catalog, DesiredState, HostId, Machine, MachineId, MachineState, SqliteStore, Store, View,
+};
 use tern_guest::ExecRequest;
 use tern_host::{
     Agent, AgentHandle, ExecOutput, HostConfig, LogItem, Registry, Source, StopRequest,
@@ -147,6 +149,18 @@ impl Agency {
                 };
                 self.view.wait_for(known).await;
                 Ok(Value::Null)
+            }
+            "destroy" => {
+                let wish = |machine: &mut Machine| {
+                    if matches!(machine.desired.state, DesiredState::Destroyed { .. }) {
+                        return Err(());
+                    }
+                    machine.desired.state = DesiredState::Destroyed { force: true };
+                    machine.desired.generation += 1;
+                    Ok(())
+                };
+                let written = self.catalog.update(id()?.as_str(), wish).await?;
+                Ok(json!(matches!(written, Ok(Some(_)))))
             }
             "start" => Ok(json!(self.handle.start(&id()?, source).await?)),
             "suspend" => Ok(json!(self.handle.suspend(&id()?, source).await?)),

@@ -278,6 +278,7 @@ impl Core {
             wanted: Arc::clone(&wanted),
         };
         core.resume_from(status, found, now, &mut out);
+        core.keep_a_promise(status);
         core.take(Input::Wanted(wanted), now, &mut out);
         if !out.iter().any(|a| matches!(a, Action::Record(_))) {
             out.push(Action::Record(None));
@@ -410,6 +411,36 @@ impl Core {
                 MachineState::Created | MachineState::Destroying | MachineState::Destroyed => {}
             },
         }
+    }
+
+    /// Takes up again what an earlier agent had taken up, and maybe not carried out: nobody will ask for it
+    /// once more. A state alone does not say what was to come after it.
+    fn keep_a_promise(&mut self, status: Option<&MachineStatus>) {
+        let Desired { state, generation } = &self.wanted.desired;
+        if *generation > self.generation {
+            return; // that is a new wish
+        }
+        let stopping = status.is_some_and(|s| s.state == MachineState::Stopping);
+        let outdated = self.instance != self.wanted.instance_id;
+        let to = match *state {
+            DesiredState::Destroyed { force } => Target::Destroyed { force },
+            DesiredState::Restarted { force } if stopping => Target::Restarted {
+                kind: "restart",
+                force,
+            },
+            DesiredState::Started if stopping && outdated => Target::Restarted {
+                kind: "update",
+                force: false,
+            },
+            _ => return,
+        };
+        if let Phase::Rest(rest) = &mut self.phase {
+            rest.keep_disk |= matches!(to, Target::Restarted { .. });
+        }
+        self.goal = Some(Goal {
+            to,
+            source: Source::User,
+        });
     }
 
     fn take(&mut self, input: Input, now: Instant, out: &mut Vec<Action>) {

@@ -91,9 +91,7 @@ impl Walk {
 
 /// Has a Machine destroyed, or what is left of it.
 fn destroy(world: &mut World, machine: &mut Machine) {
-    if world.ask("records", "", json!({})).unwrap() != json!([]) {
-        world.begin(machine, json!({"destroyed": {"force": true}}));
-    }
+    world.ask("destroy", &machine.id, json!({})).unwrap();
     world.wait(machine, "destroyed");
     until("nothing is left", || {
         world.traces().is_empty() && world.ask("records", "", json!({})).unwrap() == json!([])
@@ -140,7 +138,7 @@ fn update(world: &mut World, machine: &mut Machine) -> u64 {
 }
 
 fn forget(world: &mut World, machine: &mut Machine) -> u64 {
-    world.begin(machine, json!({"destroyed": {"force": true}}));
+    world.say("destroy", &machine.id, json!({}));
     world.say("wait", &machine.id, json!({"state": "destroyed"}))
 }
 

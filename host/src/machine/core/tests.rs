@@ -38,8 +38,20 @@ impl Bench {
 
     /// As an agent finds it that comes after one which has left this status.
     fn found(status: &MachineStatus, found: Found) -> Self {
+        Self::found_wanted(status, found, DesiredState::Started, "01A")
+    }
+
+    /// An agent comes back to a wish that the one before had taken up.
+    fn found_wanted(
+        status: &MachineStatus,
+        found: Found,
+        state: DesiredState,
+        instance: &str,
+    ) -> Self {
         let mut wanted = machine(r#"{"image":"x"}"#);
         wanted.desired.generation = status.generation;
+        wanted.desired.state = state;
+        wanted.instance_id = instance.into();
         let now = Instant::now();
         let (core, actions) = Core::new(Arc::new(wanted.clone()), Some(status), None, found, now);
         Self {
@@ -558,6 +570,37 @@ fn an_agent_that_comes_back_finds_things_as_they_are() {
     let bench = Bench::found(&status(MachineState::Stopped), nothing());
     bench.is(MachineState::Stopped);
     assert_eq!(bench.core.deadline(), None);
+}
+
+#[test]
+fn a_wish_that_an_agent_died_over_is_not_forgotten() {
+    let running = || Found::Running { epoch: 1 };
+    let nothing = || Found::Nothing { end: None };
+    let destroyed = DesiredState::Destroyed { force: false };
+    for state in [
+        MachineState::Started,
+        MachineState::Stopping,
+        MachineState::Suspending,
+    ] {
+        let status = status(state);
+        let mut bench = Bench::found_wanted(&status, running(), destroyed.clone(), "01A");
+        assert!(bench.does(|a| matches!(a, Action::Ask { .. })), "{state}");
+        bench.monitor_ends(true);
+        bench.is(MachineState::Destroying);
+        let bench = Bench::found_wanted(&status, nothing(), destroyed.clone(), "01A");
+        bench.is(MachineState::Destroying);
+    }
+    let stopping = status(MachineState::Stopping);
+    let restarted = DesiredState::Restarted { force: false };
+    let mut bench = Bench::found_wanted(&stopping, running(), restarted.clone(), "01A");
+    bench.is(MachineState::Stopping);
+    assert_eq!(bench.monitor_ends(true).boots(), [false]);
+    let bench = Bench::found_wanted(&stopping, nothing(), restarted, "01A");
+    assert_eq!(bench.boots(), [false], "a restart keeps the disk");
+    let bench = Bench::found_wanted(&stopping, nothing(), DesiredState::Started, "01B");
+    assert_eq!(bench.boots(), [true], "an update");
+    let bench = Bench::found_wanted(&stopping, nothing(), DesiredState::Started, "01A");
+    bench.is(MachineState::Stopped);
 }
 
 #[test]
