@@ -26,7 +26,7 @@ pub mod calls;
 mod tracer;
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -45,6 +45,7 @@ pub struct Shot {
 struct Score {
     seen: AtomicU64,
     fired: OnceLock<String>,
+    over: AtomicBool,
 }
 
 impl Shot {
@@ -84,6 +85,13 @@ impl Shot {
             .recv()
             .map_err(|_| io::Error::other("the tracer died"))??;
         Ok(Self { score })
+    }
+
+    /// Does not shoot any more; the process goes on at its own speed. Returns before which call it was
+    /// killed, if it was.
+    pub fn stand_down(&self) -> Option<&str> {
+        self.score.over.store(true, Ordering::Release);
+        self.fired()
     }
 
     /// Before which call the process was killed, if it was.

@@ -114,7 +114,7 @@ impl Tracer {
     fn stopped(&mut self, status: &WaitStatus) -> nix::Result<()> {
         match *status {
             WaitStatus::PtraceSyscall(thread) => {
-                if self.is_targets(thread) {
+                if self.is_targets(thread) && !self.score.over.load(Ordering::Acquire) {
                     self.count(thread)?;
                 }
                 self.go_on(thread, None)
@@ -139,7 +139,8 @@ impl Tracer {
     }
 
     fn go_on(&mut self, thread: Pid, signal: Option<Signal>) -> nix::Result<()> {
-        if self.is_targets(thread) && self.score.fired.get().is_none() {
+        let over = self.score.over.load(Ordering::Acquire) || self.score.fired.get().is_some();
+        if self.is_targets(thread) && !over {
             ptrace::syscall(thread, signal)
         } else {
             ptrace::cont(thread, signal)

@@ -20,8 +20,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tern_faults::Shot;
 
 /// Boots are several times slower in the virtual host than on hardware, and so is everything else.
 pub const PATIENCE: Duration = Duration::from_secs(90);
@@ -112,6 +114,48 @@ impl Guest {
 
     /// Starts the monitor.
     pub fn start(&mut self, arguments: &[&str]) {
+        self.spawn(Command::new(env!("CARGO_BIN_EXE_tern-vmm")), arguments);
+    }
+
+    /// Starts the monitor, to die before its `nth` step: see `tern_faults`.
+    pub fn start_to_die(&mut self, arguments: &[&str], nth: u64) -> Shot {
+        let mut shell = Command::new("sh");
+        // It waits until somebody has taken aim; whatever it does before is not counted.
+        shell.args(["-c", "kill -STOP $$; exec \"$0\" \"$@\""]);
+        shell.arg(env!("CARGO_BIN_EXE_tern-vmm"));
+        self.spawn(shell, arguments);
+        let stat = format!("/proc/{}/stat", self.pid());
+        self.until("the shell's stop", || {
+            fs::read_to_string(&stat)
+                .unwrap()
+                .contains(") T ")
+                .then_some(())
+        });
+        let shot = self.aim(nth);
+        self.signal("-CONT");
+        shot
+    }
+
+    /// Has the running monitor die before the `nth` step from now.
+    pub fn aim(&self, nth: u64) -> Shot {
+        let pid = Pid::from_raw(i32::try_from(self.pid()).unwrap());
+        Shot::at(pid, nth).expect("ptrace(2) must be allowed")
+    }
+
+    /// Whether the monitor is dead. Its parent is asked elsewhere: that would see its tracer's stops.
+    pub fn is_dead(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        stat.contains(") Z ")
+    }
+
+    /// Reaps a dead monitor, or one that is no longer wanted.
+    pub fn bury(&mut self) {
+        let mut monitor = self.monitor.take().expect("there is one");
+        monitor.kill().unwrap();
+        monitor.wait().unwrap();
+    }
+
+    fn spawn(&mut self, mut command: Command, arguments: &[&str]) {
         assert!(self.monitor.is_none(), "it runs already");
         let config = self.path("vm.json");
         fs::write(&config, self.config.to_string()).unwrap();
@@ -120,7 +164,7 @@ impl Guest {
             .append(true)
             .open(self.path("vmm.log"))
             .unwrap();
-        let monitor = Command::new(env!("CARGO_BIN_EXE_tern-vmm"))
+        let monitor = command
             .args(["run", "--config"])
             .arg(config)
             .args(arguments)
@@ -194,17 +238,31 @@ impl Guest {
 
     /// One request to the control API: status and body.
     pub fn api(&self, method: &str, path: &str) -> (u16, String) {
-        let mut stream = self.until("the control socket", || {
+        self.until("the control socket", || {
             UnixStream::connect(self.path("vmm.sock")).ok()
         });
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        self.try_api(method, path).unwrap()
+    }
+
+    /// One request to the control API of a monitor that may die over it.
+    pub fn try_api(&self, method: &str, path: &str) -> std::io::Result<(u16, String)> {
+        let mut stream = UnixStream::connect(self.path("vmm.sock"))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         let request = format!("{method} {path} HTTP/1.1\r\nhost: vmm\r\nconnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).unwrap();
+        stream.write_all(request.as_bytes())?;
         let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        stream.read_to_string(&mut answer)?;
+        let Some((head, body)) = answer.split_once("\r\n\r\n") else {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        };
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        (status, body.to_owned())
+        Ok((status, body.to_owned()))
+    }
+
+    /// Whether the control API answers that the Machine runs.
+    pub fn answers(&self) -> bool {
+        let answer = self.try_api("GET", "/v1/vm");
+        answer.is_ok_and(|(_, body)| body.contains("\"running\""))
     }
 
     /// Pause, snapshot, stop: as the host's agent suspends a Machine.
