@@ -19,7 +19,7 @@ check:         ## Format, lints, documentation, dependencies
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --document-private-items
 	@.ci/deny
 
-check-deep:    ## Hostile bytes: every fuzz target for TERN_FUZZ_SECONDS=60, guided by coverage
+check-deep:    ## Two hours: every fuzz target for TERN_FUZZ_SECONDS=60, and the long way of the endurance tests
 	@.ci/check-deep
 
 bench:         ## Wake latency beside a warm request and a cold start: a table and a plot
