@@ -21,6 +21,9 @@ pub trait HostGateway: Send + Sync + 'static {
     /// Sends a signal to the app of a running Machine.
     async fn signal(&self, machine: &MachineId, signal: i32) -> Result<(), GatewayError>;
 
+    /// Where the time of a running Machine's last start went.
+    async fn start_trace(&self, machine: &MachineId) -> Result<StartTrace, GatewayError>;
+
     /// The output of apps: what is kept, and with `follow` what comes, until the stream is dropped.
     async fn logs(&self, query: LogQuery) -> Result<BoxStream<'static, LogLine>, GatewayError>;
 }
@@ -47,6 +50,29 @@ pub struct ExecResult {
     pub stdout: Vec<u8>,
     /// Its error output.
     pub stderr: Vec<u8>,
+}
+
+/// Where the time of a start went.
+#[derive(Debug, Clone, Serialize)]
+pub struct StartTrace {
+    /// When it began, in microseconds since 1970.
+    pub began_unix_us: u64,
+    /// From the disk, and not from a snapshot; absent where the host's agent has not seen it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cold: Option<bool>,
+    /// What ended when.
+    pub phases: Vec<StartPhase>,
+}
+
+/// Something that was done in a start.
+#[derive(Debug, Clone, Serialize)]
+pub struct StartPhase {
+    /// `agent`, `monitor` or `guest`.
+    pub side: String,
+    /// What was done.
+    pub name: String,
+    /// When it had ended, in microseconds since the start began.
+    pub at_us: u64,
 }
 
 /// Whose output.

@@ -32,6 +32,8 @@ mod tests;
 
 pub use auth::token_hash;
 pub use error::ApiError;
-pub use gateway::{ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery};
+pub use gateway::{
+    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, StartPhase, StartTrace,
+};
 pub use registry::REGISTRY_NAME;
 pub use server::{ApiConfig, ApiServer};

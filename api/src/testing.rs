@@ -21,7 +21,9 @@ use tern_catalog::{
 use tower::ServiceExt as _;
 
 use crate::auth::token_hash;
-use crate::gateway::{ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery};
+use crate::gateway::{
+    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, StartPhase, StartTrace,
+};
 use crate::registry::Registry;
 use crate::server::{ApiConfig, Shared};
 
@@ -296,6 +298,18 @@ impl HostGateway for FakeGateway {
     async fn signal(&self, _: &MachineId, signal: i32) -> Result<(), GatewayError> {
         self.signals.store(signal.unsigned_abs(), Ordering::Relaxed);
         Ok(())
+    }
+
+    async fn start_trace(&self, _: &MachineId) -> Result<StartTrace, GatewayError> {
+        Ok(StartTrace {
+            began_unix_us: 7,
+            cold: Some(true),
+            phases: vec![StartPhase {
+                side: "monitor".into(),
+                name: "kvm".into(),
+                at_us: 5,
+            }],
+        })
     }
 
     async fn logs(&self, query: LogQuery) -> Result<BoxStream<'static, LogLine>, GatewayError> {

@@ -331,6 +331,12 @@ async fn commands_signals_and_logs_reach_the_host() {
         (&answer["exit_code"], &answer["stdout"]),
         (&json!(3), &json!("echo|a|b"))
     );
+    let trace = world.get(&format!("{at}/boot-trace")).await.json();
+    assert_eq!(
+        trace,
+        json!({"began_unix_us": 7, "cold": true,
+               "phases": [{"side": "monitor", "name": "kvm", "at_us": 5}]})
+    );
     let list = world
         .post(&format!("{at}/exec"), json!({"command": ["echo", "a b"]}))
         .await

@@ -276,6 +276,14 @@ pub enum Machine {
         #[arg(long)]
         json: bool,
     },
+    /// Show where the time of a Machine's last start went, phase by phase
+    BootTrace {
+        #[command(flatten)]
+        machine: MachineArg,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Start a Machine and wait until it runs
     Start(MachineArg),
     /// Stop a Machine and wait until it has

@@ -319,6 +319,7 @@ impl Vmm {
             memory_available_kib: 1,
             load: [0.0; 3],
             next_seq: memory.lines.len() as u64,
+            phases: Vec::new(),
         }
     }
 

@@ -33,6 +33,7 @@ use crate::machine::{CommandError, Source, StopRequest};
 use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::network::{self, Network, NetworkError, Port, Slot};
+use crate::trace::StartTrace;
 use crate::vm::Vm;
 use crate::volumes::{Keeper, Volumes};
 
@@ -229,6 +230,12 @@ impl AgentHandle {
         let vm = self.started(id)?;
         let outcome = vm.guest.status().await;
         outcome.map_err(|e| CommandError::Failed(e.to_string()))
+    }
+
+    /// Where the time of a started Machine's last start went.
+    pub async fn start_trace(&self, id: &MachineId) -> Result<StartTrace, CommandError> {
+        let vm = self.started(id)?;
+        vm.start_trace().await.map_err(CommandError::Failed)
     }
 
     /// The output of a Machine's app, from line number `from` on as far as it is kept; with

@@ -34,6 +34,7 @@ mod metrics;
 mod monitor;
 mod network;
 mod running;
+mod trace;
 mod vm;
 mod volumes;
 
@@ -44,3 +45,4 @@ pub use logs::{LogItem, LogLine, LogReader};
 pub use machine::{CommandError, Source, StopRequest};
 pub use metrics::{Counter, Metrics};
 pub use network::{NetworkError, remove_all as remove_network};
+pub use trace::{Phase, Side, StartTrace};

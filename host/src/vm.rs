@@ -24,6 +24,7 @@ use crate::monitor::config::Jail;
 use crate::monitor::{Monitor, control};
 use crate::network::Slot;
 use crate::running::Running;
+use crate::trace::{Marks, StartTrace};
 use crate::volumes::Turn;
 
 /// The hands of one Machine's task.
@@ -35,6 +36,8 @@ pub(crate) struct Vm {
     pub(crate) guest: Guest,
     pub(crate) logs: Arc<Logs>,
     memo: Mutex<Memo>,
+    /// The agent's part of the last start, if this agent has seen it.
+    last_start: Mutex<Option<Marks>>,
     running: Mutex<Option<Arc<Running>>>,
     /// Starts of this epoch and before are not wanted any more.
     killed: watch::Sender<Epoch>,
@@ -65,6 +68,7 @@ impl Vm {
             guest: Guest::new(&dir.vsock()),
             logs,
             memo: Mutex::new(memo),
+            last_start: Mutex::default(),
             running: Mutex::default(),
             killed: watch::channel(0).0,
             files: Arc::default(),
@@ -172,9 +176,11 @@ impl Vm {
             exit: None,
             lasting: false,
         };
+        let mut marks = Marks::new(true);
         // Before anything else: whatever comes, the disk may be written from here on.
         self.void_snapshot().await.map_err(&passing)?;
         let image = self.image(machine).await?;
+        marks.mark("image");
         // Until the app is up: by then the monitor has locked the disks.
         let _turns = self.volumes_ready(machine).await.map_err(&passing)?;
         let run = bundle::run_config(machine, &image.config, self.slot)
@@ -226,13 +232,20 @@ impl Vm {
         })
         .await
         .map_err(&passing)?;
+        marks.mark("prepared");
         self.plug(machine).await.map_err(&passing)?;
+        marks.mark("plugged");
 
         let running = self.spawn(epoch, false).map_err(&passing)?;
+        marks.mark("spawned");
         let limit = self.host.config.boot_timeout;
         tokio::select! {
             outcome = running.app_started() => match outcome {
-                Ok(()) => Ok(digest),
+                Ok(()) => {
+                    marks.mark("app_started");
+                    self.report(marks);
+                    Ok(digest)
+                }
                 Err(exit) => Err(BootFailure {
                     reason: self.why_app_ended(&exit),
                     exit: Some(exit),
@@ -264,14 +277,14 @@ impl Vm {
         if Some(&seal.instance_id) != self.memo.lock().instance_id.as_ref() {
             return Err("it is of another config".to_owned());
         }
-        let mut trace = WakeTrace::new();
+        let mut marks = Marks::new(false);
         self.break_seal().map_err(told)?;
         self.dir.prepare_for_monitor(self.user()).map_err(told)?;
         let sync = tokio::task::spawn_blocking({
             let dir = self.dir.clone();
             move || dir.sync()
         });
-        trace.mark("prepared");
+        marks.mark("prepared");
         let machine = self.host.machine(&self.id);
         // Who copies a volume while its Machine sleeps has it locked.
         let mut turns = Vec::new();
@@ -286,18 +299,18 @@ impl Vm {
                 .map_err(told)?;
             self.plug(machine).await?;
         }
-        trace.mark("plugged");
+        marks.mark("plugged");
         let running = self.spawn(epoch, true)?;
-        trace.mark("spawned");
+        marks.mark("spawned");
         let limit = self.host.config.wake_timeout;
         let speak = async {
             let spoken = self.guest.insist(resumed, limit).await.map(drop);
             spoken.map_err(|e| e.to_string())?;
-            trace.mark("resumed");
+            marks.mark("resumed");
             // Long done, as a rule: the monitor had memory to load meanwhile.
             sync.await.map_err(|e| e.to_string())?.map_err(told)?;
-            trace.mark("synced");
-            self.report(trace);
+            marks.mark("synced");
+            self.report(marks);
             Ok(())
         };
         tokio::select! {
@@ -306,23 +319,30 @@ impl Vm {
         }
     }
 
-    /// Logs where the time of a wake went, here and in the monitor, when nobody waits for it any more.
-    fn report(&self, trace: WakeTrace) {
+    /// Keeps where the time of a start went, and logs it when nobody waits for it any more.
+    fn report(&self, marks: Marks) {
+        let what = if marks.is_cold() { "booted" } else { "woken" };
+        *self.last_start.lock() = Some(marks.clone());
         let (id, socket) = (self.id.clone(), self.dir.control());
         tokio::spawn(async move {
             match control::describe(&socket).await {
                 Ok(vm) => {
-                    let spawned = vm.started_unix_us.saturating_sub(trace.began_unix_us);
-                    tracing::info!(
-                        machine = %id, phases_us = ?trace.phases, monitor_began_us = spawned,
-                        monitor_us = %vm.boot, "woken"
-                    );
+                    let trace = StartTrace::new(Some(&marks), &vm, &[]);
+                    tracing::info!(machine = %id, phases_us = %trace, "{what}");
                 }
-                Err(error) => {
-                    tracing::info!(machine = %id, phases_us = ?trace.phases, %error, "woken");
-                }
+                Err(error) => tracing::info!(machine = %id, ?marks, %error, "{what}"),
             }
         });
+    }
+
+    /// Where the time of the last start went.
+    pub(crate) async fn start_trace(&self) -> Result<StartTrace, String> {
+        let vm = control::describe(&self.dir.control())
+            .await
+            .map_err(|e| e.to_string())?;
+        let guest = self.guest.status().await.map_err(|e| e.to_string())?;
+        let marks = self.last_start.lock().clone();
+        Ok(StartTrace::new(marks.as_ref(), &vm, &guest.phases))
     }
 
     async fn suspend(&self, running: &Running) -> Result<(), SleepFailure> {
@@ -759,29 +779,6 @@ fn end_of(reason: &str, message: &str, signal: Option<i32>) -> End {
         format!("{what}: {message}")
     };
     End { by_guest, reason }
-}
-
-/// Where the time of a wake went.
-struct WakeTrace {
-    began: std::time::Instant,
-    began_unix_us: u64,
-    /// What ended when, in microseconds since the wake began.
-    phases: Vec<(&'static str, u128)>,
-}
-
-impl WakeTrace {
-    fn new() -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        Self {
-            began: std::time::Instant::now(),
-            began_unix_us: now.map_or(0, |now| u64::try_from(now.as_micros()).unwrap_or(0)),
-            phases: Vec::with_capacity(8),
-        }
-    }
-
-    fn mark(&mut self, phase: &'static str) {
-        self.phases.push((phase, self.began.elapsed().as_micros()));
-    }
 }
 
 /// The news for a guest that was away.

@@ -10,7 +10,7 @@ use super::{At, SignalName, find};
 use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::extract::{Json, Path};
-use crate::gateway::ExecRequest;
+use crate::gateway::{ExecRequest, StartTrace};
 use crate::server::Shared;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -70,6 +70,16 @@ pub async fn exec(
         "stdout": String::from_utf8_lossy(&result.stdout),
         "stderr": String::from_utf8_lossy(&result.stderr),
     })))
+}
+
+/// `GET …/boot-trace`.
+pub async fn boot_trace(
+    State(shared): State<Shared>,
+    caller: Caller,
+    Path(at): Path<At>,
+) -> Result<Json<StartTrace>, ApiError> {
+    find(&shared.view.snapshot(), &caller, &at)?;
+    Ok(Json(shared.gateway.start_trace(&at.id).await?))
 }
 
 /// `POST …/signal`.

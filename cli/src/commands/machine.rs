@@ -33,6 +33,7 @@ pub async fn run(client: &Client, args: Machine) -> Result<ExitCode> {
             }
         }
         Machine::Status { machine, json } => show(client, &machine, json).await?,
+        Machine::BootTrace { machine, json } => boot_trace(client, &machine, json).await?,
         Machine::Start(arg) => act(client, &arg, "start", "started").await?,
         Machine::Stop(arg) => act(client, &arg, "stop", "stopped").await?,
         Machine::Suspend(arg) => act(client, &arg, "suspend", "suspended").await?,
@@ -144,6 +145,53 @@ async fn show(client: &Client, arg: &MachineArg, json: bool) -> Result<()> {
         &["TIME", "EVENT", "STATE", "SOURCE", "DETAIL"],
         &rows,
         "No events yet.",
+    );
+    Ok(())
+}
+
+async fn boot_trace(client: &Client, arg: &MachineArg, json: bool) -> Result<()> {
+    #[derive(serde::Serialize, serde::Deserialize)]
+    struct Trace {
+        began_unix_us: i64,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        cold: Option<bool>,
+        phases: Vec<Phase>,
+    }
+    #[derive(serde::Serialize, serde::Deserialize)]
+    struct Phase {
+        side: String,
+        name: String,
+        at_us: u64,
+    }
+    let path = path_of(client, arg).await?;
+    let trace: Trace = client.get(&format!("{path}/boot-trace")).await?;
+    if json {
+        return output::json(&trace);
+    }
+    let what = match trace.cold {
+        Some(true) => "Cold start",
+        Some(false) => "Wake from a snapshot",
+        None => "Start (before `tern serve` did)",
+    };
+    let began = jiff::Timestamp::from_microsecond(trace.began_unix_us).unwrap_or_default();
+    println!("{what} at {began:.3}\n");
+    let millis = |us: u64| format!("{:.1}", us as f64 / 1000.0);
+    let mut before = 0;
+    let row = |phase: &Phase| {
+        let took = phase.at_us.saturating_sub(before);
+        before = phase.at_us;
+        vec![
+            millis(phase.at_us),
+            millis(took),
+            phase.side.clone(),
+            phase.name.replace('_', " "),
+        ]
+    };
+    let rows: Vec<_> = trace.phases.iter().map(row).collect();
+    output::table(
+        &["AT MS", "STEP MS", "BY", "WHAT HAD ENDED"],
+        &rows,
+        "Nothing is known of its start.",
     );
     Ok(())
 }

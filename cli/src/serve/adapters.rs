@@ -3,7 +3,9 @@
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
-use tern_api::{ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery};
+use tern_api::{
+    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, StartPhase, StartTrace,
+};
 use tern_catalog::MachineId;
 use tern_edge::{MachineControl, StartError};
 use tern_host::{AgentHandle, CommandError, ExecOutput, LogItem, Source, StopRequest};
@@ -63,6 +65,20 @@ impl HostGateway for HostAdapter {
 
     async fn signal(&self, id: &MachineId, signal: i32) -> Result<(), GatewayError> {
         self.agent.signal(id, signal).await.map_err(gateway_error)
+    }
+
+    async fn start_trace(&self, id: &MachineId) -> Result<StartTrace, GatewayError> {
+        let trace = self.agent.start_trace(id).await.map_err(gateway_error)?;
+        let phase = |phase: tern_host::Phase| StartPhase {
+            side: phase.side.to_string(),
+            name: phase.name,
+            at_us: phase.at_us,
+        };
+        Ok(StartTrace {
+            began_unix_us: trace.began_unix_us,
+            cold: trace.cold,
+            phases: trace.phases.into_iter().map(phase).collect(),
+        })
     }
 
     async fn logs(&self, query: LogQuery) -> Result<BoxStream<'static, LogLine>, GatewayError> {

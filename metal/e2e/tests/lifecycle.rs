@@ -1,7 +1,8 @@
 //! A Machine's life as its owner sees it: cold start, sleep, wake, memory and disk.
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use serde_json::Value;
 use tern_e2e::World;
 
 #[test]
@@ -18,6 +19,40 @@ fn a_cold_start_ends_in_an_https_reply() -> Result<()> {
     assert_eq!(reply.version, "2");
     assert!(reply.headers.contains_key("fly-request-id"), "{reply:?}");
     assert_eq!(app.curl("/", &["--http1.1"])?.version, "1.1");
+
+    // Where the time went is told phase by phase, for a cold start and for a wake.
+    let traced = || -> Result<(Value, Vec<String>)> {
+        let machine = ["machine", "boot-trace", &app.machine, "--app", "hello"];
+        let table = world.server.tern(&machine)?;
+        assert!(table.contains("STEP MS"), "{table}");
+        let trace = world.server.tern_json(&machine)?;
+        let phases = trace["phases"].as_array().context("no phases")?;
+        let times: Vec<_> = phases.iter().map(|p| p["at_us"].as_u64()).collect();
+        assert!(times.is_sorted(), "{trace:#}");
+        let name = |p: &Value| format!("{} {}", p["side"], p["name"]).replace('"', "");
+        let names = phases.iter().map(name).collect();
+        Ok((trace, names))
+    };
+    let (trace, names) = traced()?;
+    assert_eq!(trace["cold"], true);
+    let order = [
+        "agent spawned",
+        "monitor first_vcpu_run",
+        "guest kernel",
+        "guest app",
+    ];
+    let at = |name: &str| names.iter().position(|n| n == name);
+    let positions: Vec<_> = order.iter().map(|name| at(name)).collect();
+    assert!(
+        positions.iter().all(Option::is_some) && positions.is_sorted(),
+        "{names:?}"
+    );
+    app.machine("suspend")?;
+    assert_eq!(app.get("/")?.status, 200);
+    let (trace, names) = traced()?;
+    assert_eq!(trace["cold"], false);
+    assert!(names.contains(&"agent resumed".to_owned()), "{names:?}");
+    assert!(!names.iter().any(|n| n.starts_with("guest")), "{names:?}");
     Ok(())
 }
 

@@ -185,6 +185,18 @@ pub struct Status {
     pub load: [f64; 3],
     /// The sequence number that the next line of output will get.
     pub next_seq: u64,
+    /// How the guest booted, in the order of things.
+    #[serde(default)]
+    pub phases: Vec<GuestPhase>,
+}
+
+/// Something that was done between a guest's first instruction and its app's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestPhase {
+    /// What.
+    pub name: String,
+    /// When it had ended: microseconds since the guest's kernel started.
+    pub uptime_us: u64,
 }
 
 /// How far the app has come.

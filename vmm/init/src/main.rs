@@ -74,21 +74,25 @@ fn main() {
 
 /// Makes the guest a place in which a program can run.
 fn set_up(guest: &Arc<Guest>, disks: &mut Disks) -> Result<RunConfig> {
+    status::mark("kernel");
     root::mount_early()?;
     // Else the kernel drops what init says when it says much at once.
     let _ = fs::write("/proc/sys/kernel/printk_devkmsg", "on");
     guest::raise_own_limits().context("limits")?;
     watch_signals(guest).context("signals")?;
     modules::load_all()?;
+    status::mark("modules");
     server::start(Arc::clone(guest)).context("vsock")?;
     let config = parse_run_json(&fs::read(RUN_JSON).context(RUN_JSON)?)?;
     *disks = root::enter(&config.root)?;
     root::mount_system()?;
+    status::mark("root");
     if !config.hostname.is_empty() {
         sethostname(&config.hostname).context("hostname")?;
     }
     etc::write_all(Path::new("/"), &config)?;
     net::bring_up(&config.interfaces)?;
+    status::mark("network");
     let account = users::lookup(Path::new("/"), &config.process.user)?;
     for volume in &config.mounts {
         let context = || format!("volume {}", volume.path);
@@ -98,6 +102,7 @@ fn set_up(guest: &Arc<Guest>, disks: &mut Disks) -> Result<RunConfig> {
     if !working_dir.is_empty() {
         fs::create_dir_all(working_dir).with_context(|| format!("directory {working_dir}"))?;
     }
+    status::mark("set_up");
     kmsg::info("the Machine is set up");
     Ok(config)
 }
@@ -180,6 +185,7 @@ fn start_app(guest: &Arc<Guest>, config: &RunConfig) -> Result<(i32, Exit, JoinH
     let (descriptors, sources) = open_descriptors(config.process.tty)?;
     let (process, exit) = program.start(&guest.children, descriptors)?;
     let pid = process.pid();
+    status::mark("app");
     guest.set_app(Arc::clone(&process));
     let output = output::collect(Arc::clone(guest), process, sources, config.log_to_console)?;
     Ok((pid, exit, output))

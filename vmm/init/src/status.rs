@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::time::{ClockId, clock_gettime};
 use tern_guest::Status;
+use tern_guest::message::GuestPhase;
 
 use crate::journal::Journal;
 
@@ -12,17 +14,37 @@ use crate::journal::Journal;
 pub fn read(journal: &Journal) -> io::Result<Status> {
     let (state, pid, exit) = journal.state();
     let meminfo = fs::read_to_string("/proc/meminfo")?;
-    let up = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
-    let (seconds, nanos) = (up.tv_sec().unsigned_abs(), up.tv_nsec().unsigned_abs());
     Ok(Status {
         state,
         pid,
         exit,
-        uptime_ms: seconds * 1000 + nanos / 1_000_000,
+        uptime_ms: uptime_us() / 1000,
         memory_total_kib: meminfo_kib(&meminfo, "MemTotal"),
         memory_available_kib: meminfo_kib(&meminfo, "MemAvailable"),
         load: load(&fs::read_to_string("/proc/loadavg")?),
         next_seq: journal.next_seq(),
+        phases: phases().clone(),
+    })
+}
+
+/// Notes that a phase of the boot has just ended.
+pub fn mark(name: &str) {
+    phases().push(GuestPhase {
+        name: name.to_owned(),
+        uptime_us: uptime_us(),
+    });
+}
+
+fn phases() -> MutexGuard<'static, Vec<GuestPhase>> {
+    static PHASES: Mutex<Vec<GuestPhase>> = Mutex::new(Vec::new());
+    PHASES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Microseconds since the kernel started; time asleep does not count.
+fn uptime_us() -> u64 {
+    // This clock is always there.
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |up| {
+        up.tv_sec().unsigned_abs() * 1_000_000 + up.tv_nsec().unsigned_abs() / 1000
     })
 }
 
