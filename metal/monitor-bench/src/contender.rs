@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::proc::{POLL, now_ms};
+use crate::proc::{POLL, now_ms, settle};
 
 /// The guest's memory: that of the Machine in the goal.
 pub const GUEST_MIB: u64 = 256;
@@ -120,7 +120,7 @@ impl Contender {
         }
     }
 
-    /// Starts it, from its snapshot if `restore`.
+    /// Starts it on a host at rest, from its snapshot if `restore`.
     pub fn start(&self, restore: bool) -> Result<Running> {
         let _ = fs::remove_file(self.serial());
         let mut command = match self.kind {
@@ -132,6 +132,7 @@ impl Contender {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
+        settle()?;
         let started_ms = now_ms()?;
         let child = command
             .spawn()

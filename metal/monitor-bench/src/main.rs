@@ -225,7 +225,8 @@ fn first_entry(contender: &Contender) -> Result<Value> {
     let trace = EntryTrace::start()?;
     let running = contender.start(false)?;
     let (at, rip) = trace.first(PATIENCE)?;
-    Ok(json!({"first_entry_ms": at - running.started_ms, "rip": rip}))
+    let phases = phases(contender)?;
+    Ok(json!({"first_entry_ms": at - running.started_ms, "rip": rip, "phases": phases}))
 }
 
 fn booted(contender: &Contender) -> Result<(contender::Running, Value)> {

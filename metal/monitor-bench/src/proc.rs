@@ -2,12 +2,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
@@ -72,10 +74,13 @@ impl EntryTrace {
             {
                 return Ok(first);
             }
-            if Instant::now() > deadline {
+            // Asleep until there is an event: on a host of one processor, who looks is in the way.
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let mut ready = [PollFd::new(self.pipe.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut ready, left).context("cannot wait for the kernel's trace")? == 0 {
                 bail!("no guest was entered within {patience:?}");
             }
-            thread::sleep(POLL);
         }
     }
 }
@@ -84,6 +89,42 @@ impl Drop for EntryTrace {
     fn drop(&mut self) {
         let _ = write(Path::new(TRACEFS), "events/kvm/kvm_entry/enable", "0");
     }
+}
+
+/// Waits until the host has nothing else to do: what the last contender has left to the kernel to clear
+/// away is not the next one's. On a host that never rests it gives up, and says so.
+pub fn settle() -> Result<()> {
+    let deadline = Instant::now() + SETTLE;
+    let mut before = cpu_ticks()?;
+    while Instant::now() < deadline {
+        thread::sleep(SETTLE_WINDOW);
+        let after = cpu_ticks()?;
+        let (idle, all) = (after.0 - before.0, after.1 - before.1);
+        if all > 0 && idle * 10 >= all * 9 {
+            return Ok(());
+        }
+        before = after;
+    }
+    eprintln!("the host has been busy for {SETTLE:?}: what follows is measured on a busy host");
+    Ok(())
+}
+
+const SETTLE: Duration = Duration::from_secs(20);
+const SETTLE_WINDOW: Duration = Duration::from_millis(200);
+
+/// Idle and all ticks of all processors since the host started (proc(5), `/proc/stat`).
+fn cpu_ticks() -> Result<(u64, u64)> {
+    let stat = fs::read_to_string("/proc/stat")?;
+    let line = stat.lines().next().unwrap_or_default();
+    let ticks: Vec<u64> = line
+        .split_whitespace()
+        .skip(1)
+        .take(8)
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    // Fourth is idle, fifth is idle with I/O under way, which is work.
+    let idle = ticks.get(3).context("/proc/stat has no idle time")?;
+    Ok((*idle, ticks.iter().sum()))
 }
 
 /// How often files are looked at; well below what is measured, and rare enough to leave one CPU alone.
