@@ -104,10 +104,14 @@ impl Bench {
         }
     }
 
-    /// From one snapshot each, made first.
+    /// From one snapshot each, made first, of a guest that has slept and answered before: so is every one of a
+    /// Machine's life but the first, and a monitor may have learned from that.
     fn restores(&mut self, both: &[Contender; 2]) -> Result<()> {
         for contender in both {
             let (running, _) = booted(contender)?;
+            contender.suspend(running)?;
+            let running = contender.start(true)?;
+            contender.first_http_byte()?;
             contender.suspend(running)?;
         }
         for round in 0..=self.rounds {
