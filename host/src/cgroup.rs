@@ -5,10 +5,17 @@
 //! with that (a service manager's stop, a user's session) must not end the Machines. A host without a
 //! writable cgroup v2 runs Machines without limits, and says so once. Files are those of
 //! <https://docs.kernel.org/admin-guide/cgroup-v2.html>.
+//!
+//! Joining a group, and every new virtual machine (KVM has a kernel thread join its process's groups), waits
+//! for all processors to have passed a quiet state, which takes a resting host some hundred milliseconds of
+//! each wake. The hierarchy's mount option `favordynmods` (Linux 6.0) keeps that ready at the price of a
+//! little time per fork and exit; it is set for the whole host.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
 
 use crate::dir::absent_is_fine;
 
@@ -23,7 +30,15 @@ impl Groups {
     pub(crate) fn open() -> Self {
         let root = Path::new(MOUNT).join("tern");
         match prepare(&root) {
-            Ok(()) => Self { root: Some(root) },
+            Ok(()) => {
+                match favor_dynmods() {
+                    Ok(true) => tracing::info!("cgroup v2 is mounted with favordynmods now"),
+                    Ok(false) => {}
+                    // An older kernel, or a container: wakes take longer, that is all.
+                    Err(error) => tracing::info!(%error, "cgroup v2 is left without favordynmods"),
+                }
+                Self { root: Some(root) }
+            }
             Err(error) => {
                 tracing::warn!(
                     path = %root.display(), %error,
@@ -81,6 +96,69 @@ fn prepare(root: &Path) -> io::Result<()> {
         .and_then(|mut file| io::Write::write_all(&mut file, b"+cpu +memory +pids"))
 }
 
+/// Adds `favordynmods` to the options that the hierarchy is mounted with. Returns whether that was needed.
+fn favor_dynmods() -> io::Result<bool> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let Some(now) = Mounted::find(&mounts, MOUNT) else {
+        return Err(io::Error::other(format!("no cgroup v2 at {MOUNT}")));
+    };
+    if now.options.split(',').any(|option| option == FAVOR) {
+        return Ok(false);
+    }
+    let (flags, options) = now.with(FAVOR);
+    let none = None::<&str>;
+    mount(
+        none,
+        MOUNT,
+        none,
+        MsFlags::MS_REMOUNT | flags,
+        Some(options.as_str()),
+    )?;
+    Ok(true)
+}
+
+/// How a file system is mounted: a remount resets whatever it is not told again.
+#[derive(Debug, PartialEq, Eq)]
+struct Mounted<'a> {
+    /// As in `rw,nosuid,nodev`.
+    flags: &'a str,
+    /// The file system's own, as in `rw,nsdelegate`.
+    options: &'a str,
+}
+
+impl<'a> Mounted<'a> {
+    /// The cgroup v2 at `point`, of the text of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
+    fn find(mounts: &'a str, point: &str) -> Option<Self> {
+        mounts.lines().find_map(|line| {
+            let (mount, file_system) = line.split_once(" - ")?;
+            let mut mount = mount.split(' ').skip(4);
+            let (at, flags) = (mount.next()?, mount.next()?);
+            let mut file_system = file_system.split(' ');
+            let (kind, options) = (file_system.next()?, file_system.nth(1)?);
+            (at == point && kind == "cgroup2").then_some(Self { flags, options })
+        })
+    }
+
+    /// The same with one more option.
+    fn with(&self, more: &str) -> (MsFlags, String) {
+        let flags = self.flags.split(',').map(|flag| match flag {
+            "ro" => MsFlags::MS_RDONLY,
+            "nosuid" => MsFlags::MS_NOSUID,
+            "nodev" => MsFlags::MS_NODEV,
+            "noexec" => MsFlags::MS_NOEXEC,
+            "noatime" => MsFlags::MS_NOATIME,
+            "relatime" => MsFlags::MS_RELATIME,
+            _ => MsFlags::empty(),
+        });
+        let kept = self
+            .options
+            .split(',')
+            .filter(|o| !matches!(*o, "rw" | "ro"));
+        let options: Vec<_> = kept.chain([more]).collect();
+        (flags.collect(), options.join(","))
+    }
+}
+
 fn limits(cpus: u32, memory_mib: u32) -> [(&'static str, String); 4] {
     // One processor more than the guest's, for its devices' threads and a snapshot.
     let quota = (cpus + 1) * CPU_PERIOD_US;
@@ -102,6 +180,7 @@ fn kills(events: &str) -> u64 {
     count.and_then(|count| count.parse().ok()).unwrap_or(0)
 }
 
+const FAVOR: &str = "favordynmods";
 /// Where every distribution mounts it.
 const MOUNT: &str = "/sys/fs/cgroup";
 /// The kernel's default, 100 ms.
@@ -124,6 +203,19 @@ mod tests {
         assert_eq!(limits[1], ("cpu.weight", "200".to_owned()));
         assert_eq!(limits[2], ("memory.max", (640_u64 << 20).to_string()));
         assert_eq!(limits[3], ("pids.max", "34".to_owned()));
+    }
+
+    #[test]
+    fn a_remount_keeps_what_was_set() {
+        let mounts = "25 1 0:23 / /sys rw,nosuid - sysfs sysfs rw\n\
+                      31 25 0:27 / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime shared:9 - cgroup2 cgroup2 \
+                      rw,nsdelegate,memory_recursiveprot\n";
+        let found = Mounted::find(mounts, MOUNT).unwrap();
+        let (flags, options) = found.with(FAVOR);
+        assert_eq!(options, "nsdelegate,memory_recursiveprot,favordynmods");
+        let strict = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        assert_eq!(flags, strict | MsFlags::MS_RELATIME);
+        assert_eq!(Mounted::find(mounts, "/sys"), None, "that is another kind");
     }
 
     #[test]

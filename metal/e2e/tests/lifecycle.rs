@@ -49,6 +49,8 @@ fn a_cold_start_ends_in_an_https_reply() -> Result<()> {
     );
     app.machine("suspend")?;
     assert_eq!(app.get("/")?.status, 200);
+    let mounts = std::fs::read_to_string("/proc/mounts")?;
+    assert!(mounts.contains("favordynmods"), "for short wakes: {mounts}");
     let (trace, names) = traced()?;
     assert_eq!(trace["cold"], false);
     assert!(names.contains(&"agent resumed".to_owned()), "{names:?}");
