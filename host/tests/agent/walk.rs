@@ -4,7 +4,6 @@
 //! A step is a system call that changes something outside of the process (`tern-faults`). Each test walks
 //! one operation from its first step on, until it is done before the shot would fall.
 
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tern_faults::Shot;
 
@@ -38,7 +37,6 @@ impl Walk {
         let mut first = world.launch(&[]);
         destroy(&mut world, &mut first);
         let files = world.files();
-        let mut kills = 0;
         for nth in 1.. {
             let mut machine = (self.before)(&mut world);
             let shot = self.aim(&world, &machine, nth);
@@ -72,10 +70,9 @@ impl Walk {
             destroy(&mut world, &mut machine);
             assert_eq!(world.files(), files, "files of nobody");
             if fired.is_none() {
-                assert!(kills > 0, "no step was seen");
+                assert!(nth > 1, "no step was seen");
                 return;
             }
-            kills += 1;
         }
     }
 
@@ -160,7 +157,7 @@ fn launched(world: &mut World, machine: &mut Machine) {
 /// Nobody loses what the app had in memory by a suspend, whenever the agent dies.
 fn slept(world: &mut World, machine: &mut Machine) {
     world.suspend(machine);
-    assert_eq!(world.monitors(), [Pid::this(); 0]);
+    assert!(world.monitors().is_empty());
     assert_eq!(runs(world, machine), 2);
     assert_eq!(world.metric("cold_starts"), 0);
 }
@@ -184,7 +181,7 @@ fn told_why(status: &Value) -> bool {
 fn stopped(world: &mut World, machine: &mut Machine) {
     world.stop(machine);
     world.wait(machine, "stopped");
-    assert_eq!(world.monitors(), [Pid::this(); 0]);
+    assert!(world.monitors().is_empty());
     assert_eq!(runs(world, machine), 1, "a stop forgets");
 }
 

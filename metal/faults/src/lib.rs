@@ -1,7 +1,7 @@
 //! Kills a process just before its Nth system call that changes something outside of it.
 //!
 //! What a crash leaves behind is what the process had done to files, devices and other processes by then,
-//! so between two such [calls](calls) all moments are alike: a test that walks N from 1 up, until what it
+//! so between two such [calls] all moments are alike: a test that walks N from 1 up, until what it
 //! asked for is done before the Nth call, has seen every crash there can be (save for the order in which
 //! threads come to their calls). The process needs no points of its own for this, and a step that is
 //! added to it tomorrow is walked too.
