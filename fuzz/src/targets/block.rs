@@ -92,5 +92,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         request(0, 4, 0, 512, 0),
         request(0, 8, 0, 20, WRITE),
         request(0, 0, u64::MAX / 512, 512, WRITE),
+        request(0, 11, 0, 16, 0),
+        request(0, 13, 0, 32, 0),
     ]
 }

@@ -2,8 +2,9 @@
 
 mod support;
 
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use support::{Machine, idle, run, script};
 use tern_guest::config::{FileConfig, HostsEntry, InterfaceConfig};
@@ -72,6 +73,28 @@ fn metal_an_app_runs_as_configured_and_its_end_resets_the_machine() {
         !features.contains("needs_recovery"),
         "the disk was left unclean"
     );
+}
+
+#[test]
+fn metal_what_the_guest_deletes_the_host_has_back() {
+    let machine = Machine::boot(&idle());
+    let disk = machine.path("disk.ext4");
+    let mib = || std::fs::metadata(&disk).unwrap().blocks() / 2048;
+    let before = mib();
+    machine.sh("head -c 32M /dev/urandom >/big && sync");
+    let full = mib();
+    assert!(full >= before + 32, "{before} MiB, then {full}");
+    // The journal's commit, which `sync` asks for, sends the discards; it need not wait for them.
+    machine.sh("rm /big && sync");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while mib() > full - 30 {
+        assert!(
+            Instant::now() < deadline,
+            "{before} MiB, {full} MiB full, and still {} MiB",
+            mib()
+        );
+        machine.sh("sync");
+    }
 }
 
 #[test]

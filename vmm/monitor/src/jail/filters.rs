@@ -256,6 +256,7 @@ const BLOCK: &[Call] = &[
     call(libc::SYS_preadv, "reads"),
     call(libc::SYS_pwritev, "writes"),
     call(libc::SYS_fdatasync, "flushes"),
+    call(libc::SYS_fallocate, "discards and zeroes"),
 ];
 
 const NET: &[Call] = &[

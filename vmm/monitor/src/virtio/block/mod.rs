@@ -1,4 +1,5 @@
-//! The disk (virtio 1.2, section 5.2): a raw file, read-only or writable, with flushes.
+//! The disk (virtio 1.2, section 5.2): a raw file, read-only or writable, with flushes. What the guest
+//! discards is a hole in the file, so that a disk is as large on the host as what is in use of it.
 //!
 //! Requests are carried out one after the other in the device's thread, by `preadv` and `pwritev`
 //! between the page cache and guest memory. A write is answered when the page cache has it, and is on
@@ -10,14 +11,18 @@ use std::os::fd::AsFd;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use super::chain::Chain;
+use super::chain::{Buffers, Chain};
 use super::{Context, Device, DeviceState, Kind};
 use crate::config::DiskConfig;
+use ranges::{Ranges, Zeroing};
+
+mod ranges;
 
 /// A disk.
 #[derive(Debug)]
@@ -49,6 +54,9 @@ const MAX_ROUND_BYTES: usize = MAX_REQUEST_BYTES;
 /// Type (4 bytes), reserved (4), sector (8).
 const HEADER_BYTES: usize = 16;
 const STATUS_BYTES: usize = 1;
+/// Where `max_discard_sectors` is in `struct virtio_blk_config`, and the length of that.
+const DISCARD_AT: usize = 36;
+const CONFIG_BYTES: usize = 60;
 const SERIAL_BYTES: usize = 20;
 
 impl Block {
@@ -162,8 +170,20 @@ impl Block {
                 let part = chain.writable.part(0, data_len);
                 Ok(part.write(0, &self.serial) as u32)
             }
+            VIRTIO_BLK_T_DISCARD => self.zero(Zeroing::Discard, &chain.readable),
+            VIRTIO_BLK_T_WRITE_ZEROES => self.zero(Zeroing::WriteZeroes, &chain.readable),
             _ => Err(Refusal::Unsupported),
         }
+    }
+
+    /// Empties parts of the disk: all that the request names, or none.
+    fn zero(&self, what: Zeroing, readable: &Buffers<'_>) -> Result<u32, Refusal> {
+        if self.read_only {
+            return Err(Refusal::Invalid("discard on a read-only disk"));
+        }
+        let ranges = Ranges::read(what, &readable.part(HEADER_BYTES, usize::MAX), self.sectors)?;
+        ranges.apply(&self.file)?;
+        Ok(0)
     }
 
     /// Where `len` bytes from `sector` on are in the file, if they are.
@@ -189,12 +209,12 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let read_only = if self.read_only {
+        let access = if self.read_only {
             1 << VIRTIO_BLK_F_RO
         } else {
-            0
+            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
         };
-        1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_SEG_MAX | read_only
+        1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_SEG_MAX | access
     }
 
     fn queue_sizes(&self) -> &'static [u16] {
@@ -202,12 +222,16 @@ impl Device for Block {
     }
 
     /// `struct virtio_blk_config`: capacity (8 bytes), size_max (4), seg_max (4), then what is only
-    /// there with features not offered.
+    /// there with features not offered, and from [`DISCARD_AT`] the limits of discards.
     fn config(&self) -> Vec<u8> {
         let mut config = self.sectors.to_le_bytes().to_vec();
         config.extend_from_slice(&0_u32.to_le_bytes());
         config.extend_from_slice(&SEGMENTS.to_le_bytes());
-        config.resize(60, 0);
+        config.resize(DISCARD_AT, 0);
+        if !self.read_only {
+            config.extend_from_slice(&ranges::limits());
+        }
+        config.resize(CONFIG_BYTES, 0);
         config
     }
 
@@ -230,7 +254,7 @@ impl Device for Block {
             let head = descriptors.head_index();
             let written = match Chain::map(&ram, descriptors) {
                 Ok(chain) => {
-                    bytes += chain.readable.len() + chain.writable.len();
+                    bytes += work(&chain);
                     self.process(&chain)
                 }
                 Err(error) => {
@@ -252,7 +276,18 @@ impl Device for Block {
     }
 }
 
+/// What a request may cost, in bytes moved. Few bytes can discard a gigabyte: a round has one of those.
+fn work(chain: &Chain<'_>) -> usize {
+    let mut kind = [0; 4];
+    chain.readable.read(0, &mut kind);
+    match u32::from_le_bytes(kind) {
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => MAX_ROUND_BYTES,
+        _ => chain.readable.len() + chain.writable.len(),
+    }
+}
+
 /// Why a request is answered with an error.
+#[derive(Debug)]
 enum Refusal {
     Unsupported,
     Invalid(&'static str),
