@@ -22,7 +22,7 @@ use crate::machine::core::{BootFailure, End, Epoch, Found};
 use crate::machine::hands::{Hands, SleepFailure};
 use crate::monitor::config::Jail;
 use crate::monitor::{Monitor, control};
-use crate::network::Slot;
+use crate::network::{Slot, bell};
 use crate::running::Running;
 use crate::trace::{Marks, StartTrace};
 use crate::volumes::Turn;
@@ -45,6 +45,8 @@ pub(crate) struct Vm {
     files: Arc<tokio::sync::Mutex<()>>,
     /// Counts seals, so that one that was broken meanwhile is not written anew.
     seals: Arc<Mutex<u64>>,
+    /// The frame that called the Machine while it slept.
+    calling: Mutex<Option<bell::Frame>>,
 }
 
 /// What an adopted monitor counts as. Whatever is started after it counts higher.
@@ -73,6 +75,7 @@ impl Vm {
             killed: watch::channel(0).0,
             files: Arc::default(),
             seals: Arc::default(),
+            calling: Mutex::default(),
             host,
             dir,
         });
@@ -520,6 +523,30 @@ impl Vm {
             .map_err(|e| e.to_string())
     }
 
+    /// Waits at the TAP for a frame that calls the Machine.
+    async fn listen(&self) -> Result<(), String> {
+        *self.calling.lock() = None;
+        let Some(machine) = self.host.machine(&self.id) else {
+            return std::future::pending().await;
+        };
+        let Some(calls) = bell::Calls::of(&machine) else {
+            return std::future::pending().await;
+        };
+        self.plug(&machine).await?;
+        let frame = bell::listen(self.slot, &calls).await.map_err(told)?;
+        *self.calling.lock() = Some(frame);
+        Ok(())
+    }
+
+    /// Gives the guest the frame that woke it. One that is lost is sent again, a little later.
+    fn pass_call_on(&self) {
+        if let Some(frame) = self.calling.lock().take()
+            && let Err(error) = bell::deliver(self.slot, &frame)
+        {
+            tracing::debug!(machine = %self.id, %error, "a frame is lost");
+        }
+    }
+
     fn spawn(&self, epoch: Epoch, restore: bool) -> Result<Arc<Running>, String> {
         let monitor = Monitor::spawn(
             &self.host.config.vmm_binary,
@@ -660,6 +687,7 @@ impl Hands for Vm {
             && let Some(running) = self.current()
         {
             self.attend(&running);
+            self.pass_call_on();
         }
         // Its files stay with the monitor that has them open.
         self.remove_snapshot();
@@ -726,6 +754,17 @@ impl Hands for Vm {
                 let _ = tokio::time::timeout(KILL_TIME, polite).await;
                 running.monitor.kill();
             });
+        }
+    }
+
+    async fn called(&self) {
+        loop {
+            let error = match self.listen().await {
+                Ok(()) => return,
+                Err(error) => error,
+            };
+            tracing::warn!(machine = %self.id, %error, "private traffic cannot wake it");
+            tokio::time::sleep(LISTEN_RETRY).await;
         }
     }
 
@@ -797,6 +836,8 @@ fn told(error: std::io::Error) -> String {
     error.to_string()
 }
 
+/// Between two attempts to listen at the TAP of a Machine that sleeps.
+const LISTEN_RETRY: Duration = Duration::from_secs(1);
 /// How long a monitor may take to end after it was asked to, with nothing left to do.
 const STOP_TIME: Duration = Duration::from_secs(5);
 /// How long it may take where it is in the way.

@@ -46,6 +46,10 @@ pub(crate) trait Hands: Send + Sync + 'static {
     /// once; the operation under way and [`watch`](Self::watch) tell of the end.
     fn kill(&self, epoch: Epoch);
 
+    /// Waits, while the Machine is suspended, until somebody on its private network calls one of its
+    /// services. May be dropped at any time, and is before a start.
+    async fn called(&self);
+
     /// Throws the snapshot away.
     async fn discard(&self);
 

@@ -43,12 +43,15 @@ pub(crate) struct Task {
     /// What watches of monitors tell.
     told: (mpsc::UnboundedSender<Input>, mpsc::UnboundedReceiver<Input>),
     operations: FuturesUnordered<Operation>,
+    /// Listens, while the Machine is suspended, whether private traffic calls it.
+    call: Option<Call>,
     waiting: HashMap<Waiter, oneshot::Sender<Result<(), CommandError>>>,
     next_waiter: Waiter,
     state: watch::Sender<MachineState>,
 }
 
 type Operation = Pin<Box<dyn Future<Output = Input> + Send>>;
+type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What a task begins with.
 pub(crate) struct Beginning {
@@ -77,6 +80,7 @@ impl Task {
             messages: beginning.messages,
             told: mpsc::unbounded_channel(),
             operations: FuturesUnordered::new(),
+            call: None,
             waiting: HashMap::new(),
             next_waiter: 0,
             state: beginning.state,
@@ -140,6 +144,13 @@ impl Task {
                 },
                 Some(input) = self.operations.next() => return Some(input),
                 Some(input) = self.told.1.recv() => return Some(input),
+                () = called(&mut self.call) => {
+                    self.call = None;
+                    // As if the gate had asked, but that nobody waits for the outcome.
+                    let waiter = self.next_waiter;
+                    self.next_waiter += 1;
+                    return Some(Input::Command { waiter, source: Source::Proxy, order: Order::Start });
+                }
                 () = self.checks.changed() => self.record(None),
                 () = tick => return Some(Input::Tick),
             }
@@ -150,6 +161,7 @@ impl Task {
         for action in actions {
             self.act_one(action);
         }
+        self.attend_calls();
         match self.core.state() {
             MachineState::Started => self.checks.run(self.core.wanted()),
             // What was seen before a sleep still stands after it.
@@ -157,6 +169,16 @@ impl Task {
                 self.checks.stop();
             }
             _ => self.checks.reset(),
+        }
+    }
+
+    /// Listens for private traffic, or stops: at once, so that a start finds the TAP free.
+    fn attend_calls(&mut self) {
+        if self.core.state() != MachineState::Suspended {
+            self.call = None;
+        } else if self.call.is_none() {
+            let hands = Arc::clone(&self.hands);
+            self.call = Some(Box::pin(async move { hands.called().await }));
         }
     }
 
@@ -298,5 +320,12 @@ impl Task {
     fn record(&mut self, event: Option<Event>) {
         self.recorder
             .record(&self.core, event, self.checks.current().to_vec());
+    }
+}
+
+async fn called(call: &mut Option<Call>) {
+    match call {
+        Some(call) => call.await,
+        None => std::future::pending().await,
     }
 }

@@ -3,6 +3,7 @@
 //! See "Networks" in `ARCHITECTURE.md`. The mesh (`tern0`, and the route of `fdaa::/16` to it) is
 //! another crate's.
 
+pub(crate) mod bell;
 mod rules;
 mod slot;
 mod tap;

@@ -61,6 +61,21 @@ struct Guest {
     port: Port,
 }
 
+/// With a TAP's other end comes its carrier, and a little later, from a task of the kernel's, its queue.
+/// Until then it drops what it should carry.
+fn wait_for_carrier(name: &str) {
+    loop {
+        let shown = std::process::Command::new("ip")
+            .args(["-o", "link", "show", name])
+            .output()
+            .unwrap();
+        let shown = String::from_utf8(shown.stdout).unwrap();
+        if shown.contains("LOWER_UP") && !shown.contains("noop") {
+            return;
+        }
+    }
+}
+
 /// What arrived.
 #[derive(Debug, PartialEq, Eq)]
 struct Datagram {
@@ -73,18 +88,8 @@ impl Guest {
     fn of(port: Port) -> Self {
         let name = port.slot.tap();
         let tap = tap::open(&name, false).unwrap();
-        // With its other end comes its carrier, and a little later, from a task of the kernel's,
-        // its queue. Until then it drops what it should carry.
-        loop {
-            let shown = std::process::Command::new("ip")
-                .args(["-o", "link", "show", &name])
-                .output()
-                .unwrap();
-            let shown = String::from_utf8(shown.stdout).unwrap();
-            if shown.contains("LOWER_UP") && !shown.contains("noop") {
-                return Self { tap, port };
-            }
-        }
+        wait_for_carrier(&name);
+        Self { tap, port }
     }
 
     fn address(&self) -> IpAddr {
@@ -469,5 +474,36 @@ fn an_agent_that_comes_back_takes_devices_and_rules_up_again() {
         assert_eq!(network.take_slot().unwrap(), Slot::new(2).unwrap());
         a1.send(a2.address(), 7, "still here");
         assert_eq!(a2.receive().text, "still here");
+    });
+}
+
+#[test]
+fn a_frame_that_calls_is_noticed_and_passed_on() {
+    in_namespace(|| async {
+        let (_network, [a1, a2, _b]) = world(true).await;
+        // It sleeps: nobody has its TAP open.
+        let port = a2.port;
+        drop(a2);
+        let calls = bell::Calls {
+            address: port.address,
+            tcp: [80].into(),
+            udp: [7].into(),
+        };
+        let listening = tokio::spawn(async move { bell::listen(port.slot, &calls).await });
+        tokio::task::yield_now().await;
+        wait_for_carrier(&port.slot.tap());
+        a1.send(port.address, 9, "not a service");
+        a1.send(port.address, 7, "a call");
+        let frame = listening.await.unwrap().unwrap();
+        let called = Datagram {
+            from: (a1.address(), 1000).into(),
+            to: (port.address, 7).into(),
+            text: "a call".into(),
+        };
+        assert_eq!(parse(&frame), Some(called));
+        // The TAP is free for a monitor, whose guest finds the frame.
+        let awake = Guest::of(port);
+        bell::deliver(port.slot, &frame).unwrap();
+        assert_eq!(awake.receive().text, "a call");
     });
 }
