@@ -1,5 +1,7 @@
 //! What the gate asks of the agent of its host.
 
+use std::net::Ipv4Addr;
+
 use async_trait::async_trait;
 use tern_catalog::MachineId;
 use thiserror::Error;
@@ -10,6 +12,9 @@ pub trait MachineControl: Send + Sync + 'static {
     /// Makes a Machine run: resumes or boots it, and answers when its app's process runs. Idempotent: a
     /// Machine that runs is left alone; one that is being put to sleep is woken when it is.
     async fn start(&self, machine: &MachineId) -> Result<(), StartError>;
+
+    /// The IPv4 address at which this host reaches the Machine, for apps that listen on no other.
+    fn ipv4(&self, machine: &MachineId) -> Option<Ipv4Addr>;
 
     /// Writes a Machine's memory to disk and frees it.
     async fn suspend(&self, machine: &MachineId) -> Result<(), String>;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -253,6 +254,11 @@ impl AgentHandle {
             Ok(Err(error)) => Err(CommandError::Failed(error.to_string())),
             Err(error) => Err(CommandError::Failed(error.to_string())),
         }
+    }
+
+    /// The address that a Machine has for IPv4. Only its own host can reach it there.
+    pub fn ipv4(&self, id: &MachineId) -> Result<Ipv4Addr, CommandError> {
+        Ok(self.vm(id)?.ipv4())
     }
 
     /// The state of a Machine, ahead of what the catalog says.
@@ -526,7 +532,7 @@ async fn begin(
         adopted,
         hands: Arc::clone(&vm) as Arc<dyn crate::machine::hands::Hands>,
         recorder: Recorder::new(shared.catalog.clone(), machine.id.clone(), events),
-        checks: Checks::new(Arc::clone(&host.metrics)),
+        checks: Checks::new(vm.ipv4(), Arc::clone(&host.metrics)),
         metrics: Arc::clone(&host.metrics),
         messages: received,
         state,

@@ -3,7 +3,7 @@
 //! One task per check, from the start of the app until the Machine leaves the state `started`. A
 //! check never wakes a Machine: while one sleeps, nobody looks at it, and what was last seen stays.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use crate::metrics::Metrics;
 
 /// The health checks of one Machine.
 pub(crate) struct Checks {
+    ipv4: Ipv4Addr,
     metrics: Arc<Metrics>,
     /// The config that `results` speak of.
     instance: String,
@@ -47,6 +48,8 @@ struct Plan {
     kind: CheckKind,
     source: IpAddr,
     target: SocketAddr,
+    /// For an app that listens on IPv4 alone.
+    target_v4: SocketAddr,
     interval: Duration,
     timeout: Duration,
     grace: Duration,
@@ -55,9 +58,11 @@ struct Plan {
 }
 
 impl Checks {
-    pub(crate) fn new(metrics: Arc<Metrics>) -> Self {
+    /// Of the Machine that has this address for IPv4.
+    pub(crate) fn new(ipv4: Ipv4Addr, metrics: Arc<Metrics>) -> Self {
         let (tell, told) = mpsc::unbounded_channel();
         Self {
+            ipv4,
             metrics,
             instance: String::new(),
             results: Vec::new(),
@@ -72,7 +77,7 @@ impl Checks {
         if !self.tasks.is_empty() {
             return;
         }
-        let plans = plans(machine);
+        let plans = plans(machine, self.ipv4);
         let names = plans.iter().map(|p| &p.name);
         if self.instance != machine.instance_id || !names.eq(self.results.iter().map(|r| &r.name)) {
             self.instance.clone_from(&machine.instance_id);
@@ -135,7 +140,7 @@ fn unknown(plan: &Plan) -> CheckStatus {
     }
 }
 
-fn plans(machine: &Machine) -> Vec<Plan> {
+fn plans(machine: &Machine, ipv4: Ipv4Addr) -> Vec<Plan> {
     let config = &machine.config;
     let named = config
         .checks
@@ -154,13 +159,19 @@ fn plans(machine: &Machine) -> Vec<Plan> {
     });
     let mut plans: Vec<Plan> = named
         .chain(of_services)
-        .filter_map(|(name, check, port)| plan(machine, name, check, port))
+        .filter_map(|(name, check, port)| plan(machine, ipv4, name, check, port))
         .collect();
     plans.sort_by(|a, b| a.name.cmp(&b.name));
     plans
 }
 
-fn plan(machine: &Machine, name: String, check: &Check, service: Option<u16>) -> Option<Plan> {
+fn plan(
+    machine: &Machine,
+    ipv4: Ipv4Addr,
+    name: String,
+    check: &Check,
+    service: Option<u16>,
+) -> Option<Plan> {
     // Without a port of its own a check looks at the app's first service.
     let first = || machine.config.services.first().map(|s| s.internal_port);
     let port = check.port.or(service).or_else(first)?;
@@ -170,6 +181,7 @@ fn plan(machine: &Machine, name: String, check: &Check, service: Option<u16>) ->
         kind: check.kind,
         source: IpAddr::V6(machine.host.address()),
         target: SocketAddr::new(IpAddr::V6(machine.private_ip), port),
+        target_v4: SocketAddr::new(IpAddr::V4(ipv4), port),
         interval: time(check.interval, INTERVAL).max(SHORTEST),
         timeout: time(check.timeout, TIMEOUT).clamp(SHORTEST, LONGEST),
         grace: time(check.grace_period, GRACE),
@@ -226,7 +238,13 @@ async fn connect(plan: &Plan) -> std::io::Result<TcpStream> {
         Err(error) if error.kind() != std::io::ErrorKind::AddrNotAvailable => return Err(error),
         _ => {}
     }
-    socket.connect(plan.target).await
+    match socket.connect(plan.target).await {
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+            // Both refuse: the first one's error is told.
+            TcpStream::connect(plan.target_v4).await.or(Err(error))
+        }
+        other => other,
+    }
 }
 
 async fn look(plan: &Plan) -> Result<String, String> {
@@ -320,7 +338,7 @@ mod tests {
     async fn an_answer_passes_and_an_error_does_not() {
         let good = server("HTTP/1.1 204 No Content\r\n\r\n").await;
         let bad = server("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n").await;
-        let mut checks = Checks::new(Arc::default());
+        let mut checks = Checks::new(Ipv4Addr::LOCALHOST, Arc::default());
         checks.run(&checked(&format!(r#"{{"type":"http","port":{good}}}"#)));
         assert_eq!(checks.current()[0].status, CheckState::Warning);
         assert_eq!(
@@ -335,12 +353,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_app_that_listens_on_ipv4_alone_passes() {
+        let app = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let port = app.local_addr().unwrap().port();
+        let mut checks = Checks::new(Ipv4Addr::LOCALHOST, Arc::default());
+        checks.run(&checked(&format!(r#"{{"type":"tcp","port":{port}}}"#)));
+        until(&mut checks, CheckState::Passing).await;
+    }
+
+    #[tokio::test]
     async fn failures_do_not_count_in_the_grace_period() {
         let free = {
             let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).await.unwrap();
             listener.local_addr().unwrap().port()
         };
-        let mut checks = Checks::new(Arc::default());
+        let mut checks = Checks::new(Ipv4Addr::LOCALHOST, Arc::default());
         let config = format!(r#"{{"type":"tcp","port":{free},"grace_period":"1s"}}"#);
         checks.run(&checked(&config));
         checks.changed().await;
@@ -354,7 +381,7 @@ mod tests {
     async fn what_was_seen_outlasts_a_sleep_and_nobody_looks_meanwhile() {
         let port = server("x").await;
         let metrics = Arc::new(Metrics::default());
-        let mut checks = Checks::new(Arc::clone(&metrics));
+        let mut checks = Checks::new(Ipv4Addr::LOCALHOST, Arc::clone(&metrics));
         let machine = checked(&format!(
             r#"{{"type":"tcp","port":{port},"interval":"100ms"}}"#
         ));
@@ -375,7 +402,7 @@ mod tests {
             r#"{"image":"x","checks":{"a":{"type":"tcp"}},
                 "services":[{"internal_port":8080,"checks":[{"type":"http","path":"/up"}]}]}"#,
         );
-        let plans = plans(&machine);
+        let plans = plans(&machine, Ipv4Addr::LOCALHOST);
         assert_eq!(plans[0].target.port(), 8080);
         assert_eq!(plans[1].name, "servicecheck-00-http-8080");
         assert_eq!(plans[1].path, "/up");

@@ -3,6 +3,7 @@
 //! The order of steps in [`Vm::sleep`] and [`Vm::wake`], and what a crash between two of them leaves
 //! behind, is argued in [`dir`](crate::dir).
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -521,6 +522,11 @@ impl Vm {
             .plug(port)
             .await
             .map_err(|e| e.to_string())
+    }
+
+    /// The guest's address for IPv4.
+    pub(crate) fn ipv4(&self) -> Ipv4Addr {
+        self.slot.guest_v4()
     }
 
     /// Waits at the TAP for a frame that calls the Machine.

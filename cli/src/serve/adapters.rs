@@ -1,5 +1,7 @@
 //! The agent, as the gate and the API know it.
 
+use std::net::Ipv4Addr;
+
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
@@ -33,6 +35,10 @@ impl MachineControl for HostAdapter {
             .map_err(|e| StartError {
                 text: e.to_string(),
             })
+    }
+
+    fn ipv4(&self, id: &MachineId) -> Option<Ipv4Addr> {
+        self.agent.ipv4(id).ok()
     }
 
     async fn suspend(&self, id: &MachineId) -> Result<(), String> {

@@ -56,6 +56,8 @@ struct Entry {
     last_active: Instant,
     /// Counts wakes: connections of an earlier life are not used again.
     epoch: u64,
+    /// Where the app was found to listen on a port.
+    found: HashMap<u16, SocketAddr>,
 }
 
 enum Belief {
@@ -135,8 +137,9 @@ impl Gate {
                     )
                     .await
                     {
-                        Ok(Ok(epoch)) => {
+                        Ok(Ok((epoch, address))) => {
                             admission.epoch = epoch;
+                            admission.address = address;
                             return Ok(admission);
                         }
                         Ok(Err(error)) => last = Refused::NotStarted(error),
@@ -196,10 +199,8 @@ impl Gate {
             let entry = machines
                 .entry(machine.id.clone())
                 .or_insert_with(Entry::new);
-            addresses.insert(
-                machine.id.clone(),
-                SocketAddr::new(IpAddr::V6(machine.private_ip), port),
-            );
+            let private = SocketAddr::new(IpAddr::V6(machine.private_ip), port);
+            addresses.insert(machine.id.clone(), private);
             candidates.push(Candidate {
                 id: machine.id.clone(),
                 // One that may not be started is tried as long as its host says it runs.
@@ -215,27 +216,34 @@ impl Gate {
             let full = choice == Choice::Wait;
             return if full { Taken::Full } else { Taken::Nobody };
         };
-        let (Some(entry), Some(&address)) = (machines.get_mut(id), addresses.get(id)) else {
+        let (Some(entry), Some(&private)) = (machines.get_mut(id), addresses.get(id)) else {
             return Taken::Nobody;
         };
         // Those that wait for a start count too: the Machine will have them all at once.
         entry.in_flight += 1;
         entry.last_active = Instant::now();
+        let admitted = matches!(choice, Choice::Admit(_));
+        let found = entry.found.get(&port).filter(|_| admitted);
         let admission = Admission {
             gate: self.clone(),
             machine: id.clone(),
-            address,
+            address: found.copied().unwrap_or(private),
             epoch: entry.epoch,
         };
-        if matches!(choice, Choice::Admit(_)) {
+        if admitted {
             Taken::Admitted(admission)
         } else {
             Taken::MustWake(admission)
         }
     }
 
-    /// Starts a Machine, once however many ask, and waits until its app accepts connections.
-    async fn wake(&self, id: &MachineId, address: SocketAddr) -> Result<u64, StartError> {
+    /// Starts a Machine, once however many ask, and waits until its app accepts connections. Tells the
+    /// epoch that begins with it, and where to connect to.
+    async fn wake(
+        &self,
+        id: &MachineId,
+        address: SocketAddr,
+    ) -> Result<(u64, SocketAddr), StartError> {
         let mut outcome = {
             let mut machines = self.0.machines.lock();
             let entry = machines.entry(id.clone()).or_insert_with(Entry::new);
@@ -255,7 +263,10 @@ impl Gate {
             text: "the start was given up".to_owned(),
         };
         ended.map_err(|_| broken())?.clone().ok_or_else(broken)??;
-        Ok(self.0.machines.lock().get(id).map_or(0, |e| e.epoch))
+        let machines = self.0.machines.lock();
+        let entry = machines.get(id).ok_or_else(broken)?;
+        let found = entry.found.get(&address.port());
+        Ok((entry.epoch, found.copied().unwrap_or(address)))
     }
 
     async fn start(
@@ -269,20 +280,26 @@ impl Gate {
         let begun = Instant::now();
         let started = async {
             inner.control.start(&id).await?;
-            ready::accepts(address).await;
-            Ok(())
+            let ipv4 = inner.control.ipv4(&id).map(IpAddr::V4);
+            let ipv4 = ipv4.map(|ip| SocketAddr::new(ip, address.port()));
+            let addresses: Vec<_> = [address].into_iter().chain(ipv4).collect();
+            Ok(ready::accepts(&addresses).await)
         };
         let outcome = tokio::time::timeout(inner.wake_timeout, started)
             .await
             .unwrap_or_else(|_| {
                 let text = format!(
-                    "its app did not accept connections on {address} within {} s",
+                    "its app did not accept connections on port {} within {} s; it must listen on :: \
+                     or 0.0.0.0",
+                    address.port(),
                     inner.wake_timeout.as_secs()
                 );
                 Err(StartError { text })
             });
         match &outcome {
-            Ok(()) => tracing::debug!(machine = %id, millis = begun.elapsed().as_millis(), "woken"),
+            Ok(at) => {
+                tracing::debug!(machine = %id, %at, millis = begun.elapsed().as_millis(), "woken")
+            }
             Err(error) => {
                 inner.metrics.wake_failures.add();
                 tracing::warn!(machine = %id, %error, "not woken");
@@ -292,13 +309,14 @@ impl Gate {
             let since = Timestamp::now();
             entry.epoch += u64::from(outcome.is_ok());
             entry.last_active = Instant::now();
-            entry.belief = if outcome.is_ok() {
+            entry.belief = if let Ok(at) = outcome {
+                entry.found.insert(at.port(), at);
                 Belief::Ready { since }
             } else {
                 Belief::Asleep { since }
             };
         }
-        tell.send_replace(Some(outcome));
+        tell.send_replace(Some(outcome.map(drop)));
     }
 
     /// Machines without a request for `idle`, with what their services say to do. A Machine named here is
@@ -391,6 +409,7 @@ impl Entry {
             in_flight: 0,
             last_active: Instant::now(),
             epoch: 0,
+            found: HashMap::new(),
         }
     }
 

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use futures::future::select_ok;
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
@@ -14,14 +15,48 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// attempt after a second.
 const ATTEMPT: Duration = Duration::from_millis(250);
 
-/// Waits until the address accepts a connection. The caller sets the limit.
-pub async fn accepts(address: SocketAddr) {
+/// Waits until one of the addresses accepts a connection, and tells which; there must be one. The caller
+/// sets the limit.
+pub async fn accepts(addresses: &[SocketAddr]) -> SocketAddr {
     let mut pause = FIRST_PAUSE;
-    while !matches!(
-        timeout(ATTEMPT, TcpStream::connect(address)).await,
-        Ok(Ok(_))
-    ) {
+    loop {
+        let attempts = addresses.iter().map(|&address| {
+            Box::pin(async move { TcpStream::connect(address).await.map(|_| address) })
+        });
+        if let Ok(Ok((address, _others))) = timeout(ATTEMPT, select_ok(attempts)).await {
+            return address;
+        }
         sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_address_at_which_an_app_listens_is_found() {
+        let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let v4 = app.local_addr().unwrap();
+        let v6 = SocketAddr::new("::1".parse().unwrap(), v4.port());
+        assert_eq!(accepts(&[v6, v4]).await, v4);
+    }
+
+    #[tokio::test]
+    async fn an_app_is_waited_for() {
+        let taken = TcpListener::bind("[::1]:0").await.unwrap();
+        let address = taken.local_addr().unwrap();
+        drop(taken);
+        let listen = async {
+            // The first attempt is refused by then.
+            sleep(FIRST_PAUSE).await;
+            TcpListener::bind(address).await.unwrap()
+        };
+        let addresses = [address];
+        let (found, _app) = tokio::join!(accepts(&addresses), listen);
+        assert_eq!(found, address);
     }
 }

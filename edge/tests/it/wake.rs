@@ -42,6 +42,23 @@ async fn a_thousand_requests_at_once_cause_one_start() {
 }
 
 #[tokio::test]
+async fn an_app_that_listens_on_ipv4_alone_is_found() {
+    let world = World::new("", NEVER).await;
+    world.agent.on_ipv4.store(true, Ordering::SeqCst);
+    for path in ["/first", "/second"] {
+        let reply = request(&world, path).await;
+        assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+    }
+    assert_eq!(world.agent.starts.load(Ordering::SeqCst), 1);
+    // After a crash it may be another.
+    world.agent.crash().await;
+    world.agent.on_ipv4.store(false, Ordering::SeqCst);
+    let reply = request(&world, "/third").await;
+    assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+    assert_eq!(world.agent.starts.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
 async fn a_hard_limit_makes_requests_wait_their_turn() {
     let world = World::new(
         r#""concurrency": {"soft_limit": 1, "hard_limit": 2},"#,

@@ -1,7 +1,7 @@
 //! A catalog with one app, an agent that "starts" it, and an edge with a certificate of its own making.
 
 use std::convert::Infallible;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Output;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -45,6 +45,8 @@ pub struct Agent {
     pub sleeps: AtomicU32,
     /// Starts fail while this is set.
     pub broken: AtomicBool,
+    /// Apps that start while this is set listen on IPv4 alone.
+    pub on_ipv4: AtomicBool,
     app: OnceLock<SocketAddr>,
     server: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
     pub hold: Arc<Hold>,
@@ -104,6 +106,7 @@ impl World {
             starts: AtomicU32::new(0),
             sleeps: AtomicU32::new(0),
             broken: AtomicBool::new(false),
+            on_ipv4: AtomicBool::new(false),
             app: OnceLock::from(free),
             server: tokio::sync::Mutex::new(None),
             hold: Arc::default(),
@@ -213,7 +216,10 @@ impl MachineControl for Agent {
                 text: "out of order".into(),
             });
         }
-        let address = *self.app.get().unwrap();
+        let mut address = *self.app.get().unwrap();
+        if self.on_ipv4.load(Ordering::SeqCst) {
+            address.set_ip(Ipv4Addr::LOCALHOST.into());
+        }
         let hold = self.hold.clone();
         // The app listens a while after its process runs, as apps do.
         *server = Some(tokio::spawn(async move {
@@ -223,6 +229,10 @@ impl MachineControl for Agent {
         drop(server);
         self.tell(MachineState::Started).await;
         Ok(())
+    }
+
+    fn ipv4(&self, _: &MachineId) -> Option<Ipv4Addr> {
+        Some(Ipv4Addr::LOCALHOST)
     }
 
     async fn suspend(&self, _: &MachineId) -> Result<(), String> {
