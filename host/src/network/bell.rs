@@ -18,7 +18,7 @@ use tern_catalog::{Machine, ServiceProtocol};
 use tokio::io::unix::AsyncFd;
 
 use super::slot::Slot;
-use super::tap;
+use super::tap::{self, VNET_HEADER};
 
 nix::ioctl_write_int_bad!(
     tun_set_offload,
@@ -36,8 +36,6 @@ pub(crate) struct Calls {
 /// An Ethernet frame, without the header that a TAP puts before it.
 pub(crate) type Frame = Vec<u8>;
 
-/// `struct virtio_net_hdr`, which every TAP of ours puts before a frame.
-const VNET_HEADER: usize = 10;
 const ETHERNET_HEADER: usize = 14;
 const IPV6_HEADER: usize = 40;
 /// Without offloads no frame is longer than the device's MTU and its header.

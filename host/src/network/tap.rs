@@ -17,6 +17,14 @@ use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use super::NetworkError;
 use super::slot::{GATEWAY, Slot};
 
+/// `struct virtio_net_hdr` without what later versions added.
+pub(crate) const VNET_HEADER: usize = 10;
+
+nix::ioctl_write_ptr_bad!(
+    tun_set_vnet_header_size,
+    libc::TUNSETVNETHDRSZ as libc::Ioctl,
+    libc::c_int
+);
 nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF as libc::Ioctl, libc::ifreq);
 nix::ioctl_write_int_bad!(tun_set_persist, libc::TUNSETPERSIST as libc::Ioctl);
 
@@ -153,7 +161,7 @@ fn is_absent(error: &rtnetlink::Error) -> bool {
     matches!(error, rtnetlink::Error::NetlinkError(message) if message.raw_code() == -libc::ENODEV)
 }
 
-/// Opens a TAP as a monitor does: whole Ethernet frames, each after a `virtio_net_hdr`.
+/// Opens a TAP: whole Ethernet frames, each after a `virtio_net_hdr` of [`VNET_HEADER`] bytes.
 pub(crate) fn open(name: &str, persist: bool) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -170,6 +178,10 @@ pub(crate) fn open(name: &str, persist: bool) -> io::Result<File> {
         (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
     // SAFETY: the descriptor is open, and `request` lives and is initialized through the call.
     unsafe { tun_set_iff(file.as_raw_fd(), &raw const request) }?;
+    // The device remembers the size that the last monitor set.
+    let header = VNET_HEADER as libc::c_int;
+    // SAFETY: the descriptor is open, and `header` lives through the call.
+    unsafe { tun_set_vnet_header_size(file.as_raw_fd(), &raw const header) }?;
     if persist {
         // SAFETY: the descriptor is open; the argument is a plain number.
         unsafe { tun_set_persist(file.as_raw_fd(), 1) }?;

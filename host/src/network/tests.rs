@@ -7,12 +7,13 @@
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use tern_catalog::{HostId, MachineNumber, PrivateAddress, RESOLVER};
 
+use super::tap::VNET_HEADER;
 use super::*;
 
 const ORG_A: NetworkId = NetworkId(0xa);
@@ -133,8 +134,6 @@ fn receive(tap: &File) -> Datagram {
         }
     }
 }
-
-const VNET_HEADER: usize = 10;
 
 /// EtherType, IP header, UDP header, text.
 fn packet(from: IpAddr, to: IpAddr, port: u16, text: &str) -> Vec<u8> {
@@ -483,6 +482,9 @@ fn a_frame_that_calls_is_noticed_and_passed_on() {
         let (_network, [a1, a2, _b]) = world(true).await;
         // It sleeps: nobody has its TAP open.
         let port = a2.port;
+        let monitors_header: libc::c_int = 12;
+        // SAFETY: the descriptor is open, and the number lives through the call.
+        unsafe { tap::tun_set_vnet_header_size(a2.tap.as_raw_fd(), &monitors_header) }.unwrap();
         drop(a2);
         let calls = bell::Calls {
             address: port.address,
