@@ -90,6 +90,17 @@ impl AppConfig {
                 keys::Verdict::NotYet(text) => warnings.push(Problem { line, text }),
             }
         }
+        for (i, service) in config.services.iter().enumerate() {
+            if !service.ports.is_empty() {
+                continue;
+            }
+            warnings.push(Problem {
+                line: keys::line_of(text, table.get_ref(), &format!("services.{i}")),
+                text: "no [[services.ports]]: this service is reachable on the private network alone, whose \
+                       traffic wakes a suspended Machine but does not keep one from being stopped"
+                    .into(),
+            });
+        }
         for (path, text_of) in config.check() {
             errors.push(Problem {
                 line: keys::line_of(text, table.get_ref(), &path),

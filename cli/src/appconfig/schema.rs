@@ -174,7 +174,7 @@ pub struct ServiceConfig {
     /// Load limits.
     #[serde(default)]
     pub concurrency: Concurrency,
-    /// Public ports.
+    /// Public ports; without any it is for the private network.
     #[serde(default)]
     pub ports: Vec<PortConfig>,
     /// Checks that open a connection.
@@ -362,12 +362,6 @@ impl AppConfig {
             );
         }
         for (i, service) in self.services.iter().enumerate() {
-            if service.ports.is_empty() {
-                say(
-                    format!("services.{i}"),
-                    "a service needs at least one [[services.ports]]".into(),
-                );
-            }
             if service.protocol == ServiceProtocol::Udp {
                 say(
                     format!("services.{i}.protocol"),

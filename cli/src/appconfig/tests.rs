@@ -159,6 +159,15 @@ fn malformed_files_say_where() {
 }
 
 #[test]
+fn a_service_without_ports_is_private_and_says_so() {
+    let text = "app = \"a\"\n\n[[services]]\n  internal_port = 6379\n";
+    let (config, warnings) = AppConfig::parse(text).unwrap();
+    assert_eq!(config.services[0].internal_port, 6379);
+    assert_eq!((warnings.len(), warnings[0].line), (1, Some(3)));
+    assert!(warnings[0].text.contains("private network"), "{warnings:?}");
+}
+
+#[test]
 fn garbage_is_an_error_and_never_a_panic() {
     for garbage in [
         "\0",

@@ -1,9 +1,13 @@
 //! A user's laptop: a network namespace behind a veth, with the kernel's WireGuard and `wg-quick`.
 
+use std::fs::File;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
+use nix::sched::{CloneFlags, setns};
 
 use crate::process::{checked, output, run};
 
@@ -72,6 +76,22 @@ impl Laptop {
         std::fs::write(&path, config)?;
         let path = path.to_str().context("a path that is not UTF-8")?;
         checked(&mut self.command("wg-quick", &["up", path])).map(drop)
+    }
+
+    /// A connection from the laptop; a read that takes longer than `patience` fails.
+    pub fn connect(&self, to: SocketAddr, patience: Duration) -> Result<TcpStream> {
+        let namespace = File::open(Path::new("/run/netns").join(&self.name))?;
+        // A socket stays in the namespace of the thread that made it.
+        let connect = move || -> Result<TcpStream> {
+            setns(namespace, CloneFlags::CLONE_NEWNET).context("setns")?;
+            Ok(TcpStream::connect_timeout(&to, patience)?)
+        };
+        let stream = std::thread::spawn(connect)
+            .join()
+            .map_err(|_| anyhow!("the thread that connects has panicked"))?
+            .with_context(|| format!("connect to {to}"))?;
+        stream.set_read_timeout(Some(patience))?;
+        Ok(stream)
     }
 
     /// A command to run on the laptop.

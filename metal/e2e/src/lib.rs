@@ -12,6 +12,7 @@ pub mod namespace;
 pub mod pebble;
 pub mod process;
 pub mod server;
+pub mod sql;
 pub mod world;
 
 pub use artefacts::Artefacts;

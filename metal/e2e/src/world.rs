@@ -117,6 +117,24 @@ impl World {
         Laptop::new(n, &self.dir)
     }
 
+    /// The `n`-th laptop, on the organization's private network.
+    pub fn joined_laptop(&self, n: u8, org: &str) -> Result<Laptop> {
+        let laptop = self.laptop(n)?;
+        let name = format!("laptop{n}");
+        let config = self
+            .server
+            .tern(&["wireguard", "create", &name, "--org", org])?;
+        // The server does not know by which of its addresses this laptop reaches it.
+        let lines = config
+            .lines()
+            .map(|line| match line.starts_with("Endpoint") {
+                true => format!("Endpoint = {}:51820", laptop.server),
+                false => line.to_owned(),
+            });
+        laptop.join(&lines.collect::<Vec<_>>().join("\n"))?;
+        Ok(laptop)
+    }
+
     /// A program of ours, to be run against this world.
     pub fn program(&self, name: &str) -> Command {
         Command::new(self.artefacts.program(name))

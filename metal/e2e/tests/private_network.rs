@@ -6,23 +6,6 @@ use tern_e2e::process::wait_for;
 use tern_e2e::world::PATIENCE;
 use tern_e2e::{Laptop, World};
 
-fn join(world: &World, n: u8, org: &str) -> Result<Laptop> {
-    let laptop = world.laptop(n)?;
-    let name = format!("laptop{n}");
-    let config = world
-        .server
-        .tern(&["wireguard", "create", &name, "--org", org])?;
-    // The server does not know by which of its addresses this laptop reaches it.
-    let lines = config
-        .lines()
-        .map(|line| match line.starts_with("Endpoint") {
-            true => format!("Endpoint = {}:51820", laptop.server),
-            false => line.to_owned(),
-        });
-    laptop.join(&lines.collect::<Vec<_>>().join("\n"))?;
-    Ok(laptop)
-}
-
 fn resolve(laptop: &Laptop, network: &str, kind: &str, name: &str) -> Result<String> {
     let server = format!("@{network}::3");
     laptop.run(
@@ -42,7 +25,7 @@ fn network(address: &str) -> Result<String> {
 fn a_stock_wireguard_client_finds_the_app_by_name() -> Result<()> {
     let world = World::new("wireguard")?;
     let app = world.launch("hello", "personal")?;
-    let laptop = join(&world, 0, "personal")?;
+    let laptop = world.joined_laptop(0, "personal")?;
     let address = app.address()?;
     let found = resolve(&laptop, &network(&address)?, "AAAA", "hello.internal")?;
     assert_eq!(found.trim(), address);
@@ -67,7 +50,7 @@ fn organizations_can_neither_reach_nor_resolve_each_other() -> Result<()> {
     let world = World::new("isolation")?;
     let ours = world.launch("ours", "personal")?;
     let theirs = world.launch("theirs", "rivals")?;
-    let laptop = join(&world, 0, "personal")?;
+    let laptop = world.joined_laptop(0, "personal")?;
     let (our_address, their_address) = (ours.address()?, theirs.address()?);
     let (our_net, their_net) = (network(&our_address)?, network(&their_address)?);
     assert_ne!(our_net, their_net);
