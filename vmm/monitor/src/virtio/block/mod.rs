@@ -222,7 +222,7 @@ impl Device for Block {
     }
 
     /// `struct virtio_blk_config`: capacity (8 bytes), size_max (4), seg_max (4), then what is only
-    /// there with features not offered, and from [`DISCARD_AT`] the limits of discards.
+    /// there with features not offered, and after them the limits of discards.
     fn config(&self) -> Vec<u8> {
         let mut config = self.sectors.to_le_bytes().to_vec();
         config.extend_from_slice(&0_u32.to_le_bytes());
