@@ -78,10 +78,11 @@ fn metal_an_app_runs_as_configured_and_its_end_resets_the_machine() {
 #[test]
 fn metal_what_the_guest_deletes_the_host_has_back() {
     let machine = Machine::boot(&idle());
+    machine.wait_running();
     let disk = machine.path("disk.ext4");
     let mib = || std::fs::metadata(&disk).unwrap().blocks() / 2048;
     let before = mib();
-    machine.sh("head -c 32M /dev/urandom >/big && sync");
+    machine.sh("head -c 33554432 /dev/urandom >/big && sync");
     let full = mib();
     assert!(full >= before + 32, "{before} MiB, then {full}");
     // The journal's commit, which `sync` asks for, sends the discards; it need not wait for them.
