@@ -69,11 +69,18 @@ impl Laptop {
         })
     }
 
-    /// Brings WireGuard up from a configuration as `tern wireguard create` prints it, unchanged but for
-    /// the `DNS` line, which is put into the laptop's resolv.conf as `resolvconf` would.
+    /// Brings WireGuard up from a configuration as `tern wireguard create` prints it, but for the server's
+    /// address: that knows its public ones, not the one that this cable leads to. `resolv.conf` is set as
+    /// `resolvconf` would from the `DNS` line.
     pub fn join(&self, config: &str) -> Result<()> {
         let path = self.dir.join(format!("{}.conf", self.interface));
-        std::fs::write(&path, config)?;
+        let lines = config
+            .lines()
+            .map(|line| match line.starts_with("Endpoint") {
+                true => format!("Endpoint = {}:51820", self.server),
+                false => line.to_owned(),
+            });
+        std::fs::write(&path, lines.collect::<Vec<_>>().join("\n"))?;
         let path = path.to_str().context("a path that is not UTF-8")?;
         checked(&mut self.command("wg-quick", &["up", path])).map(drop)
     }

@@ -124,14 +124,7 @@ impl World {
         let config = self
             .server
             .tern(&["wireguard", "create", &name, "--org", org])?;
-        // The server does not know by which of its addresses this laptop reaches it.
-        let lines = config
-            .lines()
-            .map(|line| match line.starts_with("Endpoint") {
-                true => format!("Endpoint = {}:51820", laptop.server),
-                false => line.to_owned(),
-            });
-        laptop.join(&lines.collect::<Vec<_>>().join("\n"))?;
+        laptop.join(&config)?;
         Ok(laptop)
     }
 
