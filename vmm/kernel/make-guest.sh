@@ -17,7 +17,7 @@ set -euo pipefail
 
 META_PACKAGE=linux-image-cloud-amd64
 # All else that a guest needs is built into Debian's kernel (ext4, tmpfs, unix, inet6, ...).
-MODULES=(virtio_mmio virtio_blk virtio_net vmw_vsock_virtio_transport virtio-rng erofs overlay)
+MODULES=(virtio_mmio virtio_blk virtio_net vmw_vsock_virtio_transport virtio-rng virtio_balloon erofs overlay)
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/tern/guest
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

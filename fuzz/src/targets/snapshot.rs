@@ -17,6 +17,7 @@ use tern_vmm::memory::Memory;
 use tern_vmm::serial::SerialPort;
 use tern_vmm::snapshot::{self, MachineState};
 use tern_vmm::trace::Trace;
+use tern_vmm::virtio::balloon::Balloon;
 use tern_vmm::virtio::block::Block;
 use tern_vmm::virtio::net::tap::Offloads;
 use tern_vmm::virtio::net::{Link, Net};
@@ -74,8 +75,9 @@ impl Place {
             cid: CID,
             path: at("v"),
         };
-        let devices: [Box<dyn Device>; 4] = [
+        let devices: [Box<dyn Device>; 5] = [
             Box::new(Rng::default()),
+            Box::new(Balloon::default()),
             Box::new(disk()),
             Box::new(card()),
             Box::new(Vsock::new(&vsock).unwrap()),
@@ -131,6 +133,7 @@ impl Place {
     fn device(&self, state: &DeviceState) -> Option<Box<dyn Device>> {
         Some(match state {
             DeviceState::Rng => Box::new(Rng::default()),
+            DeviceState::Balloon(_) => Box::new(Balloon::default()),
             DeviceState::Block(state) => {
                 let disk = disk();
                 disk.check(state).ok()?;

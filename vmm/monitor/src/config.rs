@@ -106,10 +106,10 @@ pub struct MacAddr(pub [u8; 6]);
 /// Most processors a guest can have: what the issue of a small cloud needs, and one MADT entry each.
 pub const MAX_VCPUS: u8 = 8;
 /// Less does not boot a stock kernel with its initramfs.
-const MIN_MEMORY_MIB: u32 = 32;
+pub const MIN_MEMORY_MIB: u32 = 32;
 /// A bound on what a typing error may ask of the host.
 const MAX_MEMORY_MIB: u32 = 256 * 1024;
-/// Interrupt lines 5 to 23 of the one IOAPIC, less vsock and rng.
+/// Interrupt lines 5 to 23 of the one IOAPIC, less vsock, rng and balloon.
 const MAX_DISKS: usize = 8;
 /// See [`MAX_DISKS`].
 const MAX_NICS: usize = 8;

@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use crate::boot::{self, BootError, Entry, cpu, layout};
 use crate::bus::Bus;
-use crate::config::VmConfig;
+use crate::config::{MIN_MEMORY_MIB, VmConfig};
 use crate::jail::{Jail, JailError};
 use crate::kvm::{KvmError, Vm, call};
 use crate::memory::{Memory, MemoryError};
@@ -27,6 +27,7 @@ use crate::snapshot::{self, MachineState, MemoryIndex, Opened, Refused, WorkingS
 use crate::trace::Trace;
 use crate::vcpu::state::extra_xsave_words;
 use crate::vcpu::{Vcpu, VcpuContext, VcpuError, VcpuEvent};
+use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::block::Block;
 use crate::virtio::net::{Net, tap::Tap};
 use crate::virtio::rng::Rng;
@@ -88,11 +89,23 @@ pub struct Description {
     pub vcpus: u8,
     /// Memory.
     pub memory_mib: u32,
+    /// What of it the guest is to use, and what its balloon holds.
+    #[serde(flatten)]
+    pub balloon: BalloonSize,
     /// When this process began, in microseconds since 1970.
     pub started_unix_us: u64,
     /// Where the time of the start went.
     #[serde(serialize_with = "serialize_shared")]
     pub boot: Arc<Trace>,
+}
+
+/// How the guest's memory is limited while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct BalloonSize {
+    /// What the host wants the guest to use at most, in MiB.
+    pub memory_limit_mib: u32,
+    /// What the guest has given away for that, in MiB. It gives slowly, and takes back what it must.
+    pub balloon_mib: u32,
 }
 
 fn serialize_shared<S: serde::Serializer>(trace: &Trace, serializer: S) -> Result<S::Ok, S::Error> {
@@ -144,6 +157,14 @@ pub enum MachineError {
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// A limit beyond what the guest has, or less than it can live with.
+    #[error("a memory limit must be {least} to {most} MiB")]
+    MemoryLimit {
+        /// The least.
+        least: u32,
+        /// All that the guest has.
+        most: u32,
     },
     /// A snapshot is of a guest that does not move.
     #[error("the Machine is running; pause it first")]
@@ -377,6 +398,39 @@ impl Machine {
         .map_err(failed)
     }
 
+    /// Asks the guest to use no more than `mib` of its memory. It is asked through its balloon, and takes
+    /// its time.
+    pub fn limit_memory(&mut self, mib: u32) -> Result<(), MachineError> {
+        let (least, most) = (MIN_MEMORY_MIB, self.config.memory_mib);
+        if !(least..=most).contains(&mib) {
+            return Err(MachineError::MemoryLimit { least, most });
+        }
+        let pages = (most - mib) * balloon::PAGES_PER_MIB;
+        for mut transport in self.bus.transports() {
+            if transport.kind() == Kind::Balloon {
+                transport.set_config(balloon::TARGET.start, &pages.to_le_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    fn balloon_size(&self) -> BalloonSize {
+        let all = self.config.memory_mib;
+        let mut size = BalloonSize {
+            memory_limit_mib: all,
+            balloon_mib: 0,
+        };
+        for transport in self.bus.transports() {
+            if transport.kind() == Kind::Balloon {
+                let mib = |part| balloon::mib(transport.config(), part);
+                size.memory_limit_mib = all.saturating_sub(mib(balloon::TARGET));
+                // The guest writes this: never more than there is.
+                size.balloon_mib = mib(balloon::ACTUAL).min(all);
+            }
+        }
+        size
+    }
+
     /// What it is and does.
     pub fn describe(&self) -> Description {
         Description {
@@ -385,6 +439,7 @@ impl Machine {
             pid: std::process::id(),
             vcpus: self.config.vcpus,
             memory_mib: self.config.memory_mib,
+            balloon: self.balloon_size(),
             started_unix_us: self.trace.started_unix_micros(),
             boot: self.trace.clone(),
         }
@@ -440,7 +495,7 @@ fn prefetched(mut opened: Opened, trace: &Trace) -> Opened {
     opened
 }
 
-/// The devices in the order of their windows: disks, network cards, vsock, randomness.
+/// The devices in the order of their windows: disks, network cards, vsock, randomness, balloon.
 fn new_devices(config: &VmConfig) -> Result<Vec<Box<dyn Device>>, MachineError> {
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
     for (index, disk) in config.disks.iter().enumerate() {
@@ -458,6 +513,7 @@ fn new_devices(config: &VmConfig) -> Result<Vec<Box<dyn Device>>, MachineError> 
         devices.push(Box::new(device));
     }
     devices.push(Box::new(Rng::default()));
+    devices.push(Box::new(Balloon::default()));
     Ok(devices)
 }
 
@@ -467,7 +523,7 @@ fn restored_devices(
     opened: &Opened,
 ) -> Result<Vec<Box<dyn Device>>, MachineError> {
     let states = &opened.machine.devices;
-    let expected = config.disks.len() + config.net.len() + usize::from(config.vsock.is_some()) + 1;
+    let expected = config.disks.len() + config.net.len() + usize::from(config.vsock.is_some()) + 2;
     if states.len() != expected || opened.machine.vcpus.len() != usize::from(config.vcpus) {
         return Err(Refused::Shape {
             found: states.len(),
@@ -506,6 +562,7 @@ fn restored_devices(
                 Box::new(device)
             }
             DeviceState::Rng => Box::new(Rng::default()),
+            DeviceState::Balloon(_) => Box::new(Balloon::default()),
         });
     }
     Ok(devices)

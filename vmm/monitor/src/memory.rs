@@ -7,7 +7,7 @@ use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    GuestRegionMmap, MemoryRegionAddress, VolatileSlice,
 };
 
 use crate::boot::layout;
@@ -194,6 +194,49 @@ fn map_aligned(size: usize) -> io::Result<*mut u8> {
         }
     }
     Ok(aligned)
+}
+
+/// Gives what lies in guest memory of these `len` bytes at `address` back to the host, in whole pages: it
+/// reads as in [`give_back`].
+pub fn discard(ram: &GuestRam, address: u64, len: usize) -> io::Result<()> {
+    let end = address.saturating_add(len as u64);
+    for region in ram.iter() {
+        let (first, past) = (region.start_addr().0, region.start_addr().0 + region.len());
+        let (from, to) = (address.max(first), end.min(past));
+        if from < to
+            && let Ok(slice) =
+                region.get_slice(MemoryRegionAddress(from - first), (to - from) as usize)
+        {
+            give_back(&slice)?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives the whole pages of `slice` back to the host. They read as zeroes from then on or, in memory over a
+/// file, as they are in that.
+pub fn give_back(slice: &VolatileSlice<'_>) -> io::Result<()> {
+    let guard = slice.ptr_guard_mut();
+    let before = guard.as_ptr().align_offset(PAGE_SIZE);
+    let Some(len) = slice
+        .len()
+        .checked_sub(before)
+        .map(|len| len - len % PAGE_SIZE)
+    else {
+        return Ok(());
+    };
+    if len == 0 {
+        return Ok(());
+    }
+    // SAFETY: `before + len` is at most the slice's length, and the slice is mapped, privately and for
+    // nobody but the guest, as long as this borrow lives. Its pages stay mapped and readable; the guest's
+    // memory may change at any time, and nobody holds a Rust reference to it.
+    let done =
+        unsafe { libc::madvise(guard.as_ptr().add(before).cast(), len, libc::MADV_DONTNEED) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// How `bytes` of RAM are laid out around the gap below 4 GiB.

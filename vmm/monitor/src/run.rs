@@ -168,10 +168,14 @@ fn carry_out(machine: &mut Machine, command: Command) -> Result<control::Answer,
         Command::Pause => machine.pause(),
         Command::Resume => machine.resume(),
         Command::Snapshot => machine.snapshot(),
+        Command::LimitMemory(mib) => machine.limit_memory(mib),
         Command::Stop => Ok(()),
     };
     match done {
         Ok(()) => Ok(control::Answer::Done),
+        Err(error @ MachineError::MemoryLimit { .. }) => {
+            Err(ControlError::Invalid(error.to_string()))
+        }
         Err(error @ MachineError::NotPaused) => Err(ControlError::Conflict(error.to_string())),
         Err(error) => {
             tracing::error!(?command, %error, "failed");

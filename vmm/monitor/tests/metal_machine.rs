@@ -217,6 +217,75 @@ fn metal_the_api_refuses_what_makes_no_sense() {
 }
 
 #[test]
+fn metal_a_guest_gives_back_what_it_does_not_use() {
+    // Linux reports nothing while less than about 64 MiB are free.
+    let mut guest = Guest::new().with("memory_mib", json!(256)).booted();
+    guest.sh("dd if=/dev/zero of=/tmp/data bs=1M count=64 2>/dev/null");
+    let full = own_mib(&guest);
+    assert!(full >= 64, "{full} MiB");
+    guest.sh("rm /tmp/data; echo 1 > /proc/sys/vm/compact_memory");
+    guest.until("free pages to be reported", || {
+        (own_mib(&guest) + 48 <= full).then_some(())
+    });
+    // What comes back is the guest's as before.
+    guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null");
+    let sum = guest.sh("md5sum < /tmp/data");
+
+    for path in [
+        "/v1/vm/memory",
+        "/v1/vm/memory?limit_mib=257",
+        "/v1/vm/memory?limit_mib=31",
+    ] {
+        assert_eq!(guest.api("POST", path).0, 400, "{path}");
+    }
+    assert_eq!(guest.api("GET", "/v1/vm/memory").0, 405);
+    let limit = |guest: &Guest, mib: u32| {
+        assert_eq!(
+            guest
+                .api("POST", &format!("/v1/vm/memory?limit_mib={mib}"))
+                .0,
+            204
+        );
+    };
+    let held = |guest: &Guest, mib: u32| {
+        guest.until(&format!("a balloon of {mib} MiB"), || {
+            (guest.describe()["balloon_mib"] == mib).then_some(())
+        });
+    };
+    let available = "awk '/^MemAvailable/ {print int($2 / 1024)}' /proc/meminfo";
+    let before: u64 = guest.sh(available).parse().unwrap();
+    limit(&guest, 232);
+    held(&guest, 24);
+    let limited: u64 = guest.sh(available).parse().unwrap();
+    assert!(limited + 20 <= before, "{before} MiB, then {limited} MiB");
+
+    // A suspended guest wakes with its balloon, and can be given its memory again.
+    guest.suspend();
+    guest.restore();
+    assert_eq!(guest.sh("md5sum < /tmp/data"), sum);
+    let description = guest.describe();
+    assert_eq!(description["memory_limit_mib"], 232, "{description}");
+    assert_eq!(description["balloon_mib"], 24, "{description}");
+    limit(&guest, 256);
+    held(&guest, 0);
+    assert_eq!(guest.sh("md5sum < /tmp/data"), sum);
+}
+
+/// What the monitor has of its own in the host's memory, the guest's included.
+fn own_mib(guest: &Guest) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", guest.pid())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+    let kib: u64 = line
+        .unwrap()
+        .split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap();
+    kib / 1024
+}
+
+#[test]
 fn metal_a_paused_guest_stands_still_and_keeps_its_connections() {
     let guest = Guest::new().booted();
     let mut stream = guest.connect(SHELL_PORT);

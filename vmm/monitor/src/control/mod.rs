@@ -3,9 +3,10 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /v1/vm` | 200, [`crate::machine::Description`] |
+//! | `POST /v1/vm/memory?limit_mib=N` | 204 when the guest has been asked |
 //! | `POST /v1/vm/pause`, `/resume`, `/snapshot`, `/stop` | 204 when it is done |
 //!
-//! Errors are `{"error": "…"}` with 404, 405, 409 or 500. The API has a thread and a small runtime of its
+//! Errors are `{"error": "…"}` with 400, 404, 405, 409 or 500. The API has a thread and a small runtime of its
 //! own, which the start of a guest does not wait for; what it is asked goes to the main thread, one
 //! request after the other, and is answered when the main thread has done it.
 
@@ -23,7 +24,7 @@ use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Method, StatusCode, header};
+use hyper::{Method, StatusCode, Uri, header};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -46,6 +47,8 @@ pub enum Command {
     Resume,
     /// Write a snapshot.
     Snapshot,
+    /// Have the guest use no more memory than this many MiB.
+    LimitMemory(u32),
     /// Power off now.
     Stop,
 }
@@ -77,6 +80,9 @@ pub enum Answer {
 /// How a command went wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
+    /// It makes no sense at all.
+    #[error("{0}")]
+    Invalid(String),
     /// It makes no sense in the state the Machine is in.
     #[error("{0}")]
     Conflict(String),
@@ -218,7 +224,7 @@ async fn handle(
     events: &Sender<Event>,
     open: &Mutex<Vec<Sender<Infallible>>>,
 ) -> Response {
-    let command = match route(request.method(), request.uri().path()) {
+    let command = match route(request.method(), request.uri()) {
         Ok(command) => command,
         Err((status, message)) => return error(status, message),
     };
@@ -241,6 +247,7 @@ async fn handle(
             Ok(body) => response(StatusCode::OK, body.into()),
             Err(cause) => error(StatusCode::INTERNAL_SERVER_ERROR, &cause.to_string()),
         },
+        Ok(Err(ControlError::Invalid(message))) => error(StatusCode::BAD_REQUEST, &message),
         Ok(Err(ControlError::Conflict(message))) => error(StatusCode::CONFLICT, &message),
         Ok(Err(ControlError::Failed(message))) => {
             error(StatusCode::INTERNAL_SERVER_ERROR, &message)
@@ -257,8 +264,19 @@ async fn handle(
     response
 }
 
-fn route(method: &Method, path: &str) -> Result<Command, (StatusCode, &'static str)> {
-    let (allowed, command) = match path {
+fn route(method: &Method, uri: &Uri) -> Result<Command, (StatusCode, &'static str)> {
+    let (allowed, command) = match uri.path() {
+        "/v1/vm/memory" if *method == Method::POST => {
+            let limit = uri
+                .query()
+                .and_then(|query| query.strip_prefix("limit_mib="));
+            let limit = limit.and_then(|mib| mib.parse().ok()).ok_or((
+                StatusCode::BAD_REQUEST,
+                "the query must be limit_mib= and a number of MiB",
+            ))?;
+            (Method::POST, Command::LimitMemory(limit))
+        }
+        "/v1/vm/memory" => (Method::POST, Command::LimitMemory(0)), // refused below, by its method
         "/v1/vm" => (Method::GET, Command::Describe),
         "/v1/vm/pause" => (Method::POST, Command::Pause),
         "/v1/vm/resume" => (Method::POST, Command::Resume),

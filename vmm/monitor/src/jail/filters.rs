@@ -89,7 +89,10 @@ const EVERY: &[Call] = &[
     call(libc::SYS_munmap, "free"),
     call(libc::SYS_mremap, "realloc"),
     call(libc::SYS_brk, "malloc in the main arena"),
-    call(libc::SYS_madvise, "malloc trims, an ended thread's stack"),
+    call(
+        libc::SYS_madvise,
+        "malloc trims, an ended thread's stack, a balloon's pages",
+    ),
     call(
         libc::SYS_clock_gettime,
         "where the vDSO cannot tell the time",
@@ -308,7 +311,8 @@ pub fn calls(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
         ThreadKind::Device(Kind::Block) => &[EVERY, EPOLL, WORKER, BLOCK],
         ThreadKind::Device(Kind::Net) => &[EVERY, EPOLL, WORKER, NET],
         ThreadKind::Device(Kind::Vsock) => &[EVERY, EPOLL, WORKER, VSOCK],
-        ThreadKind::Device(Kind::Rng) => &[EVERY, EPOLL, WORKER],
+        // A balloon's work is `madvise`.
+        ThreadKind::Device(Kind::Rng | Kind::Balloon) => &[EVERY, EPOLL, WORKER],
     };
     tables.iter().flat_map(|table| table.iter())
 }

@@ -29,7 +29,7 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Main,
         Self::Control,
         Self::Vcpu,
@@ -38,6 +38,7 @@ impl ThreadKind {
         Self::Device(Kind::Block),
         Self::Device(Kind::Rng),
         Self::Device(Kind::Vsock),
+        Self::Device(Kind::Balloon),
     ];
 
     /// As threads are named.

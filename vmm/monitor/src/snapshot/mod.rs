@@ -176,7 +176,7 @@ pub enum Refused {
 
 const MAGIC: [u8; 8] = *b"TERNSNAP";
 /// Raised with every change of what is in `state`, which is read by the version that wrote it.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const HEADER_BYTES: usize = 40;
 /// Some 100 KiB per processor, and 8 bytes per chunk of memory: 256 GiB take 32 MiB.
 const MAX_STATE_BYTES: u64 = 64 << 20;

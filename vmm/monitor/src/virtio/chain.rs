@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
-use crate::memory::GuestRam;
+use crate::memory::{self, GuestRam};
 
 /// One request's buffers.
 #[derive(Debug)]
@@ -178,6 +178,11 @@ impl<'m> Buffers<'m> {
         let iovecs = self.iovecs();
         // SAFETY: the iovecs describe guest memory that `self` borrows, which the kernel reads.
         check(unsafe { libc::writev(to.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32) })
+    }
+
+    /// Gives its whole pages back to the host.
+    pub fn discard(&self) -> io::Result<()> {
+        self.slices.iter().try_for_each(memory::give_back)
     }
 
     fn transfer(

@@ -8,6 +8,7 @@
 //! - [`queue`] and [`chain`]: the only code that reads rings and descriptors. Everything a guest writes
 //!   there is checked in these two, and devices see bounded lists of valid host memory.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod net;
@@ -20,6 +21,7 @@ pub mod vsock;
 pub mod worker;
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
@@ -54,6 +56,8 @@ pub enum Kind {
     Rng,
     /// Sockets between host and guest.
     Vsock,
+    /// Memory that the guest gives back.
+    Balloon,
 }
 
 impl Kind {
@@ -63,6 +67,7 @@ impl Kind {
             Self::Net => 1,
             Self::Block => 2,
             Self::Rng => 4,
+            Self::Balloon => 5,
             Self::Vsock => 19,
         }
     }
@@ -74,6 +79,7 @@ impl Kind {
             Self::Block => "block",
             Self::Rng => "rng",
             Self::Vsock => "vsock",
+            Self::Balloon => "balloon",
         }
     }
 }
@@ -97,8 +103,13 @@ pub trait Device: Send + std::fmt::Debug {
     /// The largest size of each of its queues, powers of two.
     fn queue_sizes(&self) -> &'static [u16];
 
-    /// Its configuration space, which never changes.
+    /// Its configuration space, as it is before anybody writes to it.
     fn config(&self) -> Vec<u8>;
+
+    /// The part of the configuration space that its driver may write.
+    fn driver_config(&self) -> Range<usize> {
+        0..0
+    }
 
     /// The driver is ready (or the Machine goes on after a pause). Registers descriptors in `cx`.
     /// [`Device::on_queue`] follows for every queue, so nothing that came before is missed.
@@ -139,4 +150,6 @@ pub enum DeviceState {
     Rng,
     /// See [`vsock`].
     Vsock(vsock::VsockState),
+    /// See [`balloon`].
+    Balloon(balloon::BalloonState),
 }

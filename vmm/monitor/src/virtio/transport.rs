@@ -10,6 +10,7 @@
 //! longer come here: KVM turns them into events that wake the device's worker.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -32,9 +33,9 @@ use crate::trace::Trace;
 #[derive(Debug)]
 pub struct Transport {
     kind: Kind,
-    /// What [`Device::features`] and [`Device::config`] said; both are constant.
+    /// What [`Device::features`] said.
     offered: u64,
-    config: Vec<u8>,
+    config: ConfigSpace,
     slot: Slot,
     ram: Arc<GuestRam>,
     trace: Arc<Trace>,
@@ -69,6 +70,16 @@ impl Registers {
     }
 }
 
+/// What a driver reads of a device beside its registers, and for some devices writes.
+#[derive(Debug)]
+struct ConfigSpace {
+    bytes: Vec<u8>,
+    /// What the driver may write.
+    writable: Range<usize>,
+    /// Changes with every change of the host's, so that a driver knows when to read again.
+    generation: u32,
+}
+
 /// A device in a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransportState {
@@ -79,6 +90,8 @@ pub struct TransportState {
     registers: Registers,
     interrupt_status: u32,
     queues: Vec<VirtQueueState>,
+    /// The configuration space, if it can change.
+    config: Option<Vec<u8>>,
 }
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
@@ -139,6 +152,7 @@ impl Transport {
                 "the driver uses features this device no longer has",
             ));
         }
+        transport.config.restore(state.config.as_deref())?;
         transport.registers = state.registers.clone();
         transport.interrupt.set_status(state.interrupt_status);
         Ok(transport)
@@ -153,7 +167,11 @@ impl Transport {
         Ok(Self {
             kind: device.kind(),
             offered: device.features() | VERSION_1 | INDIRECT_DESC | EVENT_IDX,
-            config: device.config(),
+            config: ConfigSpace {
+                bytes: device.config(),
+                writable: device.driver_config(),
+                generation: 0,
+            },
             slot: Slot::AtRest(Box::new(Parked { device, queues })),
             ram,
             trace,
@@ -185,21 +203,11 @@ impl Transport {
     /// Answers the driver's read of a register.
     pub fn read(&mut self, offset: u64, data: &mut [u8]) {
         if offset >= CONFIG {
-            return self.read_config(offset - CONFIG, data);
+            return self.config.read(offset - CONFIG, data);
         }
         match <&mut [u8; 4]>::try_from(data) {
             Ok(word) => *word = self.register(offset as u32).to_le_bytes(),
             Err(_) => tracing::debug!(offset, "the guest read part of a register"),
-        }
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let config = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.config.get(offset..));
-        for (target, source) in data.iter_mut().zip(config.unwrap_or_default()) {
-            *target = *source;
         }
     }
 
@@ -223,7 +231,7 @@ impl Transport {
                 .map_or(0, |queue| queue.registers().ready().into()),
             reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             reg::VIRTIO_MMIO_STATUS => self.registers.status,
-            reg::VIRTIO_MMIO_CONFIG_GENERATION => 0, // the configuration never changes
+            reg::VIRTIO_MMIO_CONFIG_GENERATION => self.config.generation,
             offset if SHARED_MEMORY.contains(&offset) => u32::MAX,
             _ => 0,
         }
@@ -231,6 +239,9 @@ impl Transport {
 
     /// Carries out the driver's write to a register.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset >= CONFIG {
+            return self.config.write(offset - CONFIG, data);
+        }
         let (Ok(offset), Ok(word)) = (u32::try_from(offset), data.try_into()) else {
             return;
         };
@@ -324,6 +335,7 @@ impl Transport {
                 Kind::Net => "guest_net_ready",
                 Kind::Rng => "guest_rng_ready",
                 Kind::Vsock => "guest_vsock_ready",
+                Kind::Balloon => "guest_balloon_ready",
             });
         } else {
             if super::may_log() {
@@ -376,6 +388,24 @@ impl Transport {
         };
     }
 
+    /// What kind of device it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The configuration space as it is now.
+    pub fn config(&self) -> &[u8] {
+        &self.config.bytes
+    }
+
+    /// Changes the configuration space at `at`, and tells the driver.
+    pub fn set_config(&mut self, at: usize, bytes: &[u8]) {
+        self.config.set(at, bytes);
+        if self.registers.runs() {
+            self.interrupt.raise_config();
+        }
+    }
+
     /// Goes on after [`Transport::pause`] or [`Transport::restore`].
     pub fn resume(&mut self) {
         if self.registers.runs() {
@@ -398,6 +428,7 @@ impl Transport {
             registers: self.registers.clone(),
             interrupt_status: self.interrupt.status(),
             queues: parked.queues.iter().map(VirtQueue::save).collect(),
+            config: self.config.save(),
         })
     }
 
@@ -427,6 +458,52 @@ impl Transport {
     }
 }
 
+impl ConfigSpace {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let bytes = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| self.bytes.get(offset..));
+        for (target, source) in data.iter_mut().zip(bytes.unwrap_or_default()) {
+            *target = *source;
+        }
+    }
+
+    /// A driver's write: all of it, or nothing.
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let end = offset.saturating_add(data.len() as u64);
+        let (start, limit) = (self.writable.start as u64, self.writable.end as u64);
+        if offset >= start && end <= limit {
+            self.bytes[offset as usize..end as usize].copy_from_slice(data);
+        }
+    }
+
+    /// The host's write.
+    fn set(&mut self, at: usize, bytes: &[u8]) {
+        if let Some(part) = self.bytes.get_mut(at..at.saturating_add(bytes.len())) {
+            part.copy_from_slice(bytes);
+            self.generation = self.generation.wrapping_add(1);
+        }
+    }
+
+    fn save(&self) -> Option<Vec<u8>> {
+        (!self.writable.is_empty()).then(|| self.bytes.clone())
+    }
+
+    fn restore(&mut self, saved: Option<&[u8]>) -> io::Result<()> {
+        let expected = self.save();
+        if saved.map(<[u8]>::len) != expected.as_deref().map(<[u8]>::len) {
+            return Err(io::Error::other(
+                "its configuration space has another length",
+            ));
+        }
+        if let Some(saved) = saved {
+            self.bytes.copy_from_slice(saved);
+        }
+        Ok(())
+    }
+}
+
 impl Drop for Transport {
     /// Ends the worker's thread, if there is one.
     fn drop(&mut self) {
@@ -437,6 +514,7 @@ impl Drop for Transport {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::balloon::Balloon;
     use crate::virtio::rng::Rng;
     use crate::virtio::testing::{self, Driver};
     use proptest::prelude::*;
@@ -597,6 +675,42 @@ mod tests {
         restore(&state).unwrap_err();
         state.kind = Kind::Net;
         assert!(restore(&state).unwrap_err().contains("net"));
+    }
+
+    #[test]
+    fn a_driver_writes_its_part_of_the_configuration_and_no_other() {
+        let driver = Driver::new(16);
+        let make = || Box::new(Balloon::default());
+        let (ram, trace) = (driver.ram.clone(), testing::trace());
+        let mut transport = Transport::new(make(), ram.clone(), trace.clone()).unwrap();
+        let generation = get(&mut transport, reg::VIRTIO_MMIO_CONFIG_GENERATION);
+        transport.set_config(0, &7_u32.to_le_bytes());
+        assert_ne!(
+            get(&mut transport, reg::VIRTIO_MMIO_CONFIG_GENERATION),
+            generation
+        );
+        set(&mut transport, 0x104, 5);
+        for (offset, data) in [
+            (0x100, &[9; 4][..]),
+            (0x103, &[9; 2]),
+            (0x107, &[9; 2]),
+            (0x108, &[9; 1]),
+            (u64::MAX, &[9; 4]),
+        ] {
+            transport.write(offset, data);
+        }
+        assert_eq!(transport.config(), [7, 0, 0, 0, 5, 0, 0, 0]);
+
+        let state = transport.save().unwrap();
+        let restored = Transport::restore(make(), &state, ram.clone(), trace.clone()).unwrap();
+        assert_eq!(restored.config(), transport.config());
+        for config in [None, Some(vec![0; 7]), Some(vec![0; 9])] {
+            let state = TransportState {
+                config,
+                ..state.clone()
+            };
+            assert!(Transport::restore(make(), &state, ram.clone(), trace.clone()).is_err());
+        }
     }
 
     proptest! {
