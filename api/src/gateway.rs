@@ -24,6 +24,12 @@ pub trait HostGateway: Send + Sync + 'static {
     /// Where the time of a running Machine's last start went.
     async fn start_trace(&self, machine: &MachineId) -> Result<StartTrace, GatewayError>;
 
+    /// The memory that a running Machine may use.
+    async fn memory(&self, machine: &MachineId) -> Result<MachineMemory, GatewayError>;
+
+    /// Asks a running Machine to use no more than `mb` of its memory, until its next cold start.
+    async fn limit_memory(&self, machine: &MachineId, mb: u32) -> Result<(), GatewayError>;
+
     /// The output of apps: what is kept, and with `follow` what comes, until the stream is dropped.
     async fn logs(&self, query: LogQuery) -> Result<BoxStream<'static, LogLine>, GatewayError>;
 }
@@ -50,6 +56,15 @@ pub struct ExecResult {
     pub stdout: Vec<u8>,
     /// Its error output.
     pub stderr: Vec<u8>,
+}
+
+/// What memory a running Machine has, in MiB.
+#[derive(Debug, Clone, Serialize)]
+pub struct MachineMemory {
+    /// How much it may use: what its config says, or less.
+    pub limit_mb: u32,
+    /// What of that programs could still have.
+    pub available_mb: u64,
 }
 
 /// Where the time of a start went.

@@ -33,7 +33,8 @@ mod tests;
 pub use auth::token_hash;
 pub use error::ApiError;
 pub use gateway::{
-    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, StartPhase, StartTrace,
+    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, MachineMemory,
+    StartPhase, StartTrace,
 };
 pub use registry::REGISTRY_NAME;
 pub use server::{ApiConfig, ApiServer};

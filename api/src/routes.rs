@@ -30,6 +30,7 @@ pub fn router(shared: Shared) -> Router {
         .route("/suspend", post(machines::suspend))
         .route("/signal", post(machines::signal))
         .route("/exec", post(machines::exec))
+        .route("/memory", get(machines::memory).put(machines::limit_memory))
         .route("/boot-trace", get(machines::boot_trace))
         .route("/wait", get(machines::wait))
         .route("/events", get(machines::events))

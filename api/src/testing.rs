@@ -22,7 +22,8 @@ use tower::ServiceExt as _;
 
 use crate::auth::token_hash;
 use crate::gateway::{
-    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, StartPhase, StartTrace,
+    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, MachineMemory,
+    StartPhase, StartTrace,
 };
 use crate::registry::Registry;
 use crate::server::{ApiConfig, Shared};
@@ -43,6 +44,7 @@ pub struct World {
 #[derive(Default)]
 pub struct FakeGateway {
     pub signals: AtomicU32,
+    pub memory_limit: AtomicU32,
 }
 
 pub struct Answer {
@@ -310,6 +312,18 @@ impl HostGateway for FakeGateway {
                 at_us: 5,
             }],
         })
+    }
+
+    async fn memory(&self, _: &MachineId) -> Result<MachineMemory, GatewayError> {
+        Ok(MachineMemory {
+            limit_mb: self.memory_limit.load(Ordering::Relaxed),
+            available_mb: 100,
+        })
+    }
+
+    async fn limit_memory(&self, _: &MachineId, mb: u32) -> Result<(), GatewayError> {
+        self.memory_limit.store(mb, Ordering::Relaxed);
+        Ok(())
     }
 
     async fn logs(&self, query: LogQuery) -> Result<BoxStream<'static, LogLine>, GatewayError> {

@@ -337,6 +337,17 @@ async fn commands_signals_and_logs_reach_the_host() {
         json!({"began_unix_us": 7, "cold": true,
                "phases": [{"side": "monitor", "name": "kvm", "at_us": 5}]})
     );
+    let memory = format!("{at}/memory");
+    let limit = async |mb: u32| {
+        let body = json!({"limit_mb": mb}).to_string();
+        world.call(ADMIN, Method::PUT, &memory, body).await
+    };
+    for mb in [0, 31, 257] {
+        assert_eq!(limit(mb).await.status, StatusCode::UNPROCESSABLE_ENTITY);
+    }
+    let limited = json!({"limit_mb": 64, "available_mb": 100});
+    assert_eq!(limit(64).await.json(), limited);
+    assert_eq!(world.get(&memory).await.json(), limited);
     let list = world
         .post(&format!("{at}/exec"), json!({"command": ["echo", "a b"]}))
         .await

@@ -35,6 +35,7 @@ use crate::metrics::Metrics;
 use crate::monitor::Monitor;
 use crate::network::{self, Network, NetworkError, Port, Slot};
 use crate::trace::StartTrace;
+use crate::vm::MemoryUse;
 use crate::vm::Vm;
 use crate::volumes::{Keeper, Volumes};
 
@@ -237,6 +238,18 @@ impl AgentHandle {
     pub async fn start_trace(&self, id: &MachineId) -> Result<StartTrace, CommandError> {
         let vm = self.started(id)?;
         vm.start_trace().await.map_err(CommandError::Failed)
+    }
+
+    /// The memory that a started Machine may use, and what of it is left.
+    pub async fn memory(&self, id: &MachineId) -> Result<MemoryUse, CommandError> {
+        let vm = self.started(id)?;
+        vm.memory().await.map_err(CommandError::Failed)
+    }
+
+    /// Asks a started Machine to use no more than `mib` of its memory, until its next cold start.
+    pub async fn limit_memory(&self, id: &MachineId, mib: u32) -> Result<(), CommandError> {
+        let vm = self.started(id)?;
+        vm.limit_memory(mib).await.map_err(CommandError::Failed)
     }
 
     /// The output of a Machine's app, from line number `from` on as far as it is kept; with

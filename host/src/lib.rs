@@ -46,3 +46,4 @@ pub use machine::{CommandError, Source, StopRequest};
 pub use metrics::{Counter, Metrics};
 pub use network::{NetworkError, remove_all as remove_network};
 pub use trace::{Phase, Side, StartTrace};
+pub use vm::MemoryUse;

@@ -154,6 +154,7 @@ mod tests {
         VmState {
             state: "running".into(),
             started_unix_us,
+            memory_limit_mib: None,
             boot: json!({"kvm_us": 10, "first_vcpu_run_us": 30, "odd": "x"}),
         }
     }

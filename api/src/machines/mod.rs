@@ -20,7 +20,7 @@ use tern_catalog::{AppName, DesiredState, Machine, MachineId, Snapshot};
 
 pub use change::{create, update};
 pub use lease::{get_lease, release_lease, take_lease};
-pub use run::{boot_trace, exec, signal};
+pub use run::{boot_trace, exec, limit_memory, memory, signal};
 pub use wait::{MOST, wait};
 
 use crate::auth::Caller;

@@ -10,7 +10,7 @@ use super::{At, SignalName, find};
 use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::extract::{Json, Path};
-use crate::gateway::{ExecRequest, StartTrace};
+use crate::gateway::{ExecRequest, MachineMemory, StartTrace};
 use crate::server::Shared;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -80,6 +80,45 @@ pub async fn boot_trace(
 ) -> Result<Json<StartTrace>, ApiError> {
     find(&shared.view.snapshot(), &caller, &at)?;
     Ok(Json(shared.gateway.start_trace(&at.id).await?))
+}
+
+/// The least that a guest can be asked to live with: `tern-vmm`'s own limit.
+const LEAST_MEMORY_MB: u32 = 32;
+
+#[derive(Debug, Deserialize)]
+pub struct MemoryLimit {
+    limit_mb: u32,
+}
+
+/// `GET …/memory`.
+pub async fn memory(
+    State(shared): State<Shared>,
+    caller: Caller,
+    Path(at): Path<At>,
+) -> Result<Json<MachineMemory>, ApiError> {
+    find(&shared.view.snapshot(), &caller, &at)?;
+    Ok(Json(shared.gateway.memory(&at.id).await?))
+}
+
+/// `PUT …/memory`: the guest gives the rest back, as fast as it can, until its next cold start.
+pub async fn limit_memory(
+    State(shared): State<Shared>,
+    caller: Caller,
+    Path(at): Path<At>,
+    Json(wanted): Json<MemoryLimit>,
+) -> Result<Json<MachineMemory>, ApiError> {
+    let limit = wanted.limit_mb;
+    let most = find(&shared.view.snapshot(), &caller, &at)?
+        .config
+        .guest
+        .memory_mb;
+    if !(LEAST_MEMORY_MB..=most).contains(&limit) {
+        return Err(ApiError::invalid(format!(
+            "limit_mb is {limit}; {LEAST_MEMORY_MB} to {most} are possible, what the Machine has"
+        )));
+    }
+    shared.gateway.limit_memory(&at.id, limit).await?;
+    Ok(Json(shared.gateway.memory(&at.id).await?))
 }
 
 /// `POST …/signal`.

@@ -6,7 +6,8 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use tern_api::{
-    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, StartPhase, StartTrace,
+    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, MachineMemory,
+    StartPhase, StartTrace,
 };
 use tern_catalog::MachineId;
 use tern_edge::{MachineControl, StartError};
@@ -85,6 +86,19 @@ impl HostGateway for HostAdapter {
             cold: trace.cold,
             phases: trace.phases.into_iter().map(phase).collect(),
         })
+    }
+
+    async fn memory(&self, id: &MachineId) -> Result<MachineMemory, GatewayError> {
+        let memory = self.agent.memory(id).await.map_err(gateway_error)?;
+        Ok(MachineMemory {
+            limit_mb: memory.limit_mib,
+            available_mb: memory.available_mib,
+        })
+    }
+
+    async fn limit_memory(&self, id: &MachineId, mb: u32) -> Result<(), GatewayError> {
+        let limited = self.agent.limit_memory(id, mb).await;
+        limited.map_err(gateway_error)
     }
 
     async fn logs(&self, query: LogQuery) -> Result<BoxStream<'static, LogLine>, GatewayError> {

@@ -19,6 +19,9 @@ pub(crate) struct VmState {
     /// When its process began to run, in microseconds since 1970.
     #[serde(default)]
     pub(crate) started_unix_us: u64,
+    /// How much of its memory the guest has been asked to use at most.
+    #[serde(default)]
+    pub(crate) memory_limit_mib: Option<u32>,
     /// Where the time of its start went: microseconds since then, by the phase that ended.
     #[serde(default)]
     pub(crate) boot: serde_json::Value,
@@ -58,6 +61,12 @@ pub(crate) async fn resume(socket: &Path) -> Result<(), ControlError> {
     call(socket, Method::POST, "/v1/vm/resume", QUICK)
         .await
         .map(drop)
+}
+
+/// Asks the guest to use no more than this of its memory.
+pub(crate) async fn limit_memory(socket: &Path, mib: u32) -> Result<(), ControlError> {
+    let path = format!("/v1/vm/memory?limit_mib={mib}");
+    call(socket, Method::POST, &path, QUICK).await.map(drop)
 }
 
 /// Writes the snapshot of a paused virtual machine.

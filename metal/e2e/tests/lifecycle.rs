@@ -2,7 +2,7 @@
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use anyhow::{Context as _, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tern_e2e::World;
 
 #[test]
@@ -35,6 +35,22 @@ fn a_cold_start_ends_in_an_https_reply() -> Result<()> {
     };
     let (trace, names) = traced()?;
     assert_eq!(trace["cold"], true);
+
+    // Its memory can be limited while it runs.
+    let path = format!("/v1/apps/hello/machines/{}/memory", app.machine);
+    let all = world.server.api("GET", &path, None)?["limit_mb"].clone();
+    let less = all.as_u64().context("no limit")? - 16;
+    let limited = world
+        .server
+        .api("PUT", &path, Some(&json!({"limit_mb": less})))?;
+    assert_eq!(limited["limit_mb"], less, "{limited}");
+    assert!(
+        limited["available_mb"].as_u64().is_some_and(|mb| mb > 0),
+        "{limited}"
+    );
+    world
+        .server
+        .api("PUT", &path, Some(&json!({"limit_mb": all})))?;
     let order = [
         "agent spawned",
         "monitor first_vcpu_run",

@@ -681,7 +681,7 @@ mod tests {
     fn a_driver_writes_its_part_of_the_configuration_and_no_other() {
         let driver = Driver::new(16);
         let make = || Box::new(Balloon::default());
-        let (ram, trace) = (driver.ram.clone(), testing::trace());
+        let (ram, trace) = (driver.ram, testing::trace());
         let mut transport = Transport::new(make(), ram.clone(), trace.clone()).unwrap();
         let generation = get(&mut transport, reg::VIRTIO_MMIO_CONFIG_GENERATION);
         transport.set_config(0, &7_u32.to_le_bytes());
