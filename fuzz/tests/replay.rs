@@ -57,7 +57,7 @@ macro_rules! replays {
 }
 
 replays! {
-    virtqueue transport block net vsock snapshot config control frames dns mesh fly_toml image
+    virtqueue transport block net balloon vsock snapshot config control frames dns mesh fly_toml image
 }
 
 fn replay(name: &str) {

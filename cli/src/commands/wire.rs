@@ -74,15 +74,40 @@ impl Machine {
     /// Why it is in the state it is in, as its newest event with a reason tells.
     pub fn last_reason(&self) -> Option<String> {
         let newest = self.events.iter().max_by_key(|e| e.timestamp)?;
-        let field = |name: &str| {
-            newest
-                .request
-                .get(name)
-                .and_then(|v| v.as_str())
-                .map(str::to_owned)
-        };
-        field("reason")
-            .or_else(|| field("error"))
-            .or_else(|| field("message"))
+        // How an app or a start ended is one level deeper.
+        let details = [&newest.request, &newest.request["exit_event"]];
+        let names = ["reason", "error", "message"];
+        let told = details
+            .iter()
+            .flat_map(|detail| names.map(|name| detail[name].as_str()))
+            .flatten();
+        let mut told = told.filter(|text| !text.is_empty());
+        told.next().map(str::to_owned)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn machine(requests: &[Value]) -> Machine {
+        let event = |(at, request): (usize, &Value)| json!({"type": "exit", "status": "failed", "timestamp": at, "request": request});
+        let events: Vec<_> = requests.iter().enumerate().map(event).collect();
+        serde_json::from_value(json!({
+            "id": "1", "name": "m", "state": "failed", "region": "local", "config": {"image": "x"}, "events": events,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn the_newest_reason_is_found_at_either_level() {
+        let nested = json!({"exit_event": {"error": "no kernel", "restarting": false}});
+        let top = json!({"reason": "asked to"});
+        assert_eq!(machine(&[]).last_reason(), None);
+        assert_eq!(machine(&[json!(null)]).last_reason(), None);
+        let told = |requests: &[Value]| machine(requests).last_reason().unwrap();
+        assert_eq!(told(&[top.clone(), nested.clone()]), "no kernel");
+        assert_eq!(told(&[nested, top]), "asked to");
     }
 }

@@ -1,5 +1,6 @@
 //! The targets, and the table of them.
 
+mod balloon;
 mod block;
 mod config;
 mod control;
@@ -34,6 +35,7 @@ targets! {
     transport, 1024, "a guest's reads and writes of a device's registers, snapshots in between";
     block, 1024, "a guest's disk requests";
     net, 1024, "a guest's network rings, and frames from the host's side";
+    balloon, 1024, "pages that a guest gives back";
     vsock, 2048, "a guest's vsock packets, and host programs on the other end";
     snapshot, 4096, "a snapshot's state file, with right and wrong checksums, and its memory file";
     config, 2048, "vm.json";
