@@ -441,6 +441,7 @@ impl Transport {
             }
         }
         self.registers = Registers::default();
+        self.config.forget_driver();
         self.interrupt.set_status(0);
     }
 
@@ -476,6 +477,11 @@ impl ConfigSpace {
         if offset >= start && end <= limit {
             self.bytes[offset as usize..end as usize].copy_from_slice(data);
         }
+    }
+
+    /// What the former driver wrote is not the next one's: a balloon without a driver holds nothing.
+    fn forget_driver(&mut self) {
+        self.bytes[self.writable.clone()].fill(0);
     }
 
     /// The host's write.
@@ -704,6 +710,8 @@ mod tests {
         let state = transport.save().unwrap();
         let restored = Transport::restore(make(), &state, ram.clone(), trace.clone()).unwrap();
         assert_eq!(restored.config(), transport.config());
+        set(&mut transport, STATUS, 0);
+        assert_eq!(transport.config(), [7, 0, 0, 0, 0, 0, 0, 0], "after a reset");
         for config in [None, Some(vec![0; 7]), Some(vec![0; 9])] {
             let state = TransportState {
                 config,
