@@ -711,7 +711,11 @@ mod tests {
         let restored = Transport::restore(make(), &state, ram.clone(), trace.clone()).unwrap();
         assert_eq!(restored.config(), transport.config());
         set(&mut transport, STATUS, 0);
-        assert_eq!(transport.config(), [7, 0, 0, 0, 0, 0, 0, 0], "after a reset");
+        assert_eq!(
+            transport.config(),
+            [7, 0, 0, 0, 0, 0, 0, 0],
+            "after a reset"
+        );
         for config in [None, Some(vec![0; 7]), Some(vec![0; 9])] {
             let state = TransportState {
                 config,
