@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tern_vmm::config::DiskConfig;
-use tern_vmm::virtio::block::Block;
+use tern_vmm::virtio::block::{Block, Way};
 use tern_vmm::virtio::{Context, Device};
 
 use crate::guest::{BUFFERS, Guest, NEXT, WRITE};
@@ -26,8 +26,10 @@ pub fn run(bytes: &[u8]) {
     let config = DiskConfig {
         path: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
         read_only,
+        rate_limit: None,
+        engine: None,
     };
-    let mut block = Block::open(&config, 0).unwrap();
+    let mut block = Block::open_by(&config, 0, Way::Inline).unwrap();
     let mut guest = Guest::new(1);
     let queues = guest.queues(event_idx);
     let mut cx = Context::detached(guest.ram.clone(), queues, 0).unwrap();

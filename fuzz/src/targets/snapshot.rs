@@ -18,7 +18,7 @@ use tern_vmm::serial::SerialPort;
 use tern_vmm::snapshot::{self, MachineState};
 use tern_vmm::trace::Trace;
 use tern_vmm::virtio::balloon::Balloon;
-use tern_vmm::virtio::block::Block;
+use tern_vmm::virtio::block::{Block, Way};
 use tern_vmm::virtio::net::tap::Offloads;
 use tern_vmm::virtio::net::{Link, Net};
 use tern_vmm::virtio::rng::Rng;
@@ -183,8 +183,10 @@ fn disk() -> Block {
     let config = DiskConfig {
         path: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
         read_only: true,
+        rate_limit: None,
+        engine: None,
     };
-    Block::open(&config, 0).unwrap()
+    Block::open_by(&config, 0, Way::Inline).unwrap()
 }
 
 pub fn run(bytes: &[u8]) {

@@ -76,6 +76,41 @@ pub struct DiskConfig {
     /// Whether the guest may write.
     #[serde(default)]
     pub read_only: bool,
+    /// How much it may move; without it, what the host has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit: Option<RateLimit>,
+    /// Who moves its data; without it `io_uring` where the kernel has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<DiskEngine>,
+}
+
+/// Who moves a disk's data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskEngine {
+    /// The kernel; a host that has it switched off is an error.
+    IoUring,
+    /// Threads of the monitor's.
+    Threads,
+}
+
+/// A rate of bytes, of operations, or both. A burst is what may be used at once after a rest, one second's
+/// worth if it is not given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bytes each second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<u64>,
+    /// Bytes at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub burst_bytes: Option<u64>,
+    /// Requests of a disk, frames of a network card each second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operations_per_second: Option<u64>,
+    /// Of those, at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub burst_operations: Option<u64>,
 }
 
 /// One network device.
@@ -86,6 +121,12 @@ pub struct NetConfig {
     pub tap: String,
     /// The guest's Ethernet address.
     pub mac: MacAddr,
+    /// How much it may receive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receive_limit: Option<RateLimit>,
+    /// How much it may send.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transmit_limit: Option<RateLimit>,
 }
 
 /// The vsock device.
@@ -174,6 +215,22 @@ impl VmConfig {
         u64::from(self.memory_mib) << 20
     }
 
+    fn rate_limits(&self) -> impl Iterator<Item = (&'static str, &RateLimit)> {
+        let disks = self
+            .disks
+            .iter()
+            .map(|disk| ("rate_limit", &disk.rate_limit));
+        let net = self.net.iter().flat_map(|nic| {
+            [
+                ("receive_limit", &nic.receive_limit),
+                ("transmit_limit", &nic.transmit_limit),
+            ]
+        });
+        disks
+            .chain(net)
+            .filter_map(|(name, limit)| Some((name, limit.as_ref()?)))
+    }
+
     /// Checks every limit, and says which one is broken.
     pub fn check(&self) -> Result<(), ConfigError> {
         let require = |ok: bool, what: &dyn Fn() -> String| {
@@ -201,6 +258,9 @@ impl VmConfig {
         require(self.disks.len() <= MAX_DISKS, &|| {
             format!("{} disks, at most {MAX_DISKS}", self.disks.len())
         })?;
+        for (name, limit) in self.rate_limits() {
+            limit.check(name)?;
+        }
         require(self.net.len() <= MAX_NICS, &|| {
             format!("{} network devices, at most {MAX_NICS}", self.net.len())
         })?;
@@ -265,6 +325,34 @@ impl VmConfig {
     }
 }
 
+impl RateLimit {
+    fn check(&self, name: &str) -> Result<(), ConfigError> {
+        let invalid = |what: &str| Err(ConfigError::Invalid(format!("{name}: {what}")));
+        let rates = [
+            (self.bytes_per_second, self.burst_bytes, "bytes"),
+            (
+                self.operations_per_second,
+                self.burst_operations,
+                "operations",
+            ),
+        ];
+        if rates.iter().all(|(rate, ..)| rate.is_none()) {
+            return invalid("has neither bytes_per_second nor operations_per_second");
+        }
+        for (rate, burst, what) in rates {
+            if rate == Some(0) || burst == Some(0) {
+                return invalid(&format!(
+                    "no {what} at all would be a device that hangs; leave it out for no limit"
+                ));
+            }
+            if rate.is_none() && burst.is_some() {
+                return invalid(&format!("a burst of {what} without a rate"));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl TryFrom<String> for MacAddr {
     type Error = String;
 
@@ -300,8 +388,15 @@ mod tests {
             "id": "148e21ea7e7d89", "vcpus": 2, "memory_mib": 256,
             "kernel": "/k/vmlinux", "initramfs": ["/k/initramfs", "/m/run.cpio"],
             "cmdline": "tern.debug",
-            "disks": [{"path": "/m/image.erofs", "read_only": true}, {"path": "/m/disk.ext4", "read_only": false}],
-            "net": [{"tap": "tn0", "mac": "02:00:00:00:00:01"}],
+            "disks": [
+                {"path": "/m/image.erofs", "read_only": true, "engine": "io_uring"},
+                {"path": "/m/disk.ext4", "read_only": false, "rate_limit": {"operations_per_second": 1000}},
+            ],
+            "net": [{
+                "tap": "tn0", "mac": "02:00:00:00:00:01",
+                "receive_limit": {"bytes_per_second": 1_000_000, "burst_bytes": 5_000_000},
+                "transmit_limit": {"bytes_per_second": 1_000_000},
+            }],
             "vsock": {"cid": 3, "path": "/m/vsock.sock"},
             "control": "/m/vmm.sock", "pid_file": "/m/vmm.pid", "serial_log": "/m/serial.log",
             "snapshot_dir": "/m/snapshot", "exit_file": "/m/exit.json",
@@ -326,7 +421,14 @@ mod tests {
 
     #[test]
     fn refuses_an_unknown_key_at_every_level() {
-        for pointer in ["", "/disks/0", "/net/0", "/vsock", "/jail"] {
+        for pointer in [
+            "",
+            "/disks/0",
+            "/disks/1/rate_limit",
+            "/net/0",
+            "/vsock",
+            "/jail",
+        ] {
             let mut value = sample();
             let table = value.pointer_mut(pointer).unwrap().as_object_mut().unwrap();
             table.insert("colour".into(), json!("blue"));
@@ -348,6 +450,23 @@ mod tests {
             ("/net/0/mac", json!("01:00:00:00:00:00"), "multicast"),
             ("/vsock/cid", json!(2), "cid"),
             ("/control", json!("x".repeat(200)), "control"),
+            ("/disks/1/rate_limit", json!({}), "neither"),
+            ("/disks/0/engine", json!("magic"), "io_uring"),
+            (
+                "/disks/1/rate_limit/operations_per_second",
+                json!(0),
+                "hangs",
+            ),
+            (
+                "/net/0/receive_limit/bytes_per_second",
+                json!(null),
+                "neither",
+            ),
+            (
+                "/net/0/transmit_limit",
+                json!({"burst_bytes": 1, "operations_per_second": 1}),
+                "burst",
+            ),
             ("/jail/uid", json!(0), "root"),
             ("/jail/root", json!("/elsewhere"), "snapshot_dir"),
             ("/cmdline", json!("a\nb"), "ASCII"),

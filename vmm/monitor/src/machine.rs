@@ -505,7 +505,7 @@ fn new_devices(config: &VmConfig) -> Result<Vec<Box<dyn Device>>, MachineError> 
     }
     for nic in &config.net {
         let tap = Tap::open(&nic.tap).map_err(device_error(&format!("TAP device {}", nic.tap)))?;
-        devices.push(Box::new(Net::new(tap, nic.mac)));
+        devices.push(Box::new(Net::new(tap, nic.mac).limited(nic)));
     }
     if let Some(vsock) = &config.vsock {
         let device =
@@ -550,7 +550,7 @@ fn restored_devices(
                 let nic = nics.next().ok_or_else(gone)?;
                 let tap = Tap::open(&nic.tap)
                     .map_err(device_error(&format!("TAP device {}", nic.tap)))?;
-                let net = Net::new(tap, nic.mac);
+                let net = Net::new(tap, nic.mac).limited(nic);
                 net.check(state).map_err(refused)?;
                 Box::new(net)
             }

@@ -11,7 +11,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 use support::{ECHO_PORT, Guest, SHELL_PORT};
@@ -47,12 +47,50 @@ fn metal_writes_reach_the_disk_file() {
     guest.sh("printf written | dd of=/dev/vdb bs=512 seek=3 conv=sync,fsync 2>/dev/null");
     let disk = fs::read(guest.path("rw.img")).unwrap();
     assert_eq!(&disk[3 * 512..3 * 512 + 7], b"written");
+    assert_eq!(rings(&guest), 2, "this kernel has io_uring");
     assert_ne!(guest.sh("echo x > /dev/vda 2>/dev/null; echo $?"), "0");
     // More than one request in flight, and more than fits one of them.
     guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=4 2>/dev/null; dd if=/tmp/data of=/dev/vdb bs=1M conv=fsync 2>/dev/null");
     let sum = guest.sh("md5sum < /tmp/data");
     assert_eq!(
         guest.sh("echo 3 > /proc/sys/vm/drop_caches; head -c 4194304 /dev/vdb | md5sum"),
+        sum
+    );
+}
+
+/// How many of the monitor's descriptors are rings.
+fn rings(guest: &Guest) -> usize {
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", guest.pid())).unwrap();
+    descriptors
+        .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+        .filter(|target| target.to_string_lossy().contains("io_uring"))
+        .count()
+}
+
+#[test]
+fn metal_disks_work_by_threads_too_and_within_their_limit() {
+    let mut guest = Guest::new();
+    let mut disks = guest.set("disks", json!([]));
+    for disk in disks.as_array_mut().unwrap() {
+        disk["engine"] = json!("threads");
+    }
+    // A second's worth at once, and then as long as the rest takes.
+    disks[1]["rate_limit"] = json!({"bytes_per_second": 1 << 20});
+    guest.set("disks", disks);
+    let guest = guest.booted();
+    assert_eq!(rings(&guest), 0);
+    let before = Instant::now();
+    guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=3 2>/dev/null; dd if=/tmp/data of=/dev/vdb bs=64k conv=fsync 2>/dev/null");
+    assert!(before.elapsed() >= Duration::from_secs(1));
+    let sum = guest.sh("md5sum < /tmp/data");
+    assert_eq!(guest.sh("head -c 3145728 /dev/vdb | md5sum"), sum);
+    let disk = fs::read(guest.path("rw.img")).unwrap();
+    fs::write(guest.path("got"), &disk[..3 << 20]).unwrap();
+    let output = Command::new("md5sum")
+        .stdin(fs::File::open(guest.path("got")).unwrap())
+        .output();
+    assert_eq!(
+        String::from_utf8(output.unwrap().stdout).unwrap().trim(),
         sum
     );
 }

@@ -256,9 +256,13 @@ const STARTER: &[Call] = &[
 ];
 
 const BLOCK: &[Call] = &[
-    call(libc::SYS_preadv, "reads"),
-    call(libc::SYS_pwritev, "writes"),
-    call(libc::SYS_fdatasync, "flushes"),
+    call(
+        libc::SYS_io_uring_enter,
+        "reads, writes and flushes, by a ring that can do nothing else",
+    ),
+    call(libc::SYS_preadv, "reads, where there is no ring"),
+    call(libc::SYS_pwritev, "writes, where there is no ring"),
+    call(libc::SYS_fdatasync, "flushes, where there is no ring"),
     call(libc::SYS_fallocate, "discards and zeroes"),
 ];
 

@@ -2,7 +2,7 @@
 //!
 //! This is where a descriptor's address and length turn into host memory. What comes out lies inside
 //! guest memory, has at most [`MAX_SEGMENTS`] pieces, all that the device reads before all that it
-//! writes, and is read or written by copying or by the kernel (`preadv` and the like), never through a
+//! writes, and is read or written by copying or by the kernel (`readv` and the like), never through a
 //! Rust reference: the guest may change it at any time.
 
 use std::io;
@@ -150,22 +150,6 @@ impl<'m> Buffers<'m> {
         done
     }
 
-    /// Fills all of it from `file` at `offset`.
-    pub fn read_file_at(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
-        self.transfer(offset, |iovecs, at| {
-            // SAFETY: the iovecs describe guest memory that `self` borrows, which the kernel writes.
-            unsafe { libc::preadv(file.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32, at) }
-        })
-    }
-
-    /// Writes all of it to `file` at `offset`.
-    pub fn write_file_at(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
-        self.transfer(offset, |iovecs, at| {
-            // SAFETY: the iovecs describe guest memory that `self` borrows, which the kernel reads.
-            unsafe { libc::pwritev(file.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32, at) }
-        })
-    }
-
     /// One `readv`: a packet, or what a stream has.
     pub fn readv(&self, from: BorrowedFd<'_>) -> io::Result<usize> {
         let iovecs = self.iovecs();
@@ -185,33 +169,8 @@ impl<'m> Buffers<'m> {
         self.slices.iter().try_for_each(memory::give_back)
     }
 
-    fn transfer(
-        &self,
-        offset: u64,
-        call: impl Fn(&[libc::iovec], libc::off_t) -> isize,
-    ) -> io::Result<()> {
-        let mut done = 0;
-        while done < self.len {
-            let at = offset
-                .checked_add(done as u64)
-                .and_then(|at| libc::off_t::try_from(at).ok());
-            let at = at.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-            let rest = if done == 0 {
-                self.iovecs()
-            } else {
-                self.part(done, self.len).iovecs()
-            };
-            match check(call(&rest, at)) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(moved) => done += moved,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    fn iovecs(&self) -> Vec<libc::iovec> {
+    /// As the kernel takes them, at most [`MAX_SEGMENTS`].
+    pub(super) fn iovecs(&self) -> Vec<libc::iovec> {
         let iovec = |slice: &VolatileSlice<'_>| libc::iovec {
             iov_base: slice.ptr_guard_mut().as_ptr().cast(),
             iov_len: slice.len(),
@@ -229,8 +188,6 @@ mod tests {
     use super::*;
     use crate::virtio::testing::{Descriptor, Driver, READ, WRITE};
     use proptest::prelude::*;
-    use std::io::{Read, Seek, SeekFrom, Write};
-    use std::os::fd::AsFd;
 
     fn error(descriptors: &[Descriptor]) -> ChainError {
         let mut driver = Driver::new(16);
@@ -275,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_moved_to_and_from_files() {
+    fn parts_are_copied() {
         let mut driver = Driver::new(16);
         driver.offer(&[
             Descriptor::at(0x8000, 3, WRITE),
@@ -284,21 +241,12 @@ mod tests {
         let ram = driver.ram.clone();
         let chain = Chain::map(&ram, driver.queue.pop(&ram).unwrap()).unwrap();
         let buffers = chain.writable;
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(b"0123456789").unwrap();
-        buffers.read_file_at(file.as_fd(), 1).unwrap();
-        let mut bytes = [0; 8];
-        assert_eq!(buffers.read(0, &mut bytes), 8);
-        assert_eq!(&bytes, b"12345678");
+        assert_eq!(buffers.write(0, b"12345678"), 8);
         assert_eq!(buffers.write(2, b"XYZ"), 3);
         assert_eq!(buffers.write(7, b"ABC"), 1, "no room for more");
-        buffers.part(1, 6).write_file_at(file.as_fd(), 0).unwrap();
-        file.seek(SeekFrom::Start(0)).unwrap();
-        let mut text = String::new();
-        file.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "2XYZ676789");
-        let error = buffers.read_file_at(file.as_fd(), 5).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        let mut bytes = [0; 6];
+        assert_eq!(buffers.part(1, 6).read(0, &mut bytes), 6);
+        assert_eq!(&bytes, b"2XYZ67");
     }
 
     proptest! {

@@ -11,6 +11,8 @@
 pub mod balloon;
 pub mod block;
 pub mod chain;
+pub mod held;
+pub mod limit;
 pub mod net;
 pub mod queue;
 pub mod rng;

@@ -1,28 +1,37 @@
 //! The disk (virtio 1.2, section 5.2): a raw file, read-only or writable, with flushes. What the guest
 //! discards is a hole in the file, so that a disk is as large on the host as what is in use of it.
 //!
-//! Requests are carried out one after the other in the device's thread, by `preadv` and `pwritev`
-//! between the page cache and guest memory. A write is answered when the page cache has it, and is on
-//! the disk after the guest's next flush, as the driver has been told.
+//! ```text
+//! queue ──► request (checked) ──► engine: page cache and disk ──► answered, in any order
+//! ```
+//!
+//! A write is answered when the page cache has it, and is on the disk after the guest's next flush, as the
+//! driver has been told. Discards are done at once, in the device's thread.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
-use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use super::chain::{Buffers, Chain};
+use super::chain::Chain;
+use super::held::Held;
+use super::limit::Limiter;
+use super::worker::{FIRST_DEVICE_TOKEN, Ready};
 use super::{Context, Device, DeviceState, Kind};
-use crate::config::DiskConfig;
-use ranges::{Ranges, Zeroing};
+use crate::config::{DiskConfig, DiskEngine};
+use engine::{DEPTH, Engine};
+use request::{Geometry, MAX_REQUEST_BYTES, Request};
 
+mod engine;
 mod ranges;
+mod request;
+
+pub use engine::Way;
 
 /// A disk.
 #[derive(Debug)]
@@ -32,6 +41,24 @@ pub struct Block {
     read_only: bool,
     /// What `/sys/block/vda/serial` shows.
     serial: [u8; SERIAL_BYTES],
+    engine: Engine,
+    /// What the engine is working on, by token.
+    pending: Box<[Option<Pending>]>,
+    limiter: Limiter,
+    /// Something was given back of which the driver has not been told.
+    answered: bool,
+    /// When the queue is looked at again, though nobody calls: the limit's end, or the kernel's.
+    deadline: Option<Instant>,
+}
+
+/// A request that the engine has.
+#[derive(Debug)]
+struct Pending {
+    head: u16,
+    /// How many bytes of the guest's it writes.
+    written: u32,
+    /// Where the answer goes.
+    status: Held,
 }
 
 /// What a snapshot must hold: only what must not have changed.
@@ -45,23 +72,45 @@ const SECTOR: u64 = 512;
 const QUEUE_SIZE: u16 = 256;
 /// Data pieces in one request: what fits a descriptor table beside header and status.
 const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
-/// A request holds up the device's thread, and so a pause, for as long as it takes. Linux asks for some
-/// MiB at a time at most.
-const MAX_REQUEST_BYTES: usize = 64 << 20;
 /// A ring of the longest requests would take seconds. After this many bytes the device looks whether it is
 /// to stop.
 const MAX_ROUND_BYTES: usize = MAX_REQUEST_BYTES;
-/// Type (4 bytes), reserved (4), sector (8).
-const HEADER_BYTES: usize = 16;
 const STATUS_BYTES: usize = 1;
 /// Where `max_discard_sectors` is in `struct virtio_blk_config`, and the length of that.
 const DISCARD_AT: usize = 36;
 const CONFIG_BYTES: usize = 60;
 const SERIAL_BYTES: usize = 20;
+/// The engine has finished something.
+const ENGINE: u64 = FIRST_DEVICE_TOKEN;
+/// When a kernel that is short of memory is asked again.
+const SHORT: Duration = Duration::from_millis(10);
 
 impl Block {
     /// Opens the disk's file.
     pub fn open(config: &DiskConfig, index: usize) -> io::Result<Self> {
+        let way = config.engine.map(|engine| match engine {
+            DiskEngine::IoUring => Way::Ring,
+            DiskEngine::Threads => Way::Threads,
+        });
+        Self::with(config, index, |file| match way {
+            Some(way) => Engine::of_way(way, &config.path, file, config.read_only),
+            None => Engine::open(&config.path, file, config.read_only),
+        })
+    }
+
+    /// The same, with its data going one way only.
+    #[doc(hidden)]
+    pub fn open_by(config: &DiskConfig, index: usize, way: Way) -> io::Result<Self> {
+        Self::with(config, index, |file| {
+            Engine::of_way(way, &config.path, file, config.read_only)
+        })
+    }
+
+    fn with(
+        config: &DiskConfig,
+        index: usize,
+        engine: impl FnOnce(&File) -> io::Result<Engine>,
+    ) -> io::Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(!config.read_only)
@@ -83,10 +132,15 @@ impl Block {
         let name = format!("tern-disk-{index}");
         serial[..name.len()].copy_from_slice(name.as_bytes());
         Ok(Self {
+            engine: engine(&file)?,
             file,
             sectors: len / SECTOR,
             read_only: config.read_only,
             serial,
+            pending: std::iter::repeat_with(|| None).take(DEPTH).collect(),
+            limiter: Limiter::new(config.rate_limit.as_ref()),
+            answered: false,
+            deadline: None,
         })
     }
 
@@ -112,14 +166,134 @@ impl Block {
         }
     }
 
-    /// Carries out one request; returns how many bytes were written for the guest, the status byte
-    /// included.
-    fn process(&self, chain: &Chain<'_>) -> u32 {
+    /// Takes what the guest asks for and gives back what is done, until there is nothing more of either for now.
+    fn work(&mut self, cx: &mut Context) {
+        self.deadline = None;
+        let mut round = Round {
+            requests: cx.queues[0].size(),
+            bytes: 0,
+        };
+        loop {
+            let taken = self.take(cx, &mut round);
+            if !self.engine.hand_over() {
+                self.deadline = Some(Instant::now() + SHORT);
+            }
+            self.finish(cx);
+            match taken {
+                // What the page cache had is done already, and there is room again.
+                Taken::Full if self.token().is_some() => {}
+                // The end of a request calls.
+                Taken::Full | Taken::All => return,
+                Taken::Round => {
+                    let ram = cx.ram.clone();
+                    if cx.queues[0].unmute(&ram) {
+                        cx.again(0);
+                    }
+                    return;
+                }
+                Taken::Limited(until) => {
+                    self.deadline = Some(self.deadline.map_or(until, |at| at.min(until)));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes requests from the queue.
+    fn take(&mut self, cx: &mut Context, round: &mut Round) -> Taken {
+        let ram = cx.ram.clone();
+        cx.queues[0].mute(&ram);
+        loop {
+            let Some(token) = self.token() else {
+                return Taken::Full;
+            };
+            if round.requests == 0 || round.bytes >= MAX_ROUND_BYTES {
+                return Taken::Round;
+            }
+            let now = Instant::now();
+            if let Some(until) = self.limiter.wait(now) {
+                return Taken::Limited(until);
+            }
+            let queue = &mut cx.queues[0];
+            let Some(descriptors) = queue.pop(&ram) else {
+                if queue.unmute(&ram) {
+                    continue;
+                }
+                return Taken::All;
+            };
+            round.requests -= 1;
+            let head = descriptors.head_index();
+            match Chain::map(&ram, descriptors) {
+                Ok(chain) => {
+                    let cost = request::cost(&chain);
+                    round.bytes += cost;
+                    self.limiter.take(cost, now);
+                    self.begin(cx, token, &chain);
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "the guest made a broken disk request");
+                    queue.push(&ram, head, 0);
+                    self.answered = true;
+                }
+            }
+        }
+    }
+
+    /// A token that no request has.
+    fn token(&self) -> Option<usize> {
+        self.pending.iter().position(Option::is_none)
+    }
+
+    /// Gives one request to the engine, or answers it.
+    fn begin(&mut self, cx: &mut Context, token: usize, chain: &Chain<'_>) {
+        let ram = cx.ram.clone();
         // The last byte the device may write is the status; where there is none, there is no answer.
         let Some(data_len) = chain.writable.len().checked_sub(STATUS_BYTES) else {
-            return 0;
+            cx.queues[0].push(&ram, chain.head, 0);
+            self.answered = true;
+            return;
         };
-        let (status, written) = match self.execute(chain, data_len) {
+        // SAFETY: the chain was mapped from `cx.ram`.
+        let status = unsafe { chain.writable.part(data_len, STATUS_BYTES).hold(&ram) };
+        let disk = Geometry {
+            sectors: self.sectors,
+            read_only: self.read_only,
+        };
+        let done = match Request::read(chain, &ram, data_len, disk) {
+            Ok(Request::Job(job, written)) => {
+                self.pending[token] = Some(Pending {
+                    head: chain.head,
+                    written,
+                    status,
+                });
+                return self.engine.submit(token as u16, job); // below DEPTH
+            }
+            Ok(Request::Nothing) => Ok(0),
+            Ok(Request::Serial(target)) => Ok(target.write(0, &self.serial) as u32),
+            Ok(Request::Zero(ranges)) => ranges.apply(&self.file).map(|()| 0),
+            Err(refusal) => Err(refusal),
+        };
+        self.answer(cx, chain.head, &status, done);
+    }
+
+    /// Answers what the engine has done.
+    fn finish(&mut self, cx: &mut Context) {
+        while let Some((token, result)) = self.engine.finished() {
+            let pending = self.pending.get_mut(usize::from(token));
+            if let Some(pending) = pending.and_then(Option::take) {
+                let done = result.map(|()| pending.written).map_err(Refusal::Io);
+                self.answer(cx, pending.head, &pending.status, done);
+            }
+        }
+        if std::mem::take(&mut self.answered) {
+            cx.interrupt(0);
+        }
+    }
+
+    /// Gives a request back with its status and the number of bytes that were written for the guest, the status
+    /// included.
+    fn answer(&mut self, cx: &mut Context, head: u16, status: &Held, done: Result<u32, Refusal>) {
+        let (code, written) = match done {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(Refusal::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
             Err(Refusal::Invalid(what)) => {
@@ -133,74 +307,29 @@ impl Block {
                 (VIRTIO_BLK_S_IOERR, 0)
             }
         };
-        chain.writable.write(data_len, &[status as u8]);
-        written + STATUS_BYTES as u32
+        status.put(code as u8);
+        let ram = cx.ram.clone();
+        cx.queues[0].push(&ram, head, written + STATUS_BYTES as u32);
+        self.answered = true;
     }
+}
 
-    fn execute(&self, chain: &Chain<'_>, data_len: usize) -> Result<u32, Refusal> {
-        let mut header = [0; HEADER_BYTES];
-        if chain.readable.read(0, &mut header) < HEADER_BYTES {
-            return Err(Refusal::Invalid("no header"));
-        }
-        let [a, b, c, d, _, _, _, _, sector @ ..] = header;
-        let sector = u64::from_le_bytes(sector);
-        match u32::from_le_bytes([a, b, c, d]) {
-            VIRTIO_BLK_T_IN => {
-                let target = chain.writable.part(0, data_len);
-                let offset = self.offset(sector, target.len())?;
-                target.read_file_at(self.file.as_fd(), offset)?;
-                Ok(target.len() as u32) // a chain has less than 2^32 bytes
-            }
-            VIRTIO_BLK_T_OUT => {
-                if self.read_only {
-                    return Err(Refusal::Invalid("write to a read-only disk"));
-                }
-                let source = chain.readable.part(HEADER_BYTES, usize::MAX);
-                let offset = self.offset(sector, source.len())?;
-                source.write_file_at(self.file.as_fd(), offset)?;
-                Ok(0)
-            }
-            VIRTIO_BLK_T_FLUSH => {
-                if !self.read_only {
-                    self.file.sync_data()?;
-                }
-                Ok(0)
-            }
-            VIRTIO_BLK_T_GET_ID => {
-                let part = chain.writable.part(0, data_len);
-                Ok(part.write(0, &self.serial) as u32)
-            }
-            VIRTIO_BLK_T_DISCARD => self.zero(Zeroing::Discard, &chain.readable),
-            VIRTIO_BLK_T_WRITE_ZEROES => self.zero(Zeroing::WriteZeroes, &chain.readable),
-            _ => Err(Refusal::Unsupported),
-        }
-    }
+/// How much one call of the device takes.
+struct Round {
+    requests: u16,
+    bytes: usize,
+}
 
-    /// Empties parts of the disk: all that the request names, or none.
-    fn zero(&self, what: Zeroing, readable: &Buffers<'_>) -> Result<u32, Refusal> {
-        if self.read_only {
-            return Err(Refusal::Invalid("discard on a read-only disk"));
-        }
-        let ranges = Ranges::read(what, &readable.part(HEADER_BYTES, usize::MAX), self.sectors)?;
-        ranges.apply(&self.file)?;
-        Ok(0)
-    }
-
-    /// Where `len` bytes from `sector` on are in the file, if they are.
-    fn offset(&self, sector: u64, len: usize) -> Result<u64, Refusal> {
-        if len > MAX_REQUEST_BYTES {
-            return Err(Refusal::Invalid("more than a request may have"));
-        }
-        let len = len as u64;
-        if !len.is_multiple_of(SECTOR) {
-            return Err(Refusal::Invalid("part of a sector"));
-        }
-        sector
-            .checked_add(len / SECTOR)
-            .filter(|end| *end <= self.sectors)
-            .map(|_| sector * SECTOR)
-            .ok_or(Refusal::Invalid("beyond the end of the disk"))
-    }
+/// Why no more requests are taken.
+enum Taken {
+    /// There are none.
+    All,
+    /// The engine has all that it can have.
+    Full,
+    /// It is time to look whether to stop.
+    Round,
+    /// The rate limit, until then.
+    Limited(Instant),
 }
 
 impl Device for Block {
@@ -235,54 +364,39 @@ impl Device for Block {
         config
     }
 
-    fn start(&mut self, _cx: &mut Context) -> io::Result<()> {
-        Ok(())
+    fn start(&mut self, cx: &mut Context) -> io::Result<()> {
+        self.engine.start()?;
+        cx.watch(self.engine.event(), ENGINE, true, false)
     }
 
-    fn on_queue(&mut self, cx: &mut Context, index: usize) {
-        let ram = cx.ram.clone();
-        let queue = &mut cx.queues[index];
-        queue.mute(&ram);
-        let mut bytes = 0;
-        for _ in 0..queue.size() {
-            if bytes >= MAX_ROUND_BYTES {
-                break; // `unmute` finds the rest, for the next round
-            }
-            let Some(descriptors) = queue.pop(&ram) else {
-                break;
-            };
-            let head = descriptors.head_index();
-            let written = match Chain::map(&ram, descriptors) {
-                Ok(chain) => {
-                    bytes += work(&chain);
-                    self.process(&chain)
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "the guest made a broken disk request");
-                    0
-                }
-            };
-            queue.push(&ram, head, written);
+    fn on_queue(&mut self, cx: &mut Context, _index: usize) {
+        self.work(cx);
+    }
+
+    fn on_io(&mut self, cx: &mut Context, _token: u64, _ready: Ready) {
+        self.work(cx);
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    fn on_deadline(&mut self, cx: &mut Context, _now: Instant) {
+        self.work(cx);
+    }
+
+    fn stop(&mut self, cx: &mut Context) {
+        while self.pending.iter().any(Option::is_some) {
+            self.engine.wait();
+            self.finish(cx);
         }
-        let more = queue.unmute(&ram);
-        cx.interrupt(index);
-        if more {
-            cx.again(index);
-        }
+        cx.unwatch(self.engine.event());
+        self.engine.stop();
+        self.deadline = None;
     }
 
     fn save(&self) -> DeviceState {
         DeviceState::Block(self.state())
-    }
-}
-
-/// What a request may cost, in bytes moved. Few bytes can discard a gigabyte: a round has one of those.
-fn work(chain: &Chain<'_>) -> usize {
-    let mut kind = [0; 4];
-    chain.readable.read(0, &mut kind);
-    match u32::from_le_bytes(kind) {
-        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => MAX_ROUND_BYTES,
-        _ => chain.readable.len() + chain.writable.len(),
     }
 }
 

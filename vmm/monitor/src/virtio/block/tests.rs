@@ -1,9 +1,13 @@
 use super::*;
+use crate::config::RateLimit;
 use crate::virtio::testing::{Descriptor, Driver, READ, Rings, WRITE};
 use proptest::prelude::*;
 use std::os::unix::fs::FileExt;
 use tempfile::NamedTempFile;
-use virtio_bindings::virtio_blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 const HEADER: u64 = 0x8000;
@@ -17,22 +21,48 @@ struct Disk {
     rings: Rings,
 }
 
+/// Every way of moving the data keeps the same contract.
+macro_rules! by_every_way {
+    ($($test:ident),* $(,)?) => {
+        mod ring { $(#[test] fn $test() { super::$test(super::Way::Ring); })* }
+        mod threads { $(#[test] fn $test() { super::$test(super::Way::Threads); })* }
+        mod inline { $(#[test] fn $test() { super::$test(super::Way::Inline); })* }
+    };
+}
+
 impl Disk {
-    fn new(read_only: bool) -> Self {
+    fn new(read_only: bool, way: Way) -> Self {
+        Self::limited(read_only, way, None)
+    }
+
+    fn limited(read_only: bool, way: Way, rate_limit: Option<RateLimit>) -> Self {
         let file = NamedTempFile::new().unwrap();
         file.as_file().set_len(8 * SECTOR).unwrap();
         let config = DiskConfig {
             path: file.path().to_owned(),
             read_only,
+            rate_limit,
+            engine: None,
         };
-        let block = Block::open(&config, 0).unwrap();
+        let mut block = Block::open_by(&config, 0, way).unwrap();
         let driver = Driver::new(16);
-        let (rings, queue) = Rings::new(driver.ram.clone(), 0x2_0000, 16);
+        let (rings, queue) = Rings::new(driver.ram.clone(), 0x2_0000, 256);
+        let mut cx = Context::for_test(driver.ram, vec![queue], 0);
+        block.start(&mut cx).unwrap();
         Self {
             file,
             block,
-            cx: Context::for_test(driver.ram, vec![queue], 0),
+            cx,
             rings,
+        }
+    }
+
+    /// Serves the disk until it has nothing under way, as its worker would.
+    fn settle(&mut self) {
+        self.block.on_queue(&mut self.cx, 0);
+        while self.block.pending.iter().any(Option::is_some) {
+            self.block.engine.wait();
+            self.block.on_io(&mut self.cx, ENGINE, Ready::default());
         }
     }
 
@@ -55,7 +85,7 @@ impl Disk {
         chain.extend_from_slice(data);
         chain.push(Descriptor::at(STATUS, 1, WRITE));
         self.rings.offer(&chain);
-        self.block.on_queue(&mut self.cx, 0);
+        self.settle();
         let used = self.rings.take_used();
         assert_eq!(used.len(), 1);
         (
@@ -65,9 +95,8 @@ impl Disk {
     }
 }
 
-#[test]
-fn reads_writes_and_flushes() {
-    let mut disk = Disk::new(false);
+fn reads_writes_and_flushes(way: Way) {
+    let mut disk = Disk::new(false, way);
     disk.cx
         .ram
         .write_slice(&[7; 1024], GuestAddress(DATA))
@@ -90,9 +119,8 @@ fn reads_writes_and_flushes() {
     assert_eq!(bytes, [7; 1024]);
 }
 
-#[test]
-fn a_ring_of_long_requests_takes_more_than_one_round() {
-    let mut disk = Disk::new(false);
+fn a_ring_of_long_requests_takes_more_than_one_round(way: Way) {
+    let mut disk = Disk::new(false, way);
     disk.header(VIRTIO_BLK_T_IN, 0);
     let mib16 = Descriptor::at(DATA, 16 << 20, WRITE);
     // Longer than the disk: refused, but the device could not know before it has looked.
@@ -125,8 +153,8 @@ fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
 
 impl Disk {
     /// A disk of `sectors`, all of them written.
-    fn full(sectors: u64) -> Self {
-        let mut disk = Self::new(false);
+    fn full(sectors: u64, way: Way) -> Self {
+        let mut disk = Self::new(false, way);
         let content = vec![0x5a; (sectors * SECTOR) as usize];
         disk.file.as_file().write_all_at(&content, 0).unwrap();
         disk.file.as_file().sync_all().unwrap();
@@ -159,10 +187,9 @@ impl Disk {
     }
 }
 
-#[test]
-fn what_is_discarded_takes_no_room() {
+fn what_is_discarded_takes_no_room(way: Way) {
     use std::os::unix::fs::MetadataExt;
-    let mut disk = Disk::full(2048);
+    let mut disk = Disk::full(2048, way);
     let blocks = |disk: &Disk| disk.file.as_file().metadata().unwrap().blocks();
     let before = blocks(&disk);
     let ranges = [range(8, 1024, 0), range(1536, 8, 0)];
@@ -173,20 +200,18 @@ fn what_is_discarded_takes_no_room() {
     assert_eq!(disk.file.as_file().metadata().unwrap().len(), 2048 * SECTOR);
 }
 
-#[test]
-fn zeroes_are_written_with_and_without_room() {
-    let mut disk = Disk::full(64);
+fn zeroes_are_written_with_and_without_room(way: Way) {
+    let mut disk = Disk::full(64, way);
     let unmap = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
     let ranges = [range(3, 2, 0), range(9, 1, unmap), range(63, 0, 0)];
     assert_eq!(disk.zero(VIRTIO_BLK_T_WRITE_ZEROES, &ranges), 0);
     assert_eq!(disk.zeroes(), [3, 4, 9]);
 }
 
-#[test]
-fn senseless_ranges_get_an_error_and_change_nothing() {
+fn senseless_ranges_get_an_error_and_change_nothing(way: Way) {
     let (ioerr, unsupported) = (VIRTIO_BLK_S_IOERR as u8, VIRTIO_BLK_S_UNSUPP as u8);
     let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
-    let mut disk = Disk::full(64);
+    let mut disk = Disk::full(64, way);
     let good = range(0, 8, 0);
     for (kind, bad, status) in [
         (discard, range(64, 1, 0), ioerr),
@@ -203,13 +228,12 @@ fn senseless_ranges_get_an_error_and_change_nothing() {
         assert_eq!(disk.zero(kind, &ranges), status, "{kind}: {ranges:?}");
     }
     assert!(disk.zeroes().is_empty());
-    let mut disk = Disk::new(true);
+    let mut disk = Disk::new(true, way);
     assert_eq!(disk.zero(discard, &[good]), ioerr);
 }
 
-#[test]
-fn a_round_has_one_discard() {
-    let mut disk = Disk::full(64);
+fn a_round_has_one_discard(way: Way) {
+    let mut disk = Disk::full(64, way);
     let bytes = range(0, 8, 0);
     disk.cx.ram.write_slice(&bytes, GuestAddress(DATA)).unwrap();
     disk.header(VIRTIO_BLK_T_DISCARD, 0);
@@ -226,26 +250,24 @@ fn a_round_has_one_discard() {
     assert_eq!(disk.rings.take_used().len(), 1);
 }
 
-#[test]
-fn only_a_writable_disk_tells_of_discards() {
+fn only_a_writable_disk_tells_of_discards(way: Way) {
     let word = |config: &[u8], at: usize| {
         let mut word = [0; 4];
         word.copy_from_slice(&config[at..at + 4]);
         u32::from_le_bytes(word)
     };
-    let config = Disk::new(false).block.config();
+    let config = Disk::new(false, way).block.config();
     assert_eq!(config.len(), 60);
     assert_eq!([36, 40, 44].map(|at| word(&config, at)), [1 << 21, 16, 8]);
     assert_eq!([48, 52].map(|at| word(&config, at)), [1 << 21, 16]);
     assert_eq!(config[56], 1);
-    let block = Disk::new(true).block;
+    let block = Disk::new(true, way).block;
     assert_eq!(block.features() & (1 << VIRTIO_BLK_F_DISCARD), 0);
     assert_eq!(block.config()[36..], [0; 24]);
 }
 
-#[test]
-fn tells_its_serial_number() {
-    let mut disk = Disk::new(true);
+fn tells_its_serial_number(way: Way) {
+    let mut disk = Disk::new(true, way);
     let target = [Descriptor::at(DATA, 20, WRITE)];
     assert_eq!(disk.request(VIRTIO_BLK_T_GET_ID, 0, &target), (21, 0));
     let mut bytes = [0; 11];
@@ -256,10 +278,9 @@ fn tells_its_serial_number() {
     assert_eq!(&bytes, b"tern-disk-0");
 }
 
-#[test]
-fn senseless_requests_get_an_error_and_change_nothing() {
+fn senseless_requests_get_an_error_and_change_nothing(way: Way) {
     let (ioerr, unsupported) = (VIRTIO_BLK_S_IOERR as u8, VIRTIO_BLK_S_UNSUPP as u8);
-    let mut disk = Disk::new(false);
+    let mut disk = Disk::new(false, way);
     let sector = [Descriptor::at(DATA, 512, READ)];
     disk.cx
         .ram
@@ -291,9 +312,8 @@ fn senseless_requests_get_an_error_and_change_nothing() {
     assert_eq!(disk.block.file.metadata().unwrap().len(), 8 * 512);
 }
 
-#[test]
-fn a_read_only_disk_is_not_written() {
-    let mut disk = Disk::new(true);
+fn a_read_only_disk_is_not_written(way: Way) {
+    let mut disk = Disk::new(true, way);
     let data = [Descriptor::at(DATA, 512, READ)];
     assert_eq!(
         disk.request(VIRTIO_BLK_T_OUT, 0, &data),
@@ -301,9 +321,8 @@ fn a_read_only_disk_is_not_written() {
     );
 }
 
-#[test]
-fn a_shrunk_file_is_an_error_not_zeroes() {
-    let mut disk = Disk::new(false);
+fn a_shrunk_file_is_an_error_not_zeroes(way: Way) {
+    let mut disk = Disk::new(false, way);
     disk.file.as_file().set_len(512).unwrap();
     let target = [Descriptor::at(DATA, 1024, WRITE)];
     assert_eq!(
@@ -312,9 +331,8 @@ fn a_shrunk_file_is_an_error_not_zeroes() {
     );
 }
 
-#[test]
-fn a_snapshot_of_another_size_is_refused() {
-    let disk = Disk::new(false);
+fn a_snapshot_of_another_size_is_refused(way: Way) {
+    let disk = Disk::new(false, way);
     let state = disk.block.state();
     disk.block.check(&state).unwrap();
     let error = disk
@@ -327,10 +345,105 @@ fn a_snapshot_of_another_size_is_refused() {
     assert!(error.to_string().contains("16 sectors"), "{error}");
 }
 
+fn many_requests_are_under_way_at_once_and_each_is_answered(way: Way) {
+    const REQUESTS: u64 = 80; // more than the engine takes at once
+    let mut disk = Disk::full(REQUESTS, way);
+    for sector in 0..REQUESTS {
+        let mark = vec![sector as u8; SECTOR as usize];
+        disk.file
+            .as_file()
+            .write_all_at(&mark, sector * SECTOR)
+            .unwrap();
+    }
+    let place = |sector: u64| (HEADER + 32 * sector, DATA + SECTOR * sector);
+    for sector in 0..REQUESTS {
+        let (header, data) = place(sector);
+        let ram = &disk.cx.ram;
+        ram.write_obj(VIRTIO_BLK_T_IN, GuestAddress(header))
+            .unwrap();
+        ram.write_obj(sector, GuestAddress(header + 8)).unwrap();
+        ram.write_obj(0xee_u8, GuestAddress(header + 16)).unwrap();
+        disk.rings.offer(&[
+            Descriptor::at(header, 16, READ),
+            Descriptor::at(data, SECTOR as u32, WRITE),
+            Descriptor::at(header + 16, 1, WRITE),
+        ]);
+    }
+    // A pause finishes what was taken, and takes no more.
+    disk.block.on_queue(&mut disk.cx, 0);
+    disk.block.stop(&mut disk.cx);
+    assert!(disk.block.pending.iter().all(Option::is_none));
+    let mut used = disk.rings.take_used();
+    assert!(used.len() >= DEPTH, "{}", used.len());
+    disk.block.start(&mut disk.cx).unwrap();
+    disk.settle();
+    used.extend(disk.rings.take_used());
+    used.sort_unstable();
+    used.dedup();
+    assert_eq!(used.len() as u64, REQUESTS);
+    for sector in 0..REQUESTS {
+        let (header, data) = place(sector);
+        let byte = |at| disk.cx.ram.read_obj::<u8>(GuestAddress(at)).unwrap();
+        assert_eq!((byte(header + 16), byte(data)), (0, sector as u8));
+    }
+}
+
+fn a_limited_disk_waits_and_goes_on(way: Way) {
+    let limit = RateLimit {
+        bytes_per_second: None,
+        burst_bytes: None,
+        operations_per_second: Some(100),
+        burst_operations: Some(2),
+    };
+    let mut disk = Disk::limited(false, way, Some(limit));
+    disk.header(VIRTIO_BLK_T_IN, 0);
+    for _ in 0..4 {
+        disk.rings.offer(&[
+            Descriptor::at(HEADER, 16, READ),
+            Descriptor::at(DATA, SECTOR as u32, WRITE),
+            Descriptor::at(STATUS, 1, WRITE),
+        ]);
+    }
+    let before = Instant::now();
+    disk.settle();
+    let mut used = disk.rings.take_used().len();
+    // However slow this machine is: what it was given is no more than it may have.
+    assert!(used as f64 <= 3.0 + before.elapsed().as_secs_f64() * 100.0);
+    while used < 4 {
+        let deadline = disk.block.deadline().expect("it has a reason to wait");
+        // A driver that kicks does not get more by it.
+        disk.block.on_queue(&mut disk.cx, 0);
+        std::thread::sleep(deadline.saturating_duration_since(Instant::now()));
+        disk.block.on_deadline(&mut disk.cx, Instant::now());
+        disk.settle();
+        used += disk.rings.take_used().len();
+    }
+    // Two for the burst, and a hundredth of a second for each of the others.
+    assert!(before.elapsed() >= Duration::from_millis(10));
+}
+
+by_every_way! {
+    many_requests_are_under_way_at_once_and_each_is_answered,
+    a_limited_disk_waits_and_goes_on,
+    reads_writes_and_flushes,
+    a_ring_of_long_requests_takes_more_than_one_round,
+    what_is_discarded_takes_no_room,
+    zeroes_are_written_with_and_without_room,
+    senseless_ranges_get_an_error_and_change_nothing,
+    a_round_has_one_discard,
+    only_a_writable_disk_tells_of_discards,
+    tells_its_serial_number,
+    senseless_requests_get_an_error_and_change_nothing,
+    a_read_only_disk_is_not_written,
+    a_shrunk_file_is_an_error_not_zeroes,
+    a_snapshot_of_another_size_is_refused,
+}
+
 proptest! {
     /// Any header and any buffers: the request comes back, and the file keeps its length.
     #[test]
     fn any_request_is_answered(
+        way in prop_oneof![Just(Way::Ring), Just(Way::Threads), Just(Way::Inline)],
         kind in prop_oneof![0..14_u32, any::<u32>()],
         sector in prop_oneof![0..12_u64, any::<u64>()],
         table in prop::collection::vec(
@@ -338,14 +451,14 @@ proptest! {
              prop_oneof![0..1040_u32, any::<u32>()], 0..8_u16, 0..18_u16),
             1..12)
     ) {
-        let mut disk = Disk::new(false);
+        let mut disk = Disk::new(false, way);
         disk.header(kind, sector);
         disk.rings.offer_raw(&table);
-        disk.block.on_queue(&mut disk.cx, 0);
+        disk.settle();
         prop_assert_eq!(disk.rings.take_used().len(), 1);
         prop_assert_eq!(disk.file.as_file().metadata().unwrap().len(), 8 * SECTOR);
         // And the device still works.
-        let (rings, queue) = Rings::new(disk.cx.ram.clone(), 0x4_0000, 16);
+        let (rings, queue) = Rings::new(disk.cx.ram.clone(), 0x4_0000, 256);
         disk.rings = rings;
         disk.cx.queues[0] = queue;
         let target = [Descriptor::at(DATA, 512, WRITE)];

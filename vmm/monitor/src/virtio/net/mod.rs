@@ -9,6 +9,7 @@ pub mod tap;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
@@ -18,9 +19,10 @@ use virtio_bindings::virtio_net::{
 
 use self::tap::{Offloads, Tap, VNET_HEADER_BYTES};
 use super::chain::Chain;
+use super::limit::Limiter;
 use super::worker::{FIRST_DEVICE_TOKEN, Ready};
 use super::{Context, Device, DeviceState, Kind};
-use crate::config::MacAddr;
+use crate::config::{MacAddr, NetConfig};
 
 /// A network card on a link to the host.
 #[derive(Debug)]
@@ -30,8 +32,12 @@ pub struct Net<L = Tap> {
     /// The frame read last, its header first; `waiting` bytes of it have not reached the guest.
     frame: Box<[u8]>,
     waiting: usize,
-    /// Whether the link is watched: not while the guest has no buffers.
+    /// Whether the link is watched: not while the guest has no buffers, or has had all that it may.
     watching: bool,
+    receiving: Limiter,
+    transmitting: Limiter,
+    /// When the limit of each queue ends, while it holds.
+    waits: [Option<Instant>; 2],
 }
 
 /// What a snapshot must hold: only what must not have changed. A frame that waited is lost, as frames
@@ -76,6 +82,18 @@ impl<L: Link> Net<L> {
             frame: vec![0; FRAME_BYTES].into_boxed_slice(),
             waiting: 0,
             watching: false,
+            receiving: Limiter::default(),
+            transmitting: Limiter::default(),
+            waits: [None; 2],
+        }
+    }
+
+    /// The same, within the limits of `config`.
+    pub fn limited(self, config: &NetConfig) -> Self {
+        Self {
+            receiving: Limiter::new(config.receive_limit.as_ref()),
+            transmitting: Limiter::new(config.transmit_limit.as_ref()),
+            ..self
         }
     }
 
@@ -94,11 +112,20 @@ impl<L: Link> Net<L> {
     /// Moves frames from the link to the guest, until one of them has no more.
     fn receive(&mut self, cx: &mut Context) {
         let mut starved = false;
+        self.waits[RECEIVE] = None;
         for _ in 0..FRAMES_PER_ROUND {
             if self.waiting == 0 {
+                let now = Instant::now();
+                self.waits[RECEIVE] = self.receiving.wait(now);
+                if self.waits[RECEIVE].is_some() {
+                    break;
+                }
                 match read(self.link.as_fd(), &mut self.frame) {
                     // Without a whole header it is not a frame.
-                    Ok(len) if len > VNET_HEADER_BYTES => self.waiting = len,
+                    Ok(len) if len > VNET_HEADER_BYTES => {
+                        self.waiting = len;
+                        self.receiving.take(len - VNET_HEADER_BYTES, now);
+                    }
                     Ok(_) => continue,
                     Err(error) => {
                         if error.kind() != io::ErrorKind::WouldBlock && super::may_log() {
@@ -117,7 +144,7 @@ impl<L: Link> Net<L> {
             }
         }
         cx.interrupt(RECEIVE);
-        self.watch(cx, !starved);
+        self.watch(cx, !starved && self.waits[RECEIVE].is_none());
     }
 
     /// Lays the waiting frame into the guest's buffers.
@@ -173,7 +200,13 @@ impl<L: Link> Net<L> {
         let queue = &mut cx.queues[TRANSMIT];
         queue.mute(&ram);
         let mut sent = false;
+        self.waits[TRANSMIT] = None;
         for _ in 0..FRAMES_PER_ROUND {
+            let now = Instant::now();
+            self.waits[TRANSMIT] = self.transmitting.wait(now);
+            if self.waits[TRANSMIT].is_some() {
+                break;
+            }
             let Some(descriptors) = queue.pop(&ram) else {
                 break;
             };
@@ -181,6 +214,8 @@ impl<L: Link> Net<L> {
             let head = descriptors.head_index();
             if let Ok(chain) = Chain::map(&ram, descriptors) {
                 let len = chain.readable.len();
+                self.transmitting
+                    .take(len.saturating_sub(VNET_HEADER_BYTES), now);
                 if (VNET_HEADER_BYTES + 1..=FRAME_BYTES).contains(&len)
                     && let Err(error) = chain.readable.writev(self.link.as_fd())
                 {
@@ -191,7 +226,8 @@ impl<L: Link> Net<L> {
             }
             queue.push(&ram, head, 0);
         }
-        let more = queue.unmute(&ram);
+        // Until the limit ends, the driver has nothing to tell.
+        let more = self.waits[TRANSMIT].is_none() && queue.unmute(&ram);
         if sent {
             cx.spoken("first_frame_out");
         }
@@ -269,7 +305,21 @@ impl<L: Link> Device for Net<L> {
         self.receive(cx);
     }
 
+    fn deadline(&self) -> Option<Instant> {
+        self.waits.iter().flatten().min().copied()
+    }
+
+    fn on_deadline(&mut self, cx: &mut Context, now: Instant) {
+        if self.waits[RECEIVE].is_some_and(|until| until <= now) {
+            self.receive(cx);
+        }
+        if self.waits[TRANSMIT].is_some_and(|until| until <= now) {
+            self.transmit(cx);
+        }
+    }
+
     fn stop(&mut self, cx: &mut Context) {
+        self.waits = [None; 2];
         cx.unwatch(&self.link);
     }
 

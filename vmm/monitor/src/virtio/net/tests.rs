@@ -1,4 +1,5 @@
 use super::*;
+use crate::config::RateLimit;
 use crate::virtio::testing::{Descriptor, Driver, READ, Rings, WRITE};
 use proptest::prelude::*;
 use std::os::unix::net::UnixDatagram;
@@ -53,6 +54,55 @@ fn frame(len: usize) -> Vec<u8> {
     (0..len)
         .map(|i| if i < VNET_HEADER_BYTES { 0 } else { i as u8 })
         .collect()
+}
+
+#[test]
+fn a_limited_card_takes_its_time_and_loses_nothing() {
+    let limit = |frames| {
+        Some(RateLimit {
+            bytes_per_second: None,
+            burst_bytes: None,
+            operations_per_second: Some(frames),
+            burst_operations: Some(1),
+        })
+    };
+    let config = NetConfig {
+        tap: String::new(),
+        mac: MAC,
+        receive_limit: limit(50),
+        transmit_limit: limit(100),
+    };
+    let mut card = card(0);
+    card.net = card.net.limited(&config);
+    for at in 0..3 {
+        let buffer = Descriptor::at(0x8000 + 0x1000 * at, 2048, WRITE);
+        card.receive.offer(&[buffer]);
+        card.host.send(&frame(100)).unwrap();
+        card.transmit.offer(&[Descriptor::at(0x8000, 100, READ)]);
+    }
+    let began = Instant::now();
+    card.net.on_io(&mut card.cx, LINK, Ready::default());
+    card.net.on_queue(&mut card.cx, TRANSMIT);
+    let (mut received, mut sent) = (0, 0);
+    loop {
+        received += card.receive.take_used().len();
+        sent += card.transmit.take_used().len();
+        if (received, sent) == (3, 3) {
+            break;
+        }
+        let until = card.net.deadline().expect("it has a reason to wait");
+        // A driver that kicks does not get more by it.
+        card.net.on_queue(&mut card.cx, TRANSMIT);
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
+        card.net.on_deadline(&mut card.cx, Instant::now());
+    }
+    // The burst is one; a frame begins when a part of the last one's debt is paid.
+    assert!(began.elapsed() >= std::time::Duration::from_millis(20));
+    while let Some(until) = card.net.deadline() {
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
+        card.net.on_deadline(&mut card.cx, Instant::now());
+    }
+    assert!(card.net.watching, "what comes next is heard of");
 }
 
 #[test]
