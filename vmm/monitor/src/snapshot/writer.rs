@@ -4,7 +4,8 @@
 //! guest's own copy, because it was written (or mapped beforehand as if): [`update`] writes it to the
 //! file, where it has changed. Or it is the file's page: there it is already. So an update writes only where the
 //! guest has copies of its own, and the guest never sees it: it may fail half-way, on a full
-//! disk, and the guest runs on; the next one has the same pages to write, and more.
+//! disk, and the guest runs on. The next one has the same pages to write, and the index remembers which
+//! checksums can no longer be trusted.
 //!
 //! Two things must stay so. A page that has become zero is punched out of the file, which leaves private
 //! copies alone; cutting the file off (`ftruncate`) would drop them. And a page that the guest's balloon has
@@ -27,7 +28,7 @@ use super::pagemap::{Entries, Entry};
 use super::seal::Seal;
 use crate::memory::{Memory, PAGE_SIZE};
 
-/// The longest single write: pages beyond it only wait in the page cache for the disk.
+/// The longest single write; longer ones would be no faster.
 const WRITE_BYTES: usize = 4 << 20;
 
 /// Writes all of `memory` to a new file at `path`.
