@@ -226,12 +226,13 @@ impl Vmm {
                 .as_str()
                 .context("no snapshot_dir")?,
         );
-        let aside = dir.with_extension("new");
-        fs::create_dir_all(&aside)?;
+        // As the monitor updates one: none, until the state is there.
+        fs::create_dir_all(&dir)?;
+        let _ = fs::remove_file(dir.join("state"));
         let memory = serde_json::to_vec(&*self.memory.lock().unwrap())?;
-        fs::write(aside.join("state"), memory)?;
-        fs::write(aside.join("memory"), vec![1; 4096])?;
-        fs::rename(&aside, &dir)?;
+        fs::write(dir.join("memory"), vec![1; 4096])?;
+        fs::write(dir.join("state.new"), memory)?;
+        fs::rename(dir.join("state.new"), dir.join("state"))?;
         self.kill_agent_at("snapshot");
         Ok(Value::Null)
     }

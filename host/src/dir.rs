@@ -10,14 +10,18 @@
 //!
 //! # A crash at any step
 //!
-//! *Suspending*: an old `snapshot/` is removed; the monitor is paused; it writes `snapshot/`; the
+//! *Suspending*: the monitor is paused; it writes `snapshot/`, or updates the one that it woke from; the
 //! seal is written; the monitor is stopped. Whoever comes after a crash finds the monitor alive
 //! until the last step, and a living monitor wins: the seal is removed, then the vCPUs run on. A
 //! monitor that died before the seal was written leaves a crashed Machine.
 //!
-//! *Waking*: the seal is removed; the monitor starts from `snapshot/`; the guest is told the time;
-//! `snapshot/` is removed. A crash after the first step leaves either a monitor to adopt or a
-//! Machine that starts cold from its disk.
+//! *Waking*: the seal is removed; the monitor starts from `snapshot/`; the guest is told the time.
+//! A crash after the first step leaves either a monitor to adopt or a Machine that starts cold from
+//! its disk.
+//!
+//! *Awake*, `snapshot/` stays where it is: its memory file lies under the guest's memory, and has its room on
+//! the disk with a name or without; and the next snapshot need only write what has changed. It is
+//! removed when the monitor has ended and nothing sealed it, and before a cold start.
 //!
 //! *Losing power* in these moments: a removed seal must not come back once the guest has written to
 //! its disk, so its directory is synced, while the monitor loads its memory and before anybody's

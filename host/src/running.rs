@@ -1,6 +1,7 @@
 //! A monitor that runs, and what its guest has told.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -18,6 +19,8 @@ use crate::monitor::Monitor;
 pub(crate) struct Running {
     pub(crate) epoch: Epoch,
     pub(crate) monitor: Monitor,
+    /// Its snapshot is being written, or is good: nobody removes it when the monitor ends.
+    pub(crate) sleeps: AtomicBool,
     news: watch::Sender<News>,
     collector: Mutex<Option<JoinHandle<()>>>,
 }
@@ -35,6 +38,7 @@ impl Running {
         Arc::new(Self {
             epoch,
             monitor,
+            sleeps: AtomicBool::new(false),
             news: watch::channel(News::default()).0,
             collector: Mutex::default(),
         })

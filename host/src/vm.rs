@@ -5,6 +5,7 @@
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -105,6 +106,7 @@ impl Vm {
                 self.host.metrics.adopted.add(1);
                 return Ok(Found::Asleep);
             }
+            self.remove_snapshot().await;
             let ran = self.memo.lock().boots > 0;
             let end = self
                 .dir
@@ -154,7 +156,6 @@ impl Vm {
             outcome = call => outcome.map_err(|e| e.to_string())?,
             _ = running.monitor.ended() => return Err("it has just ended".to_owned()),
         }
-        self.remove_snapshot();
         // It may have been paused, or woken by an agent that died before it could tell the time. A
         // guest that still boots does not listen, and needs no telling.
         match self.guest.ask(&resumed(), QUICK).await {
@@ -389,14 +390,8 @@ impl Vm {
         };
         let instance_id = self.memo.lock().instance_id.clone();
         let instance_id = instance_id.ok_or_else(|| alive("its config is not known".to_owned()))?;
-        // A wake removes the old one when it has time; it must be gone before there is a new one.
-        self.on_disk({
-            let dir = self.dir.clone();
-            move || dir.remove_snapshot()
-        })
-        .await
-        .map_err(alive)?;
         let socket = self.dir.control();
+        running.sleeps.store(true, Ordering::Release);
         let write = async {
             control::pause(&socket).await.map_err(|e| e.to_string())?;
             control::snapshot(&socket)
@@ -415,16 +410,17 @@ impl Vm {
             signal = running.monitor.ended() => {
                 // Without its monitor's word a snapshot is not trusted.
                 let _ = self.break_seal();
+                self.remove_snapshot().await;
                 return Err(SleepFailure { reason: self.end(running, signal).reason, alive: false });
             }
         };
         if let Err(reason) = written {
+            running.sleeps.store(false, Ordering::Release);
             let back = self.break_seal().map_err(told);
             let back = match back {
                 Ok(()) => control::resume(&socket).await.map_err(|e| e.to_string()),
                 Err(error) => Err(error),
             };
-            self.remove_snapshot();
             let Err(error) = back else {
                 return Err(alive(reason));
             };
@@ -501,16 +497,13 @@ impl Vm {
         .await
     }
 
-    /// Removes a snapshot whose seal is broken, in the background.
-    fn remove_snapshot(&self) {
+    /// Removes a snapshot that nobody can use any more: its seal is broken, and no monitor has it open.
+    async fn remove_snapshot(&self) {
         let dir = self.dir.clone();
-        let work = self.on_disk(move || dir.remove_snapshot());
-        let id = self.id.clone();
-        tokio::spawn(async move {
-            if let Err(error) = work.await {
-                tracing::warn!(machine = %id, error, "a snapshot cannot be removed");
-            }
-        });
+        let removed = self.on_disk(move || dir.remove_snapshot()).await;
+        if let Err(error) = removed {
+            tracing::warn!(machine = %self.id, error, "a snapshot cannot be removed");
+        }
     }
 
     async fn image(&self, machine: &Machine) -> Result<tern_image::Image, BootFailure> {
@@ -728,8 +721,9 @@ impl Hands for Vm {
             self.attend(&running);
             self.pass_call_on();
         }
-        // Its files stay with the monitor that has them open.
-        self.remove_snapshot();
+        if outcome.is_err() {
+            self.remove_snapshot().await;
+        }
         outcome
     }
 
@@ -761,6 +755,9 @@ impl Hands for Vm {
             }
         }
         self.forget_running(running.epoch);
+        if !running.sleeps.load(Ordering::Acquire) {
+            self.remove_snapshot().await;
+        }
         self.end(&running, signal)
     }
 

@@ -96,7 +96,7 @@ impl Place {
             serial: SerialPort::new(&config.serial_log).unwrap().save(),
             devices,
         };
-        snapshot::write(&config.snapshot_dir, &config, &machine, &memory, None, None).unwrap();
+        snapshot::write(&config, &machine, &memory, None, None).unwrap();
         let state = config.snapshot_dir.join("state");
         Self {
             whole: std::fs::read(&state).unwrap(),

@@ -104,10 +104,13 @@ fn dies_while_waking(step: &str) {
     assert_eq!(world.count(&machine), 2, "the monitor was adopted");
     assert_eq!(world.monitors().len(), 1);
     let dir = world.machine_dir(&machine);
-    until("the snapshot is gone", || {
-        !dir.join("jail/snapshot").exists()
-    });
     assert!(!dir.join("suspended.json").exists());
+    world.stop(&machine);
+    world.wait(&machine, "stopped");
+    assert!(
+        !dir.join("jail/snapshot").exists(),
+        "it is of no use any more"
+    );
 }
 
 #[test]

@@ -33,12 +33,19 @@ fn a_machine_is_launched_suspended_woken_stopped_and_destroyed() {
     );
     world.start(&machine);
     assert_eq!(world.count(&machine), 2, "its memory is what it was");
-    until("the snapshot is gone", || {
-        !world.machine_dir(&machine).join("jail/snapshot").exists()
-    });
+    let dir = world.machine_dir(&machine);
+    assert!(!dir.join("suspended.json").exists());
+    assert!(
+        dir.join("jail/snapshot").exists(),
+        "the next one updates it"
+    );
 
     world.stop(&machine);
     let status = world.wait(&machine, "stopped");
+    assert!(
+        !dir.join("jail/snapshot").exists(),
+        "it is of no use any more"
+    );
     assert_eq!(
         kinds(&status),
         ["launch", "start", "suspend", "start", "stop"]

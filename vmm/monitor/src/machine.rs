@@ -382,20 +382,12 @@ impl Machine {
                 .collect::<io::Result<_>>()
                 .map_err(failed)?,
         };
-        let base = self.memory_index.as_ref();
         let working_set = match &self.touched {
             Touched::Observed(set) => Some(set),
             _ => None,
         };
-        snapshot::write(
-            path,
-            &self.config,
-            &machine,
-            &self.memory,
-            base,
-            working_set,
-        )
-        .map_err(failed)
+        let index = self.memory_index.as_mut();
+        snapshot::write(&self.config, &machine, &self.memory, index, working_set).map_err(failed)
     }
 
     /// Asks the guest to use no more than `mib` of its memory. It is asked through its balloon, and takes

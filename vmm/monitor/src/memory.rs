@@ -214,7 +214,7 @@ pub fn discard(ram: &GuestRam, address: u64, len: usize) -> io::Result<()> {
 }
 
 /// Gives the whole pages of `slice` back to the host. They read as zeroes from then on or, in memory over a
-/// file, as they are in that.
+/// file, as they are in that: what the last snapshot of them wrote.
 pub fn give_back(slice: &VolatileSlice<'_>) -> io::Result<()> {
     let guard = slice.ptr_guard_mut();
     let before = guard.as_ptr().align_offset(PAGE_SIZE);

@@ -426,6 +426,54 @@ fn clock_offset(guest: &Guest) -> (f64, f64) {
     best
 }
 
+/// Bytes that the monitor has written and dirtied until now.
+fn written(guest: &Guest) -> (u64, u64) {
+    let io = fs::read_to_string(format!("/proc/{}/io", guest.pid())).unwrap();
+    let field = |name: &str| {
+        let line = io.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap().trim().parse().unwrap()
+    };
+    (field("wchar:"), field("write_bytes:"))
+}
+
+#[test]
+fn metal_a_later_suspend_writes_what_has_changed() {
+    use std::os::unix::fs::MetadataExt;
+    let mut guest = Guest::new().with("memory_mib", json!(256)).booted();
+    guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=64 2>/dev/null");
+    let sum = guest.sh("md5sum < /tmp/data");
+    guest.suspend();
+    let memory = guest.path("snapshot/memory");
+    let first = fs::metadata(&memory).unwrap();
+    for round in 0..4 {
+        guest.restore();
+        assert_eq!(
+            guest.sh(&format!("echo {round} >> /tmp/rounds; echo up")),
+            "up"
+        );
+        guest.post("pause");
+        let before = written(&guest);
+        let start = Instant::now();
+        guest.post("snapshot");
+        let took = start.elapsed();
+        let after = written(&guest);
+        let (wrote, dirtied) = (after.0 - before.0, after.1 - before.1);
+        println!(
+            "round {round}: {} KiB written, {} KiB dirtied, {took:.1?}; the first has {} KiB",
+            wrote >> 10,
+            dirtied >> 10,
+            first.blocks() / 2
+        );
+        assert!(wrote < 16 << 20, "round {round}: {wrote} bytes");
+        guest.post("stop");
+        assert_eq!(guest.exit(), (0, "stopped".into()));
+        assert_eq!(fs::metadata(&memory).unwrap().ino(), first.ino());
+    }
+    guest.restore();
+    assert_eq!(guest.sh("cat /tmp/rounds"), "0\n1\n2\n3");
+    assert_eq!(guest.sh("md5sum < /tmp/data"), sum);
+}
+
 #[test]
 fn metal_a_wake_is_prefetched_and_a_damaged_working_set_is_ignored() {
     let mut guest = Guest::new().booted();

@@ -94,9 +94,9 @@ fn metal_a_restore_is_killed_at_every_step() {
     );
 }
 
-#[test]
-fn metal_a_snapshot_is_killed_at_every_step() {
-    let mut guest = asleep();
+/// Kills the monitor at steps of a restored guest's snapshot. `prepare` is called with the snapshot's
+/// directory before each restore. Returns after how many kills there was the old snapshot, the new one, none.
+fn die_in_a_snapshot(guest: &mut Guest, prepare: impl Fn(&Path)) -> [usize; 3] {
     let good = guest.path("good");
     let snapshot = guest.path("jail/snapshot");
     let copy = |from: &Path, to: &Path| {
@@ -109,11 +109,11 @@ fn metal_a_snapshot_is_killed_at_every_step() {
         assert!(done.success());
     };
     copy(&snapshot, &good);
-    let (mut kills, mut old, mut new, mut none) = (0, 0, 0, 0);
+    let (mut kills, mut left) = (0, [0; 3]);
     let stride = std::env::var_os("TERN_DEEP").map_or(STRIDE, |_| 1);
     for nth in (1..).step_by(stride) {
-        // Each has a snapshot to replace, as one that the agent has not removed yet.
         copy(&good, &snapshot);
+        prepare(&snapshot);
         guest.restore();
         guest.sh("echo newer >/word");
         guest.post("pause");
@@ -125,28 +125,55 @@ fn metal_a_snapshot_is_killed_at_every_step() {
         }
         guest.bury();
         // There is none, or one that is whole.
+        guest.restore();
         if snapshot.join("state").exists() {
-            guest.restore();
             match guest.sh("cat /word").as_str() {
-                "kept" => old += 1,
-                "newer" => new += 1,
+                "kept" => left[0] += 1,
+                "newer" => left[1] += 1,
                 other => panic!("{fired:?}: the guest remembers {other:?}\n{}", guest.logs()),
             }
             guest.suspend();
+            assert_eq!(
+                names(guest)
+                    .iter()
+                    .find(|name| name.contains(".tmp") || name.contains(".new")),
+                None,
+                "what a snapshot leaves, the next removes"
+            );
         } else {
-            none += 1;
+            assert_eq!(guest.exit(), (4, "snapshot_refused".into()), "{fired:?}");
+            let message = guest.exit_message();
+            assert!(message.contains("broken off"), "{fired:?}: {message}");
+            left[2] += 1;
         }
-        let leftovers = guest.path("jail/snapshot.tmp");
-        assert!(
-            !leftovers.exists() || fired.is_some(),
-            "what a snapshot leaves, the next removes"
-        );
         if fired.is_none() {
             break;
         }
         kills += 1;
     }
-    println!("{kills} kills: {old} left the old snapshot, {new} the new one, {none} none");
+    println!("{kills} kills left [old, new, no] snapshots: {left:?}");
+    left
+}
+
+#[test]
+fn metal_a_snapshot_is_killed_at_every_step() {
+    let [old, new, none] = die_in_a_snapshot(&mut asleep(), |_| ());
+    // The first of all kills comes before anything has been done.
+    assert!(
+        old == 1 && new > 0 && none > 5,
+        "{old} old, {new} new, {none} none"
+    );
+}
+
+#[test]
+fn metal_a_whole_snapshot_is_killed_at_every_step() {
+    // With a second name the memory file is not written to: a new one takes its place.
+    let second = |snapshot: &Path| {
+        let name = snapshot.with_file_name("second");
+        let _ = fs::remove_file(&name);
+        fs::hard_link(snapshot.join("memory"), name).unwrap();
+    };
+    let [old, new, none] = die_in_a_snapshot(&mut asleep(), second);
     assert!(
         old > 5 && new > 0 && none == 0,
         "{old} old, {new} new, {none} none"

@@ -164,7 +164,10 @@ const MAIN: &[Call] = &[
     ),
     call(libc::SYS_mkdir, "the snapshot's directory"),
     call(libc::SYS_renameat2, "a snapshot replaces the last one"),
-    call(libc::SYS_unlink, "the sockets, at the end"),
+    call(
+        libc::SYS_unlink,
+        "the last snapshot's state; the sockets, at the end",
+    ),
     call(libc::SYS_unlinkat, "an old snapshot"),
     call(libc::SYS_rmdir, "an old snapshot"),
     call(libc::SYS_getdents64, "an old snapshot"),
@@ -175,10 +178,15 @@ const MAIN: &[Call] = &[
         libc::SYS_ftruncate,
         "the memory file's length, the pid file's",
     ),
-    call(libc::SYS_pread64, "pagemap, the last memory file"),
+    call(libc::SYS_pread64, "pagemap"),
     call(libc::SYS_pwrite64, "guest memory to its file"),
     call(libc::SYS_lseek, "holes of the last memory file"),
-    call(libc::SYS_copy_file_range, "pages that have not changed"),
+    one_of(
+        libc::SYS_fallocate,
+        "pages that became zero leave the memory file",
+        1,
+        &[PUNCH_HOLE],
+    ),
     one_of(
         libc::SYS_fcntl,
         "opening a directory",
@@ -323,6 +331,8 @@ pub fn calls(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
 
 /// How `std::fs::write` opens.
 const NEW_FILE: u32 = (libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC | libc::O_CLOEXEC) as u32;
+/// A file keeps its length.
+const PUNCH_HOLE: u32 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as u32;
 /// What `pthread_create` asks for.
 const THREAD: u32 = (libc::CLONE_VM
     | libc::CLONE_FS

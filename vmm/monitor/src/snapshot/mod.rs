@@ -16,12 +16,30 @@
 //! from before a restart of the host, which is when a crash may have left a part of it) is read and
 //! checked whole before the guest runs.
 //!
+//! # The next snapshot
+//!
+//! The first one of a guest that was booted is a new directory, which takes its place by a rename. A guest
+//! that was restored has `memory` under its memory, and its next snapshot writes to that very file
+//! what has changed since (`writer.rs` says why the guest does not notice). So there is *none or the new
+//! one*: `state` is removed first, then `memory` is updated, and the new `state` is renamed to its place
+//! last. Whatever happens in between, a restore is refused, and the Machine starts cold. Nothing is lost
+//! by that: the old snapshot is of a guest that has written to its disk since, and must not run again.
+//! (The agent removes its own seal before it wakes a Machine, for the same reason.)
+//!
+//! A file that is not the mapped one any more, has a second name or cannot be opened for writing is left
+//! alone, and the snapshot is a new directory again.
+//!
+//! # Damage
+//!
 //! Checksums are XXH3 of 64 bits: they find damage, not forgery. Whoever can write these files is the
-//! user who runs the monitor, and a monitor that was taken over can forge its own Machine's.
+//! user who runs the monitor, and a monitor that was taken over can forge its own Machine's. An update takes
+//! a chunk with the checksum of before for the same; a guest that makes two that collide fools itself.
 
 mod memory_file;
+mod pagemap;
 mod seal;
 mod working_set;
+mod writer;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -40,6 +58,7 @@ use crate::serial::SerialPortState;
 use crate::trace::Trace;
 use crate::vcpu::state::VcpuState;
 use crate::virtio::transport::TransportState;
+use writer::Target;
 
 pub use memory_file::{CHUNK_BYTES, MemoryIndex};
 pub use working_set::WorkingSet;
@@ -90,6 +109,9 @@ pub enum Refused {
         /// Why.
         source: io::Error,
     },
+    /// The state file, which is written last, is not there.
+    #[error("there is no snapshot, or writing it was broken off: {0} is missing")]
+    Incomplete(PathBuf),
     /// Not a snapshot at all.
     #[error("{0} is not a snapshot's state file")]
     NotASnapshot(PathBuf),
@@ -181,39 +203,69 @@ const HEADER_BYTES: usize = 40;
 /// Some 100 KiB per processor, and 8 bytes per chunk of memory: 256 GiB take 32 MiB.
 const MAX_STATE_BYTES: u64 = 64 << 20;
 const STATE: &str = "state";
+/// What becomes [`STATE`] when all is written.
+const NEW_STATE: &str = "state.new";
 const MEMORY: &str = "memory";
 const WORKING_SET: &str = "working_set";
 
-/// Writes a snapshot of a paused Machine to `dir`: whole, or not at all.
+/// Writes a snapshot of a paused Machine: whole, or not at all. With the `index` of the file under its
+/// memory that file is updated, and there is no snapshot until that is done; else a new one takes the place
+/// of what is there.
 ///
 /// Nothing is flushed to the disk: after a crash of the host its seal is void, and a file that did
 /// not get there whole does not pass its checksums.
 pub fn write(
-    dir: &Path,
     config: &VmConfig,
     machine: &MachineState,
     memory: &Memory,
-    base: Option<&MemoryIndex>,
+    index: Option<&mut MemoryIndex>,
     working_set: Option<&WorkingSet>,
 ) -> io::Result<()> {
-    let temporary = sibling(dir, ".tmp");
+    if let Some(index) = index {
+        match memory_file::reopen(&config.snapshot_dir.join(MEMORY), memory) {
+            Ok(file) => return update(&file, config, machine, memory, index, working_set),
+            Err(error) => tracing::info!(%error, "the memory file is not updated but written anew"),
+        }
+    }
+    write_whole(config, machine, memory, working_set)
+}
+
+/// Updates the memory file, with no snapshot around it before it is done.
+fn update(
+    file: &impl Target,
+    config: &VmConfig,
+    machine: &MachineState,
+    memory: &Memory,
+    index: &mut MemoryIndex,
+    working_set: Option<&WorkingSet>,
+) -> io::Result<()> {
+    let dir = &config.snapshot_dir;
+    for name in [STATE, NEW_STATE, WORKING_SET] {
+        match fs::remove_file(dir.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    writer::update(file, memory, index)?;
+    let state = state_file(&payload(config, machine, index)?);
+    write_beside(dir, NEW_STATE, &state, working_set)?;
+    fs::rename(dir.join(NEW_STATE), dir.join(STATE))
+}
+
+fn write_whole(
+    config: &VmConfig,
+    machine: &MachineState,
+    memory: &Memory,
+    working_set: Option<&WorkingSet>,
+) -> io::Result<()> {
+    let temporary = sibling(&config.snapshot_dir, ".tmp");
     remove(&temporary)?;
     fs::create_dir(&temporary)?;
     let written = (|| {
-        let index = memory_file::write(&temporary.join(MEMORY), memory, base)?;
-        let payload = PayloadRef {
-            identity: Identity::of(config),
-            memory: &index,
-            machine,
-        };
-        let payload = postcard::to_stdvec(&payload).map_err(io::Error::other)?;
-        let mut file = File::create_new(temporary.join(STATE))?;
-        file.write_all(&header(&payload))?;
-        file.write_all(&payload)?;
-        if let Some(set) = working_set {
-            fs::write(temporary.join(WORKING_SET), set.to_bytes())?;
-        }
-        replace(&temporary, dir)
+        let index = writer::write_whole(&temporary.join(MEMORY), memory)?;
+        let state = state_file(&payload(config, machine, &index)?);
+        write_beside(&temporary, STATE, &state, working_set)?;
+        replace(&temporary, &config.snapshot_dir)
     })();
     if written.is_err() {
         let _ = remove(&temporary);
@@ -221,9 +273,31 @@ pub fn write(
     written
 }
 
+fn payload(config: &VmConfig, machine: &MachineState, memory: &MemoryIndex) -> io::Result<Vec<u8>> {
+    let payload = PayloadRef {
+        identity: Identity::of(config),
+        memory,
+        machine,
+    };
+    postcard::to_stdvec(&payload).map_err(io::Error::other)
+}
+
+/// Writes what is beside a memory file that is complete.
+fn write_beside(
+    dir: &Path,
+    name: &str,
+    state: &[u8],
+    working_set: Option<&WorkingSet>,
+) -> io::Result<()> {
+    if let Some(set) = working_set {
+        fs::write(dir.join(WORKING_SET), set.to_bytes())?;
+    }
+    File::create_new(dir.join(name))?.write_all(state)
+}
+
 /// Opens what [`write()`] needs of `/proc`, for a process that will soon be without it, or may not open it.
 pub fn prepare() -> io::Result<()> {
-    memory_file::pagemap()?;
+    pagemap::pagemap()?;
     seal::boot_id().map(drop)
 }
 
@@ -231,13 +305,13 @@ pub fn prepare() -> io::Result<()> {
 ///
 /// The directory belongs to the Machine's own monitor, and who reads it next may still be root: a link
 /// out of it is not followed.
-fn open_plain(path: &Path) -> io::Result<File> {
+fn open_plain(path: &Path, access: OFlag) -> io::Result<File> {
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     let dir = nix::fcntl::open(dir, flags | OFlag::O_DIRECTORY, Mode::empty())?;
-    let file = File::from(openat(dir, name, flags, Mode::empty())?);
+    let file = File::from(openat(dir, name, flags | access, Mode::empty())?);
     if file.metadata()?.is_file() {
         Ok(file)
     } else {
@@ -313,7 +387,7 @@ impl std::fmt::Display for Identity {
     }
 }
 
-/// A state file that holds `payload` and nothing wrong: for the fuzzer, which would not guess checksums.
+/// A state file that holds `payload`. Public for the fuzzer, which would not guess checksums.
 #[doc(hidden)]
 pub fn state_file(payload: &[u8]) -> Vec<u8> {
     [&header(payload), payload].concat()
@@ -336,7 +410,10 @@ fn read_state(path: &Path) -> Result<Vec<u8>, Refused> {
         path: path.to_owned(),
         source,
     };
-    let file = open_plain(path).map_err(read)?;
+    let file = open_plain(path, OFlag::O_RDONLY).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => Refused::Incomplete(path.to_owned()),
+        _ => read(error),
+    })?;
     let found = file.metadata().map_err(read)?.len();
     if found > MAX_STATE_BYTES {
         return Err(Refused::NotASnapshot(path.to_owned()));

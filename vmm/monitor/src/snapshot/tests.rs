@@ -1,7 +1,9 @@
 use super::*;
 use crate::config::VmConfig;
 use proptest::prelude::*;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use tempfile::TempDir;
+use vm_memory::{Bytes, GuestAddress};
 
 /// A snapshot of nothing in particular: what is checked before KVM sees any of it.
 fn snapshot() -> (TempDir, VmConfig) {
@@ -30,7 +32,7 @@ fn snapshot() -> (TempDir, VmConfig) {
 }
 
 fn write_new(config: &VmConfig, machine: &MachineState, memory: &Memory) -> io::Result<()> {
-    write(&config.snapshot_dir, config, machine, memory, None, None)
+    write(config, machine, memory, None, None)
 }
 
 fn machine(dir: &TempDir) -> MachineState {
@@ -54,27 +56,104 @@ fn refusal(config: &VmConfig) -> Refused {
     }
 }
 
-#[test]
-fn a_whole_snapshot_opens_and_a_second_replaces_it() {
-    let (dir, config) = snapshot();
-    let opened = open(&config, &trace()).unwrap();
-    assert_eq!(opened.memory.size(), 32 << 20);
-    // While it is in use, as when a Machine is suspended for the second time.
-    write(
-        &config.snapshot_dir,
-        &config,
-        &machine(&dir),
-        &opened.memory,
-        Some(&opened.index),
-        None,
-    )
-    .unwrap();
-    open(&config, &trace()).unwrap();
-    let names: Vec<_> = fs::read_dir(dir.path())
+fn names(dir: &Path) -> Vec<String> {
+    let names = fs::read_dir(dir).unwrap();
+    let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    names
+}
+
+fn word(memory: &Memory) -> [u8; 4] {
+    memory.ram().read_obj(GuestAddress(0x5000)).unwrap()
+}
+
+fn remember(memory: &Memory, word: &[u8; 4]) {
+    memory
+        .ram()
+        .write_slice(word, GuestAddress(0x5000))
+        .unwrap();
+}
+
+fn inode(config: &VmConfig) -> u64 {
+    fs::metadata(config.snapshot_dir.join(MEMORY))
         .unwrap()
-        .map(|entry| entry.unwrap().file_name())
-        .collect();
-    assert_eq!(names.len(), 2, "{names:?}: the snapshot and the serial log");
+        .ino()
+}
+
+#[test]
+fn the_next_snapshot_of_a_restored_guest_is_in_the_same_file() {
+    let (dir, config) = snapshot();
+    let first = inode(&config);
+    for round in 0..3_u8 {
+        let mut opened = open(&config, &trace()).unwrap();
+        assert_eq!(opened.memory.size(), 32 << 20);
+        if round > 0 {
+            assert_eq!(word(&opened.memory), [b'a', b'b', b'c', round - 1]);
+        }
+        let set = WorkingSet::observe(&opened.memory, opened.working_set.as_ref()).unwrap();
+        // Twice, as when the agent cannot write its seal and the guest goes on.
+        for last in [b'-', round] {
+            remember(&opened.memory, &[b'a', b'b', b'c', last]);
+            let (machine, index) = (machine(&dir), &mut opened.index);
+            write(&config, &machine, &opened.memory, Some(index), Some(&set)).unwrap();
+            assert_eq!(word(&open(&config, &trace()).unwrap().memory)[3], last);
+        }
+        assert_eq!(inode(&config), first);
+        assert_eq!(names(&config.snapshot_dir), [MEMORY, STATE, WORKING_SET]);
+    }
+    assert_eq!(names(dir.path()), ["serial.log", "snapshot"]);
+}
+
+#[test]
+fn a_file_that_is_not_this_machines_alone_is_replaced() {
+    let (dir, config) = snapshot();
+    let (first, kept) = (inode(&config), dir.path().join("kept"));
+    fs::hard_link(config.snapshot_dir.join(MEMORY), &kept).unwrap();
+    let mut opened = open(&config, &trace()).unwrap();
+    remember(&opened.memory, b"next");
+    let index = &mut opened.index;
+    write(&config, &machine(&dir), &opened.memory, Some(index), None).unwrap();
+    assert_ne!(inode(&config), first);
+    assert_eq!(word(&open(&config, &trace()).unwrap().memory), *b"next");
+    assert!(fs::read(&kept).unwrap().iter().all(|byte| *byte == 0));
+    assert_eq!(names(dir.path()), ["kept", "serial.log", "snapshot"]);
+}
+
+/// A memory file on a disk that is full, half of the first write on.
+struct Full(File);
+
+impl Target for Full {
+    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_all_at(&bytes[..bytes.len() / 2], offset)?;
+        Err(io::ErrorKind::StorageFull.into())
+    }
+
+    fn punch(&self, _offset: u64, _len: u64) -> nix::Result<()> {
+        Err(nix::errno::Errno::ENOSPC)
+    }
+
+    fn seal(&self) -> io::Result<Option<seal::Seal>> {
+        panic!("what was not written is not sealed")
+    }
+}
+
+#[test]
+fn an_update_that_fails_leaves_no_snapshot_and_a_good_guest() {
+    let (dir, config) = snapshot();
+    let mut opened = open(&config, &trace()).unwrap();
+    let (memory, index) = (&opened.memory, &mut opened.index);
+    remember(memory, b"kept");
+    let file = memory_file::reopen(&config.snapshot_dir.join(MEMORY), memory).unwrap();
+    let full = Full(file);
+    update(&full, &config, &machine(&dir), memory, index, None).unwrap_err();
+    let refused = refusal(&config);
+    assert!(matches!(refused, Refused::Incomplete(_)), "{refused}");
+    assert!(refused.to_string().contains("broken off"), "{refused}");
+    // The guest runs on, and when it is tried again, all is well.
+    assert_eq!(word(memory), *b"kept");
+    write(&config, &machine(&dir), memory, Some(index), None).unwrap();
+    assert_eq!(word(&open(&config, &trace()).unwrap().memory), *b"kept");
 }
 
 #[test]
@@ -105,7 +184,7 @@ fn other_versions_and_other_files_are_named() {
     fs::write(&path, [&whole[..], b"more"].concat()).unwrap();
     assert!(matches!(refusal(&config), Refused::StateLength { .. }));
     fs::remove_file(&path).unwrap();
-    assert!(matches!(refusal(&config), Refused::Read { .. }));
+    assert!(matches!(refusal(&config), Refused::Incomplete(_)));
 }
 
 #[test]

@@ -18,12 +18,12 @@
 //! [`MAX_AGE`]th wake goes without and takes stock anew.
 
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use nix::fcntl::OFlag;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::memory_file::Entry;
+use super::pagemap::Entries;
 use crate::memory::{Memory, PAGE_SIZE};
 
 /// The pages of a wake, in the order of the memory file.
@@ -72,18 +72,15 @@ const ENTRIES: usize = 8 << 10;
 impl WorkingSet {
     /// What the guest has touched of a restored memory until now. `before` was prefetched.
     pub fn observe(memory: &Memory, before: Option<&Self>) -> io::Result<Self> {
-        let pagemap = super::memory_file::pagemap()?;
         let mut runs: Vec<Run> = Vec::new();
-        let mut bytes = vec![0; ENTRIES * 8];
+        let mut entries = Entries::new(ENTRIES);
         for (range, host) in memory.mappings() {
             let pages = range.len as usize / PAGE_SIZE;
             for at in (0..pages).step_by(ENTRIES) {
-                let bytes = &mut bytes[..ENTRIES.min(pages - at) * 8];
-                let index = host as u64 / PAGE_SIZE as u64 + at as u64;
-                pagemap.read_exact_at(bytes, index * 8)?;
+                let host = host.wrapping_add(at * PAGE_SIZE);
                 let first = range.file_offset / PAGE_SIZE as u64 + at as u64;
-                for (page, entry) in bytes.as_chunks().0.iter().enumerate() {
-                    let entry = Entry(u64::from_le_bytes(*entry));
+                let entries = entries.read(host, ENTRIES.min(pages - at))?;
+                for (page, entry) in entries.iter().enumerate() {
                     if !entry.is_there() {
                         continue;
                     }
@@ -155,7 +152,7 @@ impl WorkingSet {
 
     /// Reads the set at `path`, of a memory of `memory_bytes`; `None` if there is no file.
     pub fn read(path: &Path, memory_bytes: u64) -> Result<Option<Self>, Unusable> {
-        let file = match super::open_plain(path) {
+        let file = match super::open_plain(path, OFlag::O_RDONLY) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.into()),

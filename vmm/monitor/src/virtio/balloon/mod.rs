@@ -8,7 +8,7 @@
 //! will, and the monitor's cgroup is what holds one that has none.
 //!
 //! A page that was given away reads as zeroes when it is used again, or, after a restore, as it was in the
-//! snapshot. Both are the guest's own, and it has been told to expect neither.
+//! last snapshot. Both are the guest's own, and it has been told to expect neither.
 
 use std::io;
 use std::ops::Range;
