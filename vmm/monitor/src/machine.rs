@@ -16,7 +16,7 @@ use std::thread;
 use kvm_ioctls::VcpuFd;
 use serde::Serialize;
 
-use crate::boot::{self, BootError, Entry, cpu, layout};
+use crate::boot::{self, BootError, Entry, cpu, generation, layout};
 use crate::bus::Bus;
 use crate::config::{MIN_MEMORY_MIB, VmConfig};
 use crate::jail::{Jail, JailError};
@@ -254,6 +254,7 @@ impl Machine {
             index,
             working_set,
         } = opened;
+        generation::renew(memory.ram())?;
         vm.attach_memory(&memory)?;
         trace.mark("memory_attached");
         let transports = devices
@@ -278,6 +279,7 @@ impl Machine {
         }
         trace.mark("vcpus_restored");
         vm.restore(&machine.vm).map_err(Refused::Kvm)?;
+        generation::announce(vm.fd())?;
         trace.mark("state_restored");
         confine(jail, &mut config, &trace)?;
         let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;

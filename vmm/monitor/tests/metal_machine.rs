@@ -438,6 +438,51 @@ fn metal_a_resume_ends_the_guests_old_connections() {
 }
 
 #[test]
+fn metal_a_restored_guest_learns_that_its_generation_is_another() {
+    let mut guest = Guest::new().booted();
+    let devices = guest.sh("ls /sys/bus/acpi/devices");
+    assert!(devices.contains("TERNVGID:00"), "{devices}");
+    // Tern's kernel has the driver, Debian's for clouds has not; the event reaches both.
+    let release = guest.sh("uname -r");
+    let has_driver = release.ends_with("-tern");
+    let driver = "basename \"$(readlink /sys/bus/acpi/devices/TERNVGID:00/driver)\"";
+    let expected = if has_driver { "vmgenid" } else { "" };
+    assert_eq!(guest.sh(driver), expected, "{release}");
+    let mut seen = vec![[0; 16]];
+    for restores in 0..3 {
+        let count = |what: &str, script: &str| {
+            guest.until(&format!("{what} number {restores}"), || {
+                let count = guest.sh(script);
+                (count == restores.to_string()).then_some(())
+            });
+        };
+        count("event", "awk '/ACPI:Ged/ {print $2}' /proc/interrupts");
+        if has_driver {
+            count(
+                "reseeding",
+                "dmesg | grep -c 'crng reseeded due to virtual machine fork'",
+            );
+        }
+        guest.suspend();
+        let id = generation_id(&guest);
+        assert!(!seen.contains(&id), "{id:x?} after {seen:x?}");
+        seen.push(id);
+        guest.restore();
+    }
+    println!("{release}: {seen:x?}");
+}
+
+/// The 16 bytes that a suspended guest's `VGEN` points to.
+fn generation_id(guest: &Guest) -> [u8; 16] {
+    use std::os::unix::fs::FileExt;
+    let file = fs::File::open(guest.path("snapshot/memory")).unwrap();
+    let mut id = [0; 16];
+    file.read_exact_at(&mut id, tern_vmm::boot::layout::GENERATION_ID)
+        .unwrap();
+    id
+}
+
+#[test]
 fn metal_damaged_and_foreign_snapshots_are_refused() {
     use std::os::unix::fs::FileExt;
     let mut guest = Guest::new().booted();
