@@ -483,6 +483,43 @@ fn generation_id(guest: &Guest) -> [u8; 16] {
 }
 
 #[test]
+fn metal_a_template_hides_what_is_beyond_it_before_and_after_a_suspend() {
+    for (template, shown, hidden) in [
+        ("x86-64-v2", "sse4_2", ["avx", "aes", "xsave", "svm"]),
+        (
+            "x86-64-v3",
+            "avx2",
+            ["sha_ni", "clflushopt", "xsaves", "svm"],
+        ),
+    ] {
+        let mut guest = Guest::new()
+            .with("cpu_template", json!(template))
+            .with("vcpus", json!(2))
+            .booted();
+        let flags = |guest: &Guest| guest.sh("grep -m1 '^flags' /proc/cpuinfo");
+        let before = flags(&guest);
+        let has = |name: &str| before.split(' ').any(|flag| flag == name);
+        assert!(has(shown), "{template}: {before}");
+        for name in hidden {
+            assert!(!has(name), "{template}: {name} in {before}");
+        }
+        // Enough for whatever chooses its instructions by what it finds.
+        guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=4 2>/dev/null");
+        let sum = guest.sh("sha256sum < /tmp/data");
+        guest.suspend();
+        guest.restore();
+        assert_eq!(guest.sh("sha256sum < /tmp/data"), sum);
+        assert_eq!(flags(&guest), before);
+        // A snapshot knows what its guest sees; the template is for the next cold start.
+        guest.suspend();
+        guest.set("cpu_template", json!("host"));
+        guest.restore();
+        assert_eq!(flags(&guest), before);
+        println!("{template}: {before}");
+    }
+}
+
+#[test]
 fn metal_damaged_and_foreign_snapshots_are_refused() {
     use std::os::unix::fs::FileExt;
     let mut guest = Guest::new().booted();

@@ -264,7 +264,7 @@ mod tests {
         assert_eq!(package[1..=expected.len()], expected);
         assert_eq!(layout::GENERATION_ID % 8, 0);
         assert!(layout::GENERATION_ID >= layout::ACPI + layout::ACPI_MAX as u64);
-        assert!(layout::GENERATION_ID + 16 <= layout::HIGH_MEMORY_START);
+        const { assert!(layout::GENERATION_ID + 16 <= layout::HIGH_MEMORY_START) };
 
         let events = after(&dsdt_bytes, b"_HID\x0dACPI0013\0");
         // An extended interrupt descriptor: consumer, edge, active high, exclusive, one line (6.4.3.6).

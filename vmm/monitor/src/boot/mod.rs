@@ -8,6 +8,7 @@ pub mod acpi;
 pub mod cpu;
 pub mod generation;
 pub mod layout;
+pub mod template;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
