@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args as ClapArgs, Parser, Subcommand};
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use tern_catalog::{
     AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,
 };
@@ -134,6 +134,12 @@ pub struct Serve {
     /// Let users' image references lead to addresses that are not on the public Internet
     #[arg(long)]
     pub private_registries: bool,
+    /// What Machines see of this host's processors, from their next cold start on
+    ///
+    /// With a template a suspended Machine can be resumed on any host of the same maker that has all of
+    /// it; what Machines could use beyond is hidden from them. A host that lacks some of it is refused.
+    #[arg(long, env = "TERN_CPU_TEMPLATE", value_enum, default_value_t)]
+    pub cpu_template: CpuTemplate,
     /// The guests' kernel (uncompressed ELF or bzImage). Default: `guest/vmlinux` beside this program
     #[arg(long, env = "TERN_GUEST_KERNEL")]
     pub kernel: Option<PathBuf>,
@@ -146,6 +152,20 @@ pub struct Serve {
     /// Write the log as JSON
     #[arg(long)]
     pub log_json: bool,
+}
+
+/// What Machines see of a processor.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum CpuTemplate {
+    /// All that it has
+    #[default]
+    Host,
+    /// SSE4.2 and what came before: Intel since Nehalem, AMD since Jaguar
+    #[value(name = "x86-64-v2")]
+    X86_64V2,
+    /// AVX2, FMA, BMI2, AES too: Intel since Haswell, AMD since Excavator
+    #[value(name = "x86-64-v3")]
+    X86_64V3,
 }
 
 #[derive(Debug, Subcommand)]

@@ -137,6 +137,7 @@ pub(crate) fn vm_config(
         id: machine.id.to_string(),
         vcpus: machine.config.guest.cpus,
         memory_mib: machine.config.guest.memory_mb,
+        cpu_template: host.cpu_template,
         kernel: host.kernel.clone(),
         initramfs: vec![host.initramfs.clone(), dir.run_cpio()],
         cmdline: host.cmdline.clone(),

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::Serialize;
 use tern_catalog::HostId;
 
 /// What the agent of one server is given.
@@ -40,6 +41,23 @@ pub struct HostConfig {
     pub wake_timeout: Duration,
     /// Words added to the guests' kernel command line.
     pub cmdline: String,
+    /// What guests see of this host's processors from their next cold start on.
+    pub cpu_template: CpuTemplate,
+}
+
+/// What guests see of a processor; `ARCHITECTURE.md`, "The monitor", has what that means.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub enum CpuTemplate {
+    /// All that the host's KVM supports.
+    #[default]
+    #[serde(rename = "host")]
+    Host,
+    /// A level of the x86-64 psABI.
+    #[serde(rename = "x86-64-v2")]
+    X86_64V2,
+    /// The one after that.
+    #[serde(rename = "x86-64-v3")]
+    X86_64V3,
 }
 
 /// How the images of one registry are reached.
@@ -70,6 +88,7 @@ impl HostConfig {
             boot_timeout: BOOT_TIMEOUT,
             wake_timeout: WAKE_TIMEOUT,
             cmdline: String::new(),
+            cpu_template: CpuTemplate::Host,
         }
     }
 

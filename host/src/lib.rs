@@ -39,7 +39,7 @@ mod vm;
 mod volumes;
 
 pub use agent::{Agent, AgentError, AgentHandle};
-pub use config::{HostConfig, Registry};
+pub use config::{CpuTemplate, HostConfig, Registry};
 pub use guest::{Exec, ExecInputs, ExecOutput, ExecOutputs, GuestError};
 pub use logs::{LogItem, LogLine, LogReader};
 pub use machine::{CommandError, Source, StopRequest};

@@ -140,6 +140,9 @@ pub struct HostArgs {
     #[arg(long, value_name = "N", default_value_t = 1,
         value_parser = clap::value_parser!(u32).range(1..=64))]
     pub cpus: u32,
+    /// Processor of a virtual host, as QEMU names it [default: EPYC-Rome,+svm,+invtsc]
+    #[arg(long, value_name = "MODEL")]
+    pub cpu: Option<String>,
 }
 
 /// What to run, and how.

@@ -38,6 +38,8 @@ const CONTROL_PORT: u16 = 1000;
 pub struct Wanted {
     /// CPUs and memory.
     pub size: Size,
+    /// Processor of a virtual host, if not the usual one.
+    pub cpu: Option<String>,
     /// Directories to show inside, arranged.
     pub shares: Vec<Share>,
     /// Ports to forward.
@@ -81,6 +83,10 @@ struct Virtual {
 impl Host {
     /// Makes this machine itself the host.
     pub fn start_native(wanted: &Wanted, inbox: &Inbox, timings: &mut Timings) -> Result<Self> {
+        ensure!(
+            wanted.cpu.is_none(),
+            "--cpu is for a virtual host, and this machine itself is used; set TERN_METAL=qemu"
+        );
         let token = new_token()?;
         let (mut native, events, stderr) = Native::start(&token, wanted)?;
         let mut words = Tail::of(stderr, || ());
@@ -136,6 +142,7 @@ impl Host {
             initramfs: &initramfs,
             data: &data,
             size: wanted.size,
+            cpu: wanted.cpu.as_deref(),
             shares: &wanted.shares,
             forwards: &wanted.forwards,
             network: &network,

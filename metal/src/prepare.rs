@@ -55,6 +55,7 @@ pub fn wanted(args: &HostArgs, place: &Place, idle: Option<Duration>) -> Result<
             cpus: args.cpus,
             memory_mib: args.memory,
         },
+        cpu: args.cpu.clone(),
         shares: share::arrange(shares)?,
         forwards: args.forward.clone(),
         idle,

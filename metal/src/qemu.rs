@@ -38,6 +38,9 @@ const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet loglevel=4 panic=-1 mitigati
 /// are swamped.
 const MONITOR_PATIENCE: Duration = Duration::from_secs(60);
 
+/// The processor: one whose virtualization QEMU emulates, with a clock that does not change its pace.
+const CPU: &str = "EPYC-Rome,+svm,+invtsc";
+
 /// Size of the virtual machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {
@@ -58,6 +61,8 @@ pub struct Machine<'a> {
     pub data: &'a File,
     /// CPUs and memory.
     pub size: Size,
+    /// The processor, if not [`CPU`].
+    pub cpu: Option<&'a str>,
     /// Directories, in the order of their tags (`share0`, `share1`...).
     pub shares: &'a [Share],
     /// Ports that lead to `network`.
@@ -235,7 +240,7 @@ fn arguments(machine: &Machine<'_>, fds: &Descriptors) -> Vec<OsString> {
     add("-name", "tern-metal".into());
     add("-accel", "tcg,thread=multi".into());
     add("-machine", "q35,hpet=off".into());
-    add("-cpu", "EPYC-Rome,+svm,+invtsc".into());
+    add("-cpu", machine.cpu.unwrap_or(CPU).into());
     add("-smp", cpus.to_string());
     add("-m", memory_mib.to_string());
     add("-kernel", machine.rootfs.kernel().display().to_string());

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clap::ValueEnum as _;
 use tern_api::{ApiConfig, ApiServer, REGISTRY_NAME};
 use tern_catalog::{Catalog, HostId, SqliteStore, Store, View};
 use tern_certs::{CertsConfig, Issuer};
@@ -26,7 +27,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
-use crate::args::Serve;
+use crate::args::{CpuTemplate, Serve};
 use adapters::HostAdapter;
 use bootstrap::ThisHost;
 
@@ -58,7 +59,7 @@ async fn serve(args: Serve) -> Result<()> {
     );
     let files = Files::find(&args)?;
     make_private_dir(&args.data_dir)?;
-    probe(&files.vmm).await?;
+    probe(&files.vmm, args.cpu_template).await?;
 
     let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&args.data_dir.join("catalog.db"))?);
     let catalog = Catalog::new(Arc::clone(&store));
@@ -172,9 +173,10 @@ impl Files {
 }
 
 /// Refuses to serve where no Machine could run, rather than failing at the first deploy.
-async fn probe(vmm: &Path) -> Result<()> {
+async fn probe(vmm: &Path, template: CpuTemplate) -> Result<()> {
+    let template = template.to_possible_value().context("a template")?;
     let output = tokio::process::Command::new(vmm)
-        .arg("probe")
+        .args(["probe", "--cpu-template", template.get_name()])
         .output()
         .await;
     let output = output.with_context(|| format!("{} cannot be started", vmm.display()))?;
@@ -194,6 +196,11 @@ fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) 
     config.initramfs.clone_from(&files.initramfs);
     config.image_budget = args.image_budget;
     config.private_registries = args.private_registries;
+    config.cpu_template = match args.cpu_template {
+        CpuTemplate::Host => tern_host::CpuTemplate::Host,
+        CpuTemplate::X86_64V2 => tern_host::CpuTemplate::X86_64V2,
+        CpuTemplate::X86_64V3 => tern_host::CpuTemplate::X86_64V3,
+    };
     let registry = Registry {
         address: reachable(args.api).to_string(),
         credentials: Some(("host".to_owned(), internal_token.to_owned())),

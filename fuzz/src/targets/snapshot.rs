@@ -56,6 +56,7 @@ impl Place {
             id: "m1".into(),
             vcpus: 1,
             memory_mib: 1,
+            cpu_template: Default::default(),
             kernel: at("kernel"),
             initramfs: Vec::new(),
             cmdline: String::new(),

@@ -4,12 +4,15 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::config::CpuTemplate;
+
 /// What a monitor runs.
 #[derive(Debug, Serialize)]
 pub(crate) struct VmConfig {
     pub(crate) id: String,
     pub(crate) vcpus: u8,
     pub(crate) memory_mib: u32,
+    pub(crate) cpu_template: CpuTemplate,
     pub(crate) kernel: PathBuf,
     pub(crate) initramfs: Vec<PathBuf>,
     pub(crate) cmdline: String,

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::boot::template::CpuTemplate;
+
 /// What to run, and where to leave its files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -19,6 +21,9 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// What the guest sees of the host's processors; a resumed one sees what it saw before.
+    #[serde(default, skip_serializing_if = "CpuTemplate::is_host")]
+    pub cpu_template: CpuTemplate,
     /// An ELF `vmlinux` or a bzImage.
     pub kernel: PathBuf,
     /// Archives handed to the kernel one after the other, as one initramfs.
@@ -385,7 +390,7 @@ mod tests {
 
     fn sample() -> Value {
         json!({
-            "id": "148e21ea7e7d89", "vcpus": 2, "memory_mib": 256,
+            "id": "148e21ea7e7d89", "vcpus": 2, "memory_mib": 256, "cpu_template": "x86-64-v3",
             "kernel": "/k/vmlinux", "initramfs": ["/k/initramfs", "/m/run.cpio"],
             "cmdline": "tern.debug",
             "disks": [
@@ -417,6 +422,29 @@ mod tests {
         assert_eq!(config.memory_bytes(), 256 << 20);
         let again = serde_json::to_value(&config).unwrap();
         assert_eq!(again, sample());
+    }
+
+    #[test]
+    fn a_template_is_one_of_those_there_are() {
+        let with = |name: &str| {
+            let mut value = sample();
+            value["cpu_template"] = json!(name);
+            parse(&value)
+        };
+        for template in [
+            CpuTemplate::Host,
+            CpuTemplate::X86_64V2,
+            CpuTemplate::X86_64V3,
+        ] {
+            let config = with(&template.to_string()).unwrap();
+            assert_eq!(config.cpu_template, template);
+        }
+        let mut without = sample();
+        without.as_object_mut().unwrap().remove("cpu_template");
+        assert_eq!(parse(&without).unwrap().cpu_template, CpuTemplate::Host);
+        for wrong in ["X86-64-v3", "x86-64-v4", ""] {
+            assert!(with(wrong).unwrap_err().contains("x86-64-v2"), "{wrong}");
+        }
     }
 
     #[test]

@@ -13,10 +13,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
+use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 use serde::Serialize;
 
-use crate::boot::{self, BootError, Entry, cpu, layout};
+use crate::boot::{self, BootError, Entry, cpu, generation, layout, template};
 use crate::bus::Bus;
 use crate::config::{MIN_MEMORY_MIB, VmConfig};
 use crate::jail::{Jail, JailError};
@@ -124,6 +125,9 @@ pub enum MachineError {
     /// No guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The host has less than the configuration's CPU template.
+    #[error(transparent)]
+    Template(#[from] template::Lacking),
     /// Kernel or initramfs cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -201,9 +205,10 @@ impl Machine {
             .map_err(device_error("virtio device"))?;
         let bus = connect(&vm, serial, transports)?;
         let fds = create_vcpus(&vm, config.vcpus)?;
+        let shown = config.cpu_template.apply(vm.supported_cpuid())?;
         for (id, fd) in fds.iter().enumerate() {
             set_up_vcpu(
-                &vm,
+                &shown,
                 fd,
                 id as u8,
                 &config,
@@ -254,6 +259,7 @@ impl Machine {
             index,
             working_set,
         } = opened;
+        generation::renew(memory.ram())?;
         vm.attach_memory(&memory)?;
         trace.mark("memory_attached");
         let transports = devices
@@ -278,6 +284,7 @@ impl Machine {
         }
         trace.mark("vcpus_restored");
         vm.restore(&machine.vm).map_err(Refused::Kvm)?;
+        generation::announce(vm.fd())?;
         trace.mark("state_restored");
         confine(jail, &mut config, &trace)?;
         let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
@@ -602,14 +609,14 @@ fn create_vcpus(vm: &Vm, count: u8) -> Result<Vec<VcpuFd>, KvmError> {
 
 /// The state of a processor at power-on; the boot processor also gets what its first instruction needs.
 fn set_up_vcpu(
-    vm: &Vm,
+    shown: &CpuId,
     fd: &VcpuFd,
     id: u8,
     config: &VmConfig,
     entry: Option<Entry>,
     memory: &Memory,
 ) -> Result<(), MachineError> {
-    let cpuid = cpu::cpuid(vm.supported_cpuid(), id, config.vcpus);
+    let cpuid = cpu::cpuid(shown, id, config.vcpus);
     fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
     fd.set_msrs(&cpu::boot_msrs())
         .map_err(call("KVM_SET_MSRS"))?;

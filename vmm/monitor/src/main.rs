@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use tern_vmm::boot::template::CpuTemplate;
 use tern_vmm::config::VmConfig;
 use tern_vmm::exit::{Exit, Reason};
 use tern_vmm::jail::Jail;
@@ -40,6 +41,9 @@ enum Subcommands {
         /// Print JSON.
         #[arg(long)]
         json: bool,
+        /// Ask also whether this host has all of a CPU template: host, x86-64-v2 or x86-64-v3.
+        #[arg(long, default_value_t = CpuTemplate::Host)]
+        cpu_template: CpuTemplate,
     },
     /// Makes a call that the filter of a kind of threads does not allow; for tests of the filters.
     #[command(hide = true)]
@@ -58,7 +62,9 @@ fn main() -> ExitCode {
     let options = Options::parse();
     log_to_stderr();
     match options.command {
-        Subcommands::Probe { json } => ExitCode::from(report_probe(json)),
+        Subcommands::Probe { json, cpu_template } => {
+            ExitCode::from(report_probe(json, cpu_template))
+        }
         Subcommands::Forbidden { thread } => forbidden(&thread),
         Subcommands::Run { config, restore } => match run_machine(&config, restore, trace) {
             Ok(exit) => {
@@ -137,9 +143,9 @@ fn forbidden(thread: &str) -> ExitCode {
     ExitCode::from(EXIT_ERROR)
 }
 
-fn report_probe(json: bool) -> u8 {
+fn report_probe(json: bool, template: CpuTemplate) -> u8 {
     let mut out = std::io::stdout().lock();
-    let (code, text) = match probe::probe() {
+    let (code, text) = match probe::probe(template) {
         Ok(report) if json => (
             0,
             serde_json::json!({ "ok": true, "mips": report.mips.round() }).to_string(),

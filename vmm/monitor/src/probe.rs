@@ -13,6 +13,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::boot::template::{CpuTemplate, Lacking};
 use crate::kvm::{KvmError, USE_METAL, Vm, call, open};
 use crate::memory::Memory;
 use crate::trace::Trace;
@@ -30,6 +31,9 @@ pub enum ProbeError {
     /// KVM is missing, forbidden or lacks something.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The host has less than Machines are to be shown.
+    #[error(transparent)]
+    Template(#[from] Lacking),
     /// KVM only emulates.
     #[error(
         "this /dev/kvm executes {0:.1} million instructions a second, at least {MIN_MIPS} are needed: it only emulates a processor; {USE_METAL}"
@@ -57,8 +61,8 @@ const INSTRUCTIONS_PER_TURN: f64 = 2.0;
 const ATTEMPTS: u32 = 5;
 const GUEST_BYTES: u64 = 64 << 10;
 
-/// Runs the tiny guest.
-pub fn probe() -> Result<Report, ProbeError> {
+/// Runs the tiny guest, and looks whether the host has all of `template`.
+pub fn probe(template: CpuTemplate) -> Result<Report, ProbeError> {
     let memory = Memory::anonymous(GUEST_BYTES).map_err(|e| ProbeError::Guest(e.to_string()))?;
     let kvm = open()?;
     let vm = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
@@ -85,7 +89,8 @@ pub fn probe() -> Result<Report, ProbeError> {
         return Err(ProbeError::Slow(mips));
     }
     // What a Machine needs beyond instructions.
-    Vm::create(&Trace::new(Instant::now()))?;
+    let vm = Vm::create(&Trace::new(Instant::now()))?;
+    template.check(vm.supported_cpuid())?;
     Ok(Report { mips })
 }
 

@@ -524,6 +524,88 @@ fn metal_a_resume_ends_the_guests_old_connections() {
 }
 
 #[test]
+fn metal_a_restored_guest_learns_that_its_generation_is_another() {
+    let mut guest = Guest::new().booted();
+    let devices = guest.sh("ls /sys/bus/acpi/devices");
+    assert!(devices.contains("TERNVGID:00"), "{devices}");
+    // Tern's kernel has the driver, Debian's for clouds has not; the event reaches both.
+    let release = guest.sh("uname -r");
+    let has_driver = release.ends_with("-tern");
+    let driver = "basename \"$(readlink /sys/bus/acpi/devices/TERNVGID:00/driver)\"";
+    let expected = if has_driver { "vmgenid" } else { "" };
+    assert_eq!(guest.sh(driver), expected, "{release}");
+    let mut seen = vec![[0; 16]];
+    for restores in 0..3 {
+        let count = |what: &str, script: &str| {
+            guest.until(&format!("{what} number {restores}"), || {
+                let count = guest.sh(script);
+                (count == restores.to_string()).then_some(())
+            });
+        };
+        count("event", "awk '/ACPI:Ged/ {print $2}' /proc/interrupts");
+        if has_driver {
+            count(
+                "reseeding",
+                "dmesg | grep -c 'crng reseeded due to virtual machine fork'",
+            );
+        }
+        guest.suspend();
+        let id = generation_id(&guest);
+        assert!(!seen.contains(&id), "{id:x?} after {seen:x?}");
+        seen.push(id);
+        guest.restore();
+    }
+    println!("{release}: {seen:x?}");
+}
+
+/// The 16 bytes that a suspended guest's `VGEN` points to.
+fn generation_id(guest: &Guest) -> [u8; 16] {
+    use std::os::unix::fs::FileExt;
+    let file = fs::File::open(guest.path("snapshot/memory")).unwrap();
+    let mut id = [0; 16];
+    file.read_exact_at(&mut id, tern_vmm::boot::layout::GENERATION_ID)
+        .unwrap();
+    id
+}
+
+#[test]
+fn metal_a_template_hides_what_is_beyond_it_before_and_after_a_suspend() {
+    for (template, shown, hidden) in [
+        ("x86-64-v2", "sse4_2", ["avx", "aes", "xsave", "svm"]),
+        (
+            "x86-64-v3",
+            "avx2",
+            ["sha_ni", "clflushopt", "xsaves", "svm"],
+        ),
+    ] {
+        let mut guest = Guest::new()
+            .with("cpu_template", json!(template))
+            .with("vcpus", json!(2))
+            .booted();
+        let flags = |guest: &Guest| guest.sh("grep -m1 '^flags' /proc/cpuinfo");
+        let before = flags(&guest);
+        let has = |name: &str| before.split(' ').any(|flag| flag == name);
+        assert!(has(shown), "{template}: {before}");
+        for name in hidden {
+            assert!(!has(name), "{template}: {name} in {before}");
+        }
+        // Enough for whatever chooses its instructions by what it finds.
+        guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=4 2>/dev/null");
+        let sum = guest.sh("sha256sum < /tmp/data");
+        guest.suspend();
+        guest.restore();
+        assert_eq!(guest.sh("sha256sum < /tmp/data"), sum);
+        assert_eq!(flags(&guest), before);
+        // A snapshot knows what its guest sees; the template is for the next cold start.
+        guest.suspend();
+        guest.set("cpu_template", json!("host"));
+        guest.restore();
+        assert_eq!(flags(&guest), before);
+        println!("{template}: {before}");
+    }
+}
+
+#[test]
 fn metal_damaged_and_foreign_snapshots_are_refused() {
     use std::os::unix::fs::FileExt;
     let mut guest = Guest::new().booted();

@@ -3,11 +3,14 @@
 //! Debian's kernels take neither an MP table nor `virtio_mmio.device=` on the command line, so devices
 //! are announced in the DSDT with the id `LNRO0005`. The platform is "hardware-reduced" (ACPI 6.5,
 //! section 4.1): no PM timer, no legacy interrupt controller, no keyboard controller or CMOS clock to
-//! be probed for. Powering off is one write to the sleep control register.
+//! be probed for. Powering off is one write to the sleep control register. Where there is no interrupt
+//! controller of ACPI's own, events come by a "Generic Event Device" (ACPI 6.5, section 5.6.9): there is one,
+//! for a new [`super::generation`].
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -61,6 +64,7 @@ fn dsdt(devices: usize) -> Sdt {
     let mut sdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, REVISION);
     let mut body = Vec::new();
     serial_port(&mut body);
+    generation_id(&mut body);
     for index in 0..devices {
         virtio_mmio(index, &mut body);
     }
@@ -85,6 +89,52 @@ fn serial_port(sink: &mut Vec<u8>) {
                     &Interrupt::new(true, true, false, false, layout::SERIAL_GSI),
                     &IO::new(layout::SERIAL_PORT, layout::SERIAL_PORT, 1, 8),
                 ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// The device whose memory is the generation ID, and the one that says that it has changed. Its names are
+/// given by Microsoft's paper, but for the first, which is the maker's.
+fn generation_id(sink: &mut Vec<u8>) {
+    /// The paper's event: the ID has changed.
+    const CHANGED: u8 = 0x80;
+    let (low, high) = (
+        layout::GENERATION_ID as u32,
+        (layout::GENERATION_ID >> 32) as u32,
+    );
+    Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"TERNVGID"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(sink);
+    Device::new(
+        "GED_".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &0_u8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&Interrupt::new(
+                    true,
+                    true,
+                    false,
+                    false,
+                    layout::GENERATION_GSI,
+                )]),
+            ),
+            // There is one line, so which it was need not be asked.
+            &Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &CHANGED)],
             ),
         ],
     )
@@ -193,5 +243,36 @@ mod tests {
         let dsdt = table(ram, pointer(&fadt, 140), b"DSDT");
         let ids = dsdt.windows(8).filter(|w| *w == b"LNRO0005").count();
         assert_eq!(ids, 19);
+    }
+
+    /// The part of `table` from `start` on, as far as a test wants to look.
+    fn after<'a>(table: &'a [u8], start: &[u8]) -> &'a [u8] {
+        let at = table.windows(start.len()).position(|w| w == start);
+        &table[at.unwrap_or_else(|| panic!("no {:?}", start.escape_ascii())) + start.len()..]
+    }
+
+    #[test]
+    fn the_generation_id_is_announced_where_it_is() {
+        let mut dsdt_bytes = Vec::new();
+        dsdt(19).to_aml_bytes(&mut dsdt_bytes);
+        // 0x0d opens a string, 0x12 a package, 0x0c a double word; 0 is a byte of its own (ACPI 6.5, 20.2).
+        after(&dsdt_bytes, b"_CID\x0dVM_Gen_Counter\0");
+        let package = after(&dsdt_bytes, b"ADDR\x12");
+        let mut expected = vec![2, 0x0c];
+        expected.extend((layout::GENERATION_ID as u32).to_le_bytes());
+        expected.push(0);
+        assert_eq!(package[1..=expected.len()], expected);
+        assert_eq!(layout::GENERATION_ID % 8, 0);
+        assert!(layout::GENERATION_ID >= layout::ACPI + layout::ACPI_MAX as u64);
+        const { assert!(layout::GENERATION_ID + 16 <= layout::HIGH_MEMORY_START) };
+
+        let events = after(&dsdt_bytes, b"_HID\x0dACPI0013\0");
+        // An extended interrupt descriptor: consumer, edge, active high, exclusive, one line (6.4.3.6).
+        let line = after(events, &[0x89, 6, 0, 0b0011, 1]);
+        assert_eq!(line[..4], layout::GENERATION_GSI.to_le_bytes());
+        // One argument, serialized; then Notify (0x86) of a root path of two names, with 0x80.
+        let method = after(events, b"_EVT");
+        assert!(method.starts_with(b"\x09\x86\\\x2e_SB_VGEN\x0a\x80"));
+        assert!((0..19).all(|device| layout::FIRST_DEVICE_GSI + device != layout::GENERATION_GSI));
     }
 }

@@ -96,7 +96,7 @@ pub fn boot_msrs() -> Msrs {
     .expect("two entries are fewer than the limit")
 }
 
-/// Turns what KVM supports into what processor `id` of `count` shows.
+/// Turns what KVM supports, or a template leaves of it, into what processor `id` of `count` shows.
 ///
 /// The topology is one package of `count` cores with one thread each. The invariant-TSC bit is
 /// hidden: with it Linux would prefer the TSC to KVM's clock, and the TSC knows nothing of the time

@@ -6,7 +6,9 @@
 
 pub mod acpi;
 pub mod cpu;
+pub mod generation;
 pub mod layout;
+pub mod template;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -66,6 +68,9 @@ pub enum BootError {
     /// The ACPI tables outgrew their place.
     #[error("the ACPI tables have {0} bytes, {max} fit", max = layout::ACPI_MAX)]
     Acpi(usize),
+    /// The host has no random numbers.
+    #[error("cannot draw a generation ID: {0}")]
+    Random(io::Error),
     /// Guest memory refused a write.
     #[error("cannot write guest memory: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),
@@ -91,6 +96,7 @@ pub fn load(config: &VmConfig, memory: &Memory, devices: usize) -> Result<Entry,
     let initramfs = load_initramfs(&config.initramfs, ram, kernel.end, low_ram_end)?;
     let cmdline = write_cmdline(&config.cmdline, ram)?;
     let rsdp = acpi::write(ram, config.vcpus, devices)?;
+    generation::renew(ram)?;
 
     let mut params = boot_params {
         hdr: kernel.header,

@@ -13,6 +13,7 @@ fn snapshot() -> (TempDir, VmConfig) {
         id: "m1".into(),
         vcpus: 1,
         memory_mib: 32,
+        cpu_template: Default::default(),
         kernel: at("kernel"),
         initramfs: Vec::new(),
         cmdline: String::new(),

@@ -10,6 +10,7 @@
 //! read it. A thread parks only where KVM itself reported an interruption, which is after it has
 //! finished any I/O instruction that was half done: so a parked processor can always be saved.
 
+pub mod features;
 pub mod state;
 
 use std::io;

@@ -7,6 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
+use super::features;
 use crate::kvm::{KvmError, call};
 
 /// One processor, saved.
@@ -32,17 +33,6 @@ const MTRRS: [u32; 28] = [
     0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d,
     0x20e, 0x20f,
 ];
-/// The CPUID leaves that are lists of features, with the bits of EAX, EBX, ECX and EDX that are; left
-/// out are those that the guest's own settings or KVM turn on (OSXSAVE, OSPKE, hypervisor, TSC deadline,
-/// APIC, multi-threading).
-const FEATURES: [(u32, [u32; 4]); 3] = [
-    (
-        0x1,
-        [0, 0, !(1 << 31 | 1 << 27 | 1 << 24), !(1 << 28 | 1 << 9)],
-    ),
-    (0x7, [0, u32::MAX, !(1 << 4), u32::MAX]),
-    (0x8000_0001, [0, 0, u32::MAX, !(1 << 9)]),
-];
 const TSC: u32 = 0x10;
 /// Arms the local APIC's timer; only means something when the TSC is back.
 const TSC_DEADLINE: u32 = 0x6e0;
@@ -60,8 +50,8 @@ impl VcpuState {
         // SAFETY: `extra` is what `extra_xsave_words` computed from the size KVM reported, and no
         // extended feature is enabled by `arch_prctl` after start.
         unsafe { fd.get_xsave2(&mut xsave) }.map_err(call("KVM_GET_XSAVE2"))?;
+        let cpuid = save_cpuid(fd)?;
         Ok(Self {
-            cpuid: save_cpuid(fd)?,
             // Zero where the host's TSC is unstable; then there is nothing to keep.
             tsc_khz: fd.get_tsc_khz().unwrap_or(0),
             mp_state,
@@ -71,7 +61,8 @@ impl VcpuState {
             xcrs: fd.get_xcrs().map_err(call("KVM_GET_XCRS"))?,
             debugregs: fd.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?,
             lapic: fd.get_lapic().map_err(call("KVM_GET_LAPIC"))?,
-            msrs: save_msrs(fd, msrs_to_save)?,
+            msrs: save_msrs(fd, msrs_to_save, &cpuid)?,
+            cpuid,
             events: fd.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?,
         })
     }
@@ -115,41 +106,9 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Checks that this host's processors have every feature the guest was shown; a program that found
-    /// one missing after a resume would be killed in the middle of what it did.
+    /// Checks that this host's processors have every feature the guest was shown.
     pub fn check_processor(&self, supported: &CpuId) -> Result<(), String> {
-        let host = |wanted: &kvm_cpuid_entry2| {
-            supported
-                .as_slice()
-                .iter()
-                .find(|e| (e.function, e.index) == (wanted.function, wanted.index))
-                .copied()
-                .unwrap_or_default()
-        };
-        for entry in &self.cpuid {
-            let here = host(entry);
-            if entry.function == 0 {
-                let vendor = |e: &kvm_cpuid_entry2| (e.ebx, e.edx, e.ecx);
-                if vendor(entry) != vendor(&here) {
-                    return Err("its maker is another".into());
-                }
-            }
-            let Some((_, masks)) = FEATURES.iter().find(|(f, _)| *f == entry.function) else {
-                continue;
-            };
-            let shown = [entry.eax, entry.ebx, entry.ecx, entry.edx];
-            let there = [here.eax, here.ebx, here.ecx, here.edx];
-            for ((shown, there), mask) in shown.into_iter().zip(there).zip(masks) {
-                let missing = shown & mask & !there;
-                if missing != 0 {
-                    return Err(format!(
-                        "features {missing:#x} of CPUID leaf {:#x} are missing here",
-                        entry.function
-                    ));
-                }
-            }
-        }
-        Ok(())
+        features::check(&self.cpuid, supported)
     }
 
     fn restore_msrs(&self, fd: &VcpuFd) -> Result<(), KvmError> {
@@ -207,8 +166,13 @@ fn save_cpuid(fd: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
     Ok(entries)
 }
 
-fn save_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
+fn save_msrs(
+    fd: &VcpuFd,
+    indices: &[u32],
+    shown: &[kvm_cpuid_entry2],
+) -> Result<Vec<kvm_msr_entry>, KvmError> {
     let mut wanted: Vec<u32> = indices.iter().chain(&MTRRS).copied().collect();
+    wanted.retain(|msr| !features::is_hidden(*msr, shown));
     wanted.sort_unstable();
     wanted.dedup();
     let mut saved = Vec::with_capacity(wanted.len());
