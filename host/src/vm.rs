@@ -22,7 +22,7 @@ use crate::logs::Logs;
 use crate::machine::core::{BootFailure, End, Epoch, Found};
 use crate::machine::hands::{Hands, SleepFailure};
 use crate::monitor::config::Jail;
-use crate::monitor::{Monitor, control};
+use crate::monitor::{Monitor, Start, control};
 use crate::network::{Slot, bell};
 use crate::running::Running;
 use crate::trace::{Marks, StartTrace};
@@ -587,12 +587,13 @@ impl Vm {
     }
 
     fn spawn(&self, epoch: Epoch, restore: bool) -> Result<Arc<Running>, String> {
-        let monitor = Monitor::spawn(
-            &self.host.config.vmm_binary,
-            &self.dir.vm_json(),
-            &self.dir.vmm_log(),
+        let monitor = Monitor::spawn(Start {
+            binary: &self.host.config.vmm_binary,
+            config: &self.dir.vm_json(),
+            log: &self.dir.vmm_log(),
             restore,
-        )
+            own_pids: self.user().is_some(),
+        })
         .map_err(told)?;
         let running = Running::new(epoch, monitor);
         *self.running.lock() = Some(Arc::clone(&running));

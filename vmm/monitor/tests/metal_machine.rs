@@ -544,6 +544,13 @@ fn check_jail(guest: &Guest, user: u32) {
         let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
         assert_ne!(of(&pid.to_string()), of("self"), "{namespace}");
     }
+    // The first process of its PID namespace, and to others what the host calls it.
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(
+        status.contains(&format!("\nNSpid:\t{pid}\t1\n")),
+        "{status}"
+    );
+    assert_eq!(guest.describe()["pid"], pid);
     let number = fs::read_to_string(guest.path("vmm.pid")).unwrap();
     assert_eq!(number.trim(), pid.to_string());
 }
