@@ -131,6 +131,18 @@ pub struct Serve {
     /// case. Default: a quarter of the file system
     #[arg(long, value_parser = bytes)]
     pub image_budget: Option<u64>,
+    /// Most bytes in a second that a Machine reads and writes at each of its disks, as in 100MiB; and most that
+    /// it and its monitor together read, and write, at this host's disk. Holds from a Machine's next
+    /// cold start on. Default: no limit
+    #[arg(long, value_name = "BYTES", value_parser = rate_of_bytes)]
+    pub machine_disk_bandwidth: Option<u64>,
+    /// Most reads and writes in a second, counted in the same places. Default: no limit
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    pub machine_disk_iops: Option<u64>,
+    /// Most bytes in a second that a Machine receives, and that it sends, as in 50MiB. Holds from a Machine's
+    /// next cold start on. Default: no limit
+    #[arg(long, value_name = "BYTES", value_parser = rate_of_bytes)]
+    pub machine_net_bandwidth: Option<u64>,
     /// Let users' image references lead to addresses that are not on the public Internet
     #[arg(long)]
     pub private_registries: bool,
@@ -515,6 +527,16 @@ fn bytes(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "that is more than there is".to_owned())
 }
 
+/// A number of bytes in a second.
+fn rate_of_bytes(text: &str) -> Result<u64, String> {
+    match bytes(text)? {
+        0 => Err(
+            "a rate of 0 would stop every Machine; leave the option out for no limit".to_owned(),
+        ),
+        rate => Ok(rate),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -525,6 +547,36 @@ mod tests {
         assert_eq!(bytes("4096"), Ok(4096));
         for bad in ["", "GiB", "20GB", "-1", "99999999999TiB"] {
             assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn rates_are_more_than_nothing() {
+        let serve = |options: &[&str]| {
+            let words = ["tern", "serve"].iter().chain(options);
+            match Args::try_parse_from(words)?.command {
+                Command::Serve(serve) => Ok::<_, clap::Error>(serve),
+                _ => panic!("not serve"),
+            }
+        };
+        let unlimited = serve(&[]).unwrap();
+        assert_eq!(unlimited.machine_disk_bandwidth, None);
+        let limited = serve(&[
+            "--machine-disk-bandwidth=100MiB",
+            "--machine-disk-iops=500",
+            "--machine-net-bandwidth=50MiB",
+        ]);
+        let limited = limited.unwrap();
+        assert_eq!(limited.machine_disk_bandwidth, Some(100 << 20));
+        assert_eq!(limited.machine_disk_iops, Some(500));
+        assert_eq!(limited.machine_net_bandwidth, Some(50 << 20));
+        for bad in [
+            "--machine-disk-bandwidth=0",
+            "--machine-disk-iops=0",
+            "--machine-net-bandwidth=0MiB",
+            "--machine-net-bandwidth=fast",
+        ] {
+            assert!(serve(&[bad]).is_err(), "{bad}");
         }
     }
 

@@ -34,12 +34,26 @@ pub struct HostConfig {
     pub nat: bool,
     /// The size of a Machine's own disk, in bytes. It is sparse: only what is written takes space.
     pub disk_size: u64,
+    /// What each Machine may take of the host's disks and network.
+    pub rate_limits: RateLimits,
     /// How long a cold start may take, from the monitor's start to the app's.
     pub boot_timeout: Duration,
     /// How long a wake may take before it counts as failed.
     pub wake_timeout: Duration,
     /// Words added to the guests' kernel command line.
     pub cmdline: String,
+}
+
+/// What each Machine may take of the host's disks and network in a second. `None` is without a limit, and
+/// zero is not allowed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RateLimits {
+    /// Bytes of each disk.
+    pub disk_bytes: Option<u64>,
+    /// Reads and writes of each disk.
+    pub disk_operations: Option<u64>,
+    /// Bytes of network traffic, in each direction.
+    pub network_bytes: Option<u64>,
 }
 
 /// How the images of one registry are reached.
@@ -67,6 +81,7 @@ impl HostConfig {
             image_budget: None,
             nat: true,
             disk_size: DISK_SIZE,
+            rate_limits: RateLimits::default(),
             boot_timeout: BOOT_TIMEOUT,
             wake_timeout: WAKE_TIMEOUT,
             cmdline: String::new(),

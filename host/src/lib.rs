@@ -16,9 +16,11 @@
 //! | `monitor`, `guest` | speaks to `tern-vmm`, and to init through it |
 //! | `network` | TAPs, addresses, routes, the packet filter |
 //! | `bundle`, `disk`, `host` | what a Machine boots with |
+//! | `cgroup`, `block_device` | what it may take of the host |
 //! | `checks`, `logs`, `metrics` | what is seen of it |
 
 mod agent;
+mod block_device;
 mod bundle;
 mod cgroup;
 mod checks;
@@ -39,7 +41,7 @@ mod vm;
 mod volumes;
 
 pub use agent::{Agent, AgentError, AgentHandle};
-pub use config::{HostConfig, Registry};
+pub use config::{HostConfig, RateLimits, Registry};
 pub use guest::{Exec, ExecInputs, ExecOutput, ExecOutputs, GuestError};
 pub use logs::{LogItem, LogLine, LogReader};
 pub use machine::{CommandError, Source, StopRequest};

@@ -20,7 +20,7 @@ use tern_catalog::{Catalog, HostId, SqliteStore, Store, View};
 use tern_certs::{CertsConfig, Issuer};
 use tern_dns::{Dns, DnsConfig};
 use tern_edge::{Edge, EdgeConfig};
-use tern_host::{Agent, HostConfig, Registry};
+use tern_host::{Agent, HostConfig, RateLimits, Registry};
 use tern_mesh::{Mesh, MeshConfig, MeshKey};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -194,6 +194,11 @@ fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) 
     config.initramfs.clone_from(&files.initramfs);
     config.image_budget = args.image_budget;
     config.private_registries = args.private_registries;
+    config.rate_limits = RateLimits {
+        disk_bytes: args.machine_disk_bandwidth,
+        disk_operations: args.machine_disk_iops,
+        network_bytes: args.machine_net_bandwidth,
+    };
     let registry = Registry {
         address: reachable(args.api).to_string(),
         credentials: Some(("host".to_owned(), internal_token.to_owned())),
