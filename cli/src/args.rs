@@ -4,10 +4,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use tern_catalog::{
     AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,
 };
+use tern_host::SnapshotCache;
 
 /// Run apps on your own servers: KVM Machines behind HTTPS, asleep while nobody calls.
 ///
@@ -143,6 +145,16 @@ pub struct Serve {
     /// next cold start on. Default: no limit
     #[arg(long, value_name = "BYTES", value_parser = rate_of_bytes)]
     pub machine_net_bandwidth: Option<u64>,
+    /// Whether the memory of a suspended Machine stays in this host's page cache: keep (wakes read nothing from
+    /// the disk), drop (it is free for others), or auto (dropped while less than a tenth of the host's
+    /// memory is available)
+    #[arg(
+        long,
+        value_name = "POLICY",
+        default_value = "auto",
+        value_parser = PossibleValuesParser::new(SnapshotCache::NAMES).try_map(|name| name.parse::<SnapshotCache>())
+    )]
+    pub snapshot_cache: SnapshotCache,
     /// Let users' image references lead to addresses that are not on the public Internet
     #[arg(long)]
     pub private_registries: bool,

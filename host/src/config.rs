@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use tern_catalog::HostId;
 
+use crate::page_cache::SnapshotCache;
+
 /// What the agent of one server is given.
 #[derive(Debug, Clone)]
 pub struct HostConfig {
@@ -36,6 +38,8 @@ pub struct HostConfig {
     pub disk_size: u64,
     /// What each Machine may take of the host's disks and network.
     pub rate_limits: RateLimits,
+    /// Whether the memory of a suspended Machine stays in the host's page cache.
+    pub snapshot_cache: SnapshotCache,
     /// How long a cold start may take, from the monitor's start to the app's.
     pub boot_timeout: Duration,
     /// How long a wake may take before it counts as failed.
@@ -82,6 +86,7 @@ impl HostConfig {
             nat: true,
             disk_size: DISK_SIZE,
             rate_limits: RateLimits::default(),
+            snapshot_cache: SnapshotCache::default(),
             boot_timeout: BOOT_TIMEOUT,
             wake_timeout: WAKE_TIMEOUT,
             cmdline: String::new(),

@@ -16,7 +16,7 @@
 //! | `monitor`, `guest` | speaks to `tern-vmm`, and to init through it |
 //! | `network` | TAPs, addresses, routes, the packet filter |
 //! | `bundle`, `disk`, `host` | what a Machine boots with |
-//! | `cgroup`, `block_device` | what it may take of the host |
+//! | `cgroup`, `block_device`, `page_cache` | what it may take of the host |
 //! | `checks`, `logs`, `metrics` | what is seen of it |
 
 mod agent;
@@ -35,6 +35,7 @@ mod machine;
 mod metrics;
 mod monitor;
 mod network;
+mod page_cache;
 mod running;
 mod trace;
 mod vm;
@@ -47,5 +48,6 @@ pub use logs::{LogItem, LogLine, LogReader};
 pub use machine::{CommandError, Source, StopRequest};
 pub use metrics::{Counter, Metrics};
 pub use network::{NetworkError, remove_all as remove_network};
+pub use page_cache::SnapshotCache;
 pub use trace::{Phase, Side, StartTrace};
 pub use vm::MemoryUse;

@@ -457,9 +457,11 @@ impl Vm {
         self.forget_running(running.epoch);
     }
 
-    /// Makes the snapshot outlast a loss of power, in the background.
+    /// Makes the snapshot outlast a loss of power, in the background; and has the host's memory back, where
+    /// that is its policy: what is on disk can be dropped.
     fn secure_snapshot(&self, instance_id: String) {
         let (dir, seals) = (self.dir.clone(), Arc::clone(&self.seals));
+        let cache = self.host.config.snapshot_cache;
         let seal_number = *seals.lock();
         let work = self.on_disk(move || {
             dir.sync_snapshot()?;
@@ -469,11 +471,17 @@ impl Vm {
             };
             let publish = dir.prepare_seal(&seal)?;
             let now = seals.lock();
-            if *now == seal_number {
+            let sleeps = *now == seal_number;
+            if sleeps {
                 publish()?;
             }
             drop(now);
-            dir.sync()
+            dir.sync()?;
+            // A wake may begin at this moment: it is only slower, see there.
+            if sleeps && cache.drops_now() {
+                dir.drop_snapshot_cache()?;
+            }
+            Ok(())
         });
         let id = self.id.clone();
         tokio::spawn(async move {

@@ -194,6 +194,7 @@ fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) 
     config.initramfs.clone_from(&files.initramfs);
     config.image_budget = args.image_budget;
     config.private_registries = args.private_registries;
+    config.snapshot_cache = args.snapshot_cache;
     config.rate_limits = RateLimits {
         disk_bytes: args.machine_disk_bandwidth,
         disk_operations: args.machine_disk_iops,
