@@ -7,7 +7,8 @@
 //!
 //! A jailed monitor is the first process of a PID namespace of its own. For that the thread that starts it
 //! unshares: the next process of that thread, and nothing else of the agent, is in the new namespace. It is
-//! a child of the agent like any other, with a number of the host's, and no fork comes between.
+//! a child of the agent like any other, with a number of the host's, and no fork comes between. (Signals that
+//! such a process raises itself, and does not handle, are lost: one that aborts ends by SIGSEGV.)
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -146,8 +147,7 @@ impl Monitor {
 
 /// Starts `command` as the first process of a new PID namespace.
 ///
-/// From a thread of its own, which may start this process and never again a thread: the namespace of a
-/// thread's children cannot be taken back.
+/// From a thread of its own, which then ends: the namespace of a thread's children cannot be taken back.
 fn spawn_in_own_pids(command: &mut Command) -> io::Result<Child> {
     // The child's end is watched by the runtime of whoever asks.
     let runtime = Handle::try_current().map_err(io::Error::other)?;

@@ -119,7 +119,7 @@ impl Guest {
         if self.config.get("jail").is_none() {
             return self.spawn(monitor, arguments);
         }
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             scope.spawn(|| {
                 // For this thread's next child, and no other's.
                 unshare(CloneFlags::CLONE_NEWPID).unwrap();
