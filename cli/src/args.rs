@@ -133,16 +133,17 @@ pub struct Serve {
     /// case. Default: a quarter of the file system
     #[arg(long, value_parser = bytes)]
     pub image_budget: Option<u64>,
-    /// Most bytes in a second that a Machine reads and writes at each of its disks, as in 100MiB; and most that
-    /// it and its monitor together read, and write, at this host's disk. Holds from a Machine's next
-    /// cold start on. Default: no limit
+    /// Bytes that a Machine may read and write in a second at each of its disks, as in 100MiB. As many may all
+    /// of its monitor read from this host's disk, and write to it (suspends and wakes too). Applies from
+    /// the Machine's next cold start. Default: no limit
     #[arg(long, value_name = "BYTES", value_parser = rate_of_bytes)]
     pub machine_disk_bandwidth: Option<u64>,
-    /// Most reads and writes in a second, counted in the same places. Default: no limit
+    /// Reads and writes that a Machine may make in a second at each of its disks, and its monitor at this
+    /// host's. Applies from the Machine's next cold start. Default: no limit
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     pub machine_disk_iops: Option<u64>,
-    /// Most bytes in a second that a Machine receives, and that it sends, as in 50MiB. Holds from a Machine's
-    /// next cold start on. Default: no limit
+    /// Bytes that a Machine may receive in a second, and as many that it may send, as in 50MiB. Applies from
+    /// the Machine's next cold start. Default: no limit
     #[arg(long, value_name = "BYTES", value_parser = rate_of_bytes)]
     pub machine_net_bandwidth: Option<u64>,
     /// Whether the memory of a suspended Machine stays in this host's page cache: keep (wakes read nothing from

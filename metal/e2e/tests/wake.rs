@@ -1,6 +1,7 @@
 //! Many requests to one sleeping Machine, and a wake from the disk alone.
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests fail by panicking")]
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -76,6 +77,8 @@ fn dropped_from_the_page_cache_its_memory_comes_back_from_the_disk() -> Result<(
     app.machine("suspend")?;
     let machine = world.server.data.join("machines").join(&app.machine);
     let memory = machine.join("jail/snapshot/memory");
+    let on_disk = memory.metadata()?.blocks() * 512;
+    assert!(on_disk > 8 << 20, "only {on_disk} bytes to drop");
     // A little at its end may still be on the way to the lists that the kernel drops from.
     wait_for("its memory is dropped", PATIENCE, || {
         Ok((cached(&memory)? < 1 << 20).then_some(()))
