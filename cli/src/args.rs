@@ -4,10 +4,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use tern_catalog::{
     AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,
 };
+use tern_host::SnapshotCache;
 
 /// Run apps on your own servers: KVM Machines behind HTTPS, asleep while nobody calls.
 ///
@@ -131,6 +133,29 @@ pub struct Serve {
     /// case. Default: a quarter of the file system
     #[arg(long, value_parser = bytes)]
     pub image_budget: Option<u64>,
+    /// Bytes that a Machine may read and write in a second at each of its disks, as in 100MiB. As many may all
+    /// of its monitor read from this host's disk, and write to it (suspends and wakes too). Applies from
+    /// the Machine's next cold start. Default: no limit
+    #[arg(long, value_name = "BYTES", value_parser = rate_of_bytes)]
+    pub machine_disk_bandwidth: Option<u64>,
+    /// Reads and writes that a Machine may make in a second at each of its disks, and its monitor at this
+    /// host's. Applies from the Machine's next cold start. Default: no limit
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    pub machine_disk_iops: Option<u64>,
+    /// Bytes that a Machine may receive in a second, and as many that it may send, as in 50MiB. Applies from
+    /// the Machine's next cold start. Default: no limit
+    #[arg(long, value_name = "BYTES", value_parser = rate_of_bytes)]
+    pub machine_net_bandwidth: Option<u64>,
+    /// Whether the memory of a suspended Machine stays in this host's page cache: keep (wakes read nothing from
+    /// the disk), drop (it is free for others), or auto (dropped while less than a tenth of the host's
+    /// memory is available)
+    #[arg(
+        long,
+        value_name = "POLICY",
+        default_value = "auto",
+        value_parser = PossibleValuesParser::new(SnapshotCache::NAMES).try_map(|name| name.parse::<SnapshotCache>())
+    )]
+    pub snapshot_cache: SnapshotCache,
     /// Let users' image references lead to addresses that are not on the public Internet
     #[arg(long)]
     pub private_registries: bool,
@@ -535,6 +560,16 @@ fn bytes(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "that is more than there is".to_owned())
 }
 
+/// A number of bytes in a second.
+fn rate_of_bytes(text: &str) -> Result<u64, String> {
+    match bytes(text)? {
+        0 => Err(
+            "a rate of 0 would stop every Machine; leave the option out for no limit".to_owned(),
+        ),
+        rate => Ok(rate),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -545,6 +580,36 @@ mod tests {
         assert_eq!(bytes("4096"), Ok(4096));
         for bad in ["", "GiB", "20GB", "-1", "99999999999TiB"] {
             assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn rates_are_more_than_nothing() {
+        let serve = |options: &[&str]| {
+            let words = ["tern", "serve"].iter().chain(options);
+            match Args::try_parse_from(words)?.command {
+                Command::Serve(serve) => Ok::<_, clap::Error>(serve),
+                _ => panic!("not serve"),
+            }
+        };
+        let unlimited = serve(&[]).unwrap();
+        assert_eq!(unlimited.machine_disk_bandwidth, None);
+        let limited = serve(&[
+            "--machine-disk-bandwidth=100MiB",
+            "--machine-disk-iops=500",
+            "--machine-net-bandwidth=50MiB",
+        ]);
+        let limited = limited.unwrap();
+        assert_eq!(limited.machine_disk_bandwidth, Some(100 << 20));
+        assert_eq!(limited.machine_disk_iops, Some(500));
+        assert_eq!(limited.machine_net_bandwidth, Some(50 << 20));
+        for bad in [
+            "--machine-disk-bandwidth=0",
+            "--machine-disk-iops=0",
+            "--machine-net-bandwidth=0MiB",
+            "--machine-net-bandwidth=fast",
+        ] {
+            assert!(serve(&[bad]).is_err(), "{bad}");
         }
     }
 

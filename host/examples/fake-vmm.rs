@@ -12,16 +12,15 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, getppid};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tern_guest::message::{AppState, Event, ExitStatus, Reply, Request, Status, Stream};
@@ -43,7 +42,6 @@ struct Vmm {
     dir: PathBuf,
     config: Value,
     env: HashMap<String, String>,
-    agent: Pid,
     memory: Mutex<Memory>,
     paused: Mutex<bool>,
     news: Condvar,
@@ -58,7 +56,6 @@ fn main() -> Result<()> {
         bail!("not a command of a monitor: {arguments:?}");
     }
     let restore = rest == ["--restore"];
-    let agent = getppid();
     let config: Value = serde_json::from_slice(&fs::read(config)?)?;
     let path = |key: &str| PathBuf::from(config[key].as_str().unwrap_or_default());
     let pid_file = File::options()
@@ -70,7 +67,7 @@ fn main() -> Result<()> {
         bail!("another monitor of this Machine runs");
     };
     lock.set_len(0)?;
-    writeln!(lock, "{}", std::process::id())?;
+    writeln!(lock, "{}", host_pid()?)?;
 
     let archive = fs::read(config["initramfs"][1].as_str().context("no run.cpio")?)?;
     let run = read_run_archive(&archive)?;
@@ -92,7 +89,6 @@ fn main() -> Result<()> {
     let vmm = Arc::new(Vmm {
         dir: path("control").parent().context("no directory")?.to_owned(),
         env,
-        agent,
         memory: Mutex::new(memory),
         paused: Mutex::new(false),
         news: Condvar::new(),
@@ -119,6 +115,12 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// This process's number in the host: it may be in a PID namespace.
+fn host_pid() -> Result<u32> {
+    let link = fs::read_link("/proc/self")?;
+    Ok(link.to_str().context("not a number")?.parse()?)
 }
 
 impl Vmm {
@@ -152,7 +154,11 @@ impl Vmm {
             && !done.exists()
         {
             File::create(done).unwrap();
-            kill(self.agent, Signal::SIGKILL).unwrap();
+            // A process in a PID namespace cannot kill one outside, so the agent is asked to do it itself.
+            let agent = SocketAddr::from_abstract_name("kill-agent").unwrap();
+            let mut agent = UnixStream::connect_addr(&agent).unwrap();
+            // Until it is dead.
+            let _ = agent.read(&mut [0]);
         }
     }
 
@@ -178,7 +184,7 @@ impl Vmm {
             ["GET", "/v1/vm"] => {
                 let paused = *self.paused.lock().unwrap();
                 json!({"id": self.config["id"], "state": if paused { "paused" } else { "running" },
-                       "pid": std::process::id(), "vcpus": 1, "memory_mib": 1, "boot": {}})
+                       "pid": host_pid()?, "vcpus": 1, "memory_mib": 1, "boot": {}})
             }
             ["POST", "/v1/vm/pause"] => {
                 self.kill_agent_at("pause");

@@ -7,12 +7,16 @@
 //! `exec` (`cmd`), `signal` (`signo`), `logs`, `status`, `wait` (until `state`), `records`,
 //! `metrics`, `shutdown`.
 
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
 use clap::Parser;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::getpid;
 use serde_json::{Value, json};
 use tern_catalog::{
     Catalog, DesiredState, HostId, Machine, MachineId, MachineState, SqliteStore, Store, View,
@@ -70,6 +74,7 @@ async fn main() -> Result<()> {
         .catalog
         .clone()
         .unwrap_or_else(|| options.data.join("catalog.db"));
+    die_when_asked();
     let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&path)?);
     let catalog = Catalog::new(Arc::clone(&store));
     let view = View::follow(store).await?;
@@ -129,6 +134,21 @@ async fn main() -> Result<()> {
     }
     agent.shutdown().await;
     Ok(())
+}
+
+/// Has whoever connects to the abstract socket `kill-agent` of this network namespace kill this process, as
+/// `fake-vmm` does. A second agent, which finds that name taken, is not killed by anybody.
+fn die_when_asked() {
+    let Ok(listener) = SocketAddr::from_abstract_name("kill-agent")
+        .and_then(|address| UnixListener::bind_addr(&address))
+    else {
+        return;
+    };
+    std::thread::spawn(move || {
+        // Held, so that the other end learns from its end that this process is gone.
+        let _asked = listener.accept();
+        kill(getpid(), Signal::SIGKILL)
+    });
 }
 
 impl Agency {

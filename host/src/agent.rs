@@ -139,7 +139,7 @@ impl Agent {
             blank: Blank::new(&config.data_dir, config.disk_size),
             volumes: Volumes::open(config.volumes_dir())
                 .map_err(|e| AgentError::Volumes(e.to_string()))?,
-            groups: Groups::open(),
+            groups: Groups::open(&config.data_dir, &config.rate_limits),
             boot_id: dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?,
             metrics: Arc::new(Metrics::default()),
             view,

@@ -18,7 +18,7 @@ use thiserror::Error;
 
 use crate::config::HostConfig;
 use crate::dir::MachineDir;
-use crate::monitor::config::{Disk, Jail, Net, VmConfig, Vsock};
+use crate::monitor::config::{Disk, Jail, Net, RateLimit, VmConfig, Vsock};
 use crate::network::{GATEWAY, Slot};
 
 /// A config that cannot be run, whatever is tried.
@@ -131,7 +131,13 @@ pub(crate) fn vm_config(
     slot: Slot,
     jail: Option<Jail>,
 ) -> VmConfig {
-    let disk = |path, read_only| Disk { path, read_only };
+    let limits = &host.rate_limits;
+    let disk = |path, read_only| Disk {
+        path,
+        read_only,
+        rate_limit: RateLimit::new(limits.disk_bytes, limits.disk_operations),
+    };
+    let network = RateLimit::new(limits.network_bytes, None);
     let own = [disk(image.to_owned(), true), disk(dir.disk(), false)];
     VmConfig {
         id: machine.id.to_string(),
@@ -148,6 +154,8 @@ pub(crate) fn vm_config(
         net: vec![Net {
             tap: slot.tap(),
             mac: slot.guest_mac().to_string(),
+            receive_limit: network,
+            transmit_limit: network,
         }],
         vsock: Vsock {
             cid: slot.cid(),
@@ -280,6 +288,51 @@ pub(crate) mod tests {
             .map(ToString::to_string)
             .collect();
         assert_eq!(addresses, ["fdaa:0:7:0:1:0:3:2/112", "172.19.0.22/30"]);
+    }
+
+    #[test]
+    fn vm_json_has_the_limits_that_there_are() {
+        let machine = machine(r#"{"image":"x"}"#);
+        let mut host = HostConfig::new(HostId(1), "/d");
+        let dir = MachineDir::new(&host.machines_dir(), &machine.id);
+        let vm = |host: &HostConfig| {
+            let volume = PathBuf::from("/d/volumes/vol_1/disk.ext4");
+            let (image, slot) = (std::path::Path::new("/d/image"), Slot::new(0).unwrap());
+            let vm = vm_config(
+                host,
+                &machine,
+                &dir,
+                image,
+                [volume].into_iter(),
+                slot,
+                None,
+            );
+            serde_json::to_value(vm).unwrap()
+        };
+        let keys = |value: &serde_json::Value| -> Vec<String> {
+            value.as_object().unwrap().keys().cloned().collect()
+        };
+        let unlimited = vm(&host);
+        assert_eq!(keys(&unlimited["disks"][1]), ["path", "read_only"]);
+        assert_eq!(keys(&unlimited["net"][0]), ["mac", "tap"]);
+        host.rate_limits.disk_operations = Some(500);
+        assert_eq!(
+            vm(&host)["disks"][0]["rate_limit"],
+            serde_json::json!({"operations_per_second": 500})
+        );
+        host.rate_limits.disk_bytes = Some(100 << 20);
+        host.rate_limits.network_bytes = Some(50 << 20);
+        let limited = vm(&host);
+        for disk in limited["disks"].as_array().unwrap() {
+            let both = serde_json::json!(
+                {"bytes_per_second": 104_857_600, "operations_per_second": 500}
+            );
+            assert_eq!(disk["rate_limit"], both);
+        }
+        for direction in ["receive_limit", "transmit_limit"] {
+            let bytes = serde_json::json!({"bytes_per_second": 52_428_800});
+            assert_eq!(limited["net"][0][direction], bytes);
+        }
     }
 
     #[test]

@@ -6,6 +6,10 @@
 //! writable cgroup v2 runs Machines without limits, and says so once. Files are those of
 //! <https://docs.kernel.org/admin-guide/cgroup-v2.html>.
 //!
+//! `io.max` has the limits that each disk of a Machine has in its monitor: what the monitor itself reads and writes
+//! (its guest's memory from and to a snapshot) passes through no device of the guest's. Not every host
+//! has the `io` controller, or a single disk under the data directory; the other limits are there without.
+//!
 //! Joining a group, and every new virtual machine (KVM has a kernel thread join its process's groups), waits
 //! for all processors to have passed a quiet state, which takes a resting host some hundred milliseconds of
 //! each wake. The hierarchy's mount option `favordynmods` (Linux 6.0) keeps that ready at the price of a
@@ -17,34 +21,55 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 
+use crate::block_device;
+use crate::config::RateLimits;
 use crate::dir::absent_is_fine;
 
 /// Where the groups of this host's Machines are.
 #[derive(Debug)]
 pub(crate) struct Groups {
     root: Option<PathBuf>,
+    /// What each group's `io.max` is to be.
+    io_max: Option<String>,
 }
 
 impl Groups {
-    /// Makes the group of all groups; a warning where that cannot be.
-    pub(crate) fn open() -> Self {
+    /// Makes the group of all groups, for Machines whose disks are below `data`; a warning where that cannot
+    /// be.
+    pub(crate) fn open(data: &Path, rates: &RateLimits) -> Self {
         let root = Path::new(MOUNT).join("tern");
         match prepare(&root) {
             Ok(()) => {
+                if let Err(error) = enable_io(&root) {
+                    tracing::info!(%error, "cgroup v2 without io: Machines share the host's disk as it comes");
+                }
                 match favor_dynmods() {
                     Ok(true) => tracing::info!("cgroup v2 is mounted with favordynmods now"),
                     Ok(false) => {}
                     // An older kernel, or a container: wakes take longer, that is all.
                     Err(error) => tracing::info!(%error, "cgroup v2 is left without favordynmods"),
                 }
-                Self { root: Some(root) }
+                let io_max = io_max(&root, data, rates).unwrap_or_else(|error| {
+                    tracing::warn!(
+                        %error,
+                        "a Machine's use of the host's disk is not limited by cgroup v2 (io.max)"
+                    );
+                    None
+                });
+                Self {
+                    root: Some(root),
+                    io_max,
+                }
             }
             Err(error) => {
                 tracing::warn!(
                     path = %root.display(), %error,
                     "no writable cgroup v2 with cpu, memory and pids: Machines run without limits on the host"
                 );
-                Self { root: None }
+                Self {
+                    root: None,
+                    io_max: None,
+                }
             }
         }
     }
@@ -64,7 +89,12 @@ impl Groups {
         for (file, value) in limits(cpus, memory_mib) {
             fs::write(path.join(file), value)?;
         }
-        Ok(())
+        // Without the controller, or a scheduler or cost model that shares a disk by weight, there is none.
+        absent_is_fine(set(&path.join("io.weight"), &weight(cpus)))?;
+        match &self.io_max {
+            Some(limit) => set(&path.join("io.max"), limit),
+            None => Ok(()),
+        }
     }
 
     /// Removes the group of a Machine whose monitor has ended.
@@ -89,11 +119,45 @@ fn prepare(root: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
-    // A plain directory takes files of any name; a cgroup has its own.
-    fs::OpenOptions::new()
-        .write(true)
-        .open(root.join("cgroup.subtree_control"))
-        .and_then(|mut file| io::Write::write_all(&mut file, b"+cpu +memory +pids"))
+    set(&root.join(CONTROL), "+cpu +memory +pids")
+}
+
+/// Hands the `io` controller out to the groups below `root`. Service managers hand it out only where one of
+/// their own services asks for it.
+fn enable_io(root: &Path) -> io::Result<()> {
+    set(&Path::new(MOUNT).join(CONTROL), "+io").and_then(|()| set(&root.join(CONTROL), "+io"))
+}
+
+/// Writes to a file that must be there: a plain directory takes files of any name, a cgroup has its own.
+fn set(file: &Path, value: &str) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).open(file)?;
+    io::Write::write_all(&mut file, value.as_bytes())
+}
+
+/// What `io.max` of a Machine's group is to be, if anything.
+fn io_max(root: &Path, data: &Path, rates: &RateLimits) -> io::Result<Option<String>> {
+    let Some(rates) = io_rates(rates) else {
+        return Ok(None);
+    };
+    let disk = block_device::holding(data)?.ok_or_else(|| {
+        io::Error::other(format!("{} is on no single block device", data.display()))
+    })?;
+    // Said once, here, rather than by every start that fails.
+    set(&root.join("io.max"), &format!("{disk} rbps=max"))?;
+    Ok(Some(format!("{disk} {rates}")))
+}
+
+fn io_rates(rates: &RateLimits) -> Option<String> {
+    let limit = |keys: [&str; 2], rate: Option<u64>| {
+        let rate = rate?;
+        Some(keys.map(|key| format!("{key}={rate}")).join(" "))
+    };
+    let limits = [
+        limit(["rbps", "wbps"], rates.disk_bytes),
+        limit(["riops", "wiops"], rates.disk_operations),
+    ];
+    let limits: Vec<_> = limits.into_iter().flatten().collect();
+    (!limits.is_empty()).then(|| limits.join(" "))
 }
 
 /// Adds `favordynmods` to the options that the hierarchy is mounted with. Returns whether that was needed.
@@ -166,10 +230,15 @@ fn limits(cpus: u32, memory_mib: u32) -> [(&'static str, String); 4] {
     let memory = u64::from(memory_mib) * 2 + OVERHEAD_MIB;
     [
         ("cpu.max", format!("{quota} {CPU_PERIOD_US}")),
-        ("cpu.weight", (cpus * CPU_WEIGHT).min(10_000).to_string()),
+        ("cpu.weight", weight(cpus)),
         ("memory.max", (memory << 20).to_string()),
         ("pids.max", (cpus + THREADS).to_string()),
     ]
+}
+
+/// Its share where Machines compete, by its processors.
+fn weight(cpus: u32) -> String {
+    (cpus * WEIGHT).min(10_000).to_string()
 }
 
 /// `oom_kill` of `memory.events`.
@@ -186,11 +255,15 @@ const MOUNT: &str = "/sys/fs/cgroup";
 /// The kernel's default, 100 ms.
 const CPU_PERIOD_US: u32 = 100_000;
 /// The kernel's default for a group, here for each processor.
-const CPU_WEIGHT: u32 = 100;
+const WEIGHT: u32 = 100;
+/// Where a group says which controllers its children have.
+const CONTROL: &str = "cgroup.subtree_control";
 /// The monitor itself takes some MiB; its disk's page cache wants room too.
 const OVERHEAD_MIB: u64 = 128;
-/// Main, control, starter, and one per device of at most 8 disks, 8 network cards, vsock and randomness.
-const THREADS: u32 = 32;
+/// Main, control, starter, and one per device of at most 8 disks, 8 network cards, vsock, randomness and
+/// balloon, with room to spare: 32. And the kernel's own threads for a disk's `io_uring`, which count too:
+/// up to 4 for each of 8 disks.
+const THREADS: u32 = 32 + 8 * 4;
 
 #[cfg(test)]
 mod tests {
@@ -202,7 +275,61 @@ mod tests {
         assert_eq!(limits[0], ("cpu.max", "300000 100000".to_owned()));
         assert_eq!(limits[1], ("cpu.weight", "200".to_owned()));
         assert_eq!(limits[2], ("memory.max", (640_u64 << 20).to_string()));
-        assert_eq!(limits[3], ("pids.max", "34".to_owned()));
+        assert_eq!(limits[3], ("pids.max", "66".to_owned()));
+    }
+
+    #[test]
+    fn the_limits_of_a_disk_are_those_of_the_group_too() {
+        let rates = |disk_bytes, disk_operations| {
+            io_rates(&RateLimits {
+                disk_bytes,
+                disk_operations,
+                network_bytes: Some(1),
+            })
+        };
+        assert_eq!(rates(None, None), None);
+        assert_eq!(
+            rates(Some(1 << 20), None).unwrap(),
+            "rbps=1048576 wbps=1048576"
+        );
+        assert_eq!(
+            rates(Some(4096), Some(50)).unwrap(),
+            "rbps=4096 wbps=4096 riops=50 wiops=50"
+        );
+    }
+
+    #[test]
+    fn a_file_that_a_group_does_not_have_is_not_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("io.weight");
+        assert_eq!(
+            set(&file, "100").unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
+        assert!(!file.exists());
+    }
+
+    #[test]
+    fn metal_a_group_has_the_limits_that_were_asked_for() {
+        let rates = RateLimits {
+            disk_bytes: Some(64 << 20),
+            disk_operations: Some(1000),
+            network_bytes: None,
+        };
+        let groups = Groups::open(Path::new("/var/lib/tern"), &rates);
+        let name = format!("test-{}", std::process::id());
+        groups.make(&name, 2, 256).unwrap();
+        let group = groups.path(&name).unwrap();
+        let read = |file: &str| fs::read_to_string(group.join(file)).unwrap();
+        assert_eq!(read("memory.max").trim(), (640_u64 << 20).to_string());
+        assert_eq!(read("pids.max").trim(), "66");
+        let rates = "rbps=67108864 wbps=67108864 riops=1000 wiops=1000";
+        assert!(read("io.max").contains(rates), "{}", read("io.max"));
+        if group.join("io.weight").exists() {
+            assert_eq!(read("io.weight").trim(), "default 200");
+        }
+        groups.remove(&name).unwrap();
+        assert!(!group.exists());
     }
 
     #[test]

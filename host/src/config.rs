@@ -8,6 +8,8 @@ use std::time::Duration;
 use serde::Serialize;
 use tern_catalog::HostId;
 
+use crate::page_cache::SnapshotCache;
+
 /// What the agent of one server is given.
 #[derive(Debug, Clone)]
 pub struct HostConfig {
@@ -35,6 +37,10 @@ pub struct HostConfig {
     pub nat: bool,
     /// The size of a Machine's own disk, in bytes. It is sparse: only what is written takes space.
     pub disk_size: u64,
+    /// What each Machine may take of the host's disks and network.
+    pub rate_limits: RateLimits,
+    /// Whether the memory of a suspended Machine stays in the host's page cache.
+    pub snapshot_cache: SnapshotCache,
     /// How long a cold start may take, from the monitor's start to the app's.
     pub boot_timeout: Duration,
     /// How long a wake may take before it counts as failed.
@@ -58,6 +64,18 @@ pub enum CpuTemplate {
     /// The one after that.
     #[serde(rename = "x86-64-v3")]
     X86_64V3,
+}
+
+/// What each Machine may take of the host's disks and network in a second. `None` is without a limit, and
+/// zero is not allowed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RateLimits {
+    /// Bytes of each disk.
+    pub disk_bytes: Option<u64>,
+    /// Reads and writes of each disk.
+    pub disk_operations: Option<u64>,
+    /// Bytes of network traffic, in each direction.
+    pub network_bytes: Option<u64>,
 }
 
 /// How the images of one registry are reached.
@@ -85,6 +103,8 @@ impl HostConfig {
             image_budget: None,
             nat: true,
             disk_size: DISK_SIZE,
+            rate_limits: RateLimits::default(),
+            snapshot_cache: SnapshotCache::default(),
             boot_timeout: BOOT_TIMEOUT,
             wake_timeout: WAKE_TIMEOUT,
             cmdline: String::new(),

@@ -16,9 +16,11 @@
 //! | `monitor`, `guest` | speaks to `tern-vmm`, and to init through it |
 //! | `network` | TAPs, addresses, routes, the packet filter |
 //! | `bundle`, `disk`, `host` | what a Machine boots with |
+//! | `cgroup`, `block_device`, `page_cache` | what it may take of the host |
 //! | `checks`, `logs`, `metrics` | what is seen of it |
 
 mod agent;
+mod block_device;
 mod bundle;
 mod cgroup;
 mod checks;
@@ -33,17 +35,19 @@ mod machine;
 mod metrics;
 mod monitor;
 mod network;
+mod page_cache;
 mod running;
 mod trace;
 mod vm;
 mod volumes;
 
 pub use agent::{Agent, AgentError, AgentHandle};
-pub use config::{CpuTemplate, HostConfig, Registry};
+pub use config::{CpuTemplate, HostConfig, RateLimits, Registry};
 pub use guest::{Exec, ExecInputs, ExecOutput, ExecOutputs, GuestError};
 pub use logs::{LogItem, LogLine, LogReader};
 pub use machine::{CommandError, Source, StopRequest};
 pub use metrics::{Counter, Metrics};
 pub use network::{NetworkError, remove_all as remove_network};
+pub use page_cache::SnapshotCache;
 pub use trace::{Phase, Side, StartTrace};
 pub use vm::MemoryUse;

@@ -23,7 +23,7 @@ use crate::logs::Logs;
 use crate::machine::core::{BootFailure, End, Epoch, Found};
 use crate::machine::hands::{Hands, SleepFailure};
 use crate::monitor::config::Jail;
-use crate::monitor::{Monitor, control};
+use crate::monitor::{Monitor, Start, control};
 use crate::network::{Slot, bell};
 use crate::running::Running;
 use crate::trace::{Marks, StartTrace};
@@ -453,9 +453,11 @@ impl Vm {
         self.forget_running(running.epoch);
     }
 
-    /// Makes the snapshot outlast a loss of power, in the background.
+    /// Makes the snapshot outlast a loss of power, in the background; and has the host's memory back, where
+    /// that is its policy: what is on disk can be dropped.
     fn secure_snapshot(&self, instance_id: String) {
         let (dir, seals) = (self.dir.clone(), Arc::clone(&self.seals));
+        let cache = self.host.config.snapshot_cache;
         let seal_number = *seals.lock();
         let work = self.on_disk(move || {
             dir.sync_snapshot()?;
@@ -465,11 +467,17 @@ impl Vm {
             };
             let publish = dir.prepare_seal(&seal)?;
             let now = seals.lock();
-            if *now == seal_number {
+            let sleeps = *now == seal_number;
+            if sleeps {
                 publish()?;
             }
             drop(now);
-            dir.sync()
+            dir.sync()?;
+            // A wake may begin at this moment: it is only slower, see there.
+            if sleeps && cache.drops_now() {
+                dir.drop_snapshot_cache()?;
+            }
+            Ok(())
         });
         let id = self.id.clone();
         tokio::spawn(async move {
@@ -580,12 +588,13 @@ impl Vm {
     }
 
     fn spawn(&self, epoch: Epoch, restore: bool) -> Result<Arc<Running>, String> {
-        let monitor = Monitor::spawn(
-            &self.host.config.vmm_binary,
-            &self.dir.vm_json(),
-            &self.dir.vmm_log(),
+        let monitor = Monitor::spawn(Start {
+            binary: &self.host.config.vmm_binary,
+            config: &self.dir.vm_json(),
+            log: &self.dir.vmm_log(),
             restore,
-        )
+            own_pids: self.user().is_some(),
+        })
         .map_err(told)?;
         let running = Running::new(epoch, monitor);
         *self.running.lock() = Some(Arc::clone(&running));

@@ -21,7 +21,7 @@ use tern_catalog::{Catalog, HostId, SqliteStore, Store, View};
 use tern_certs::{CertsConfig, Issuer};
 use tern_dns::{Dns, DnsConfig};
 use tern_edge::{Edge, EdgeConfig};
-use tern_host::{Agent, HostConfig, Registry};
+use tern_host::{Agent, HostConfig, RateLimits, Registry};
 use tern_mesh::{Mesh, MeshConfig, MeshKey};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -200,6 +200,12 @@ fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) 
         CpuTemplate::Host => tern_host::CpuTemplate::Host,
         CpuTemplate::X86_64V2 => tern_host::CpuTemplate::X86_64V2,
         CpuTemplate::X86_64V3 => tern_host::CpuTemplate::X86_64V3,
+    };
+    config.snapshot_cache = args.snapshot_cache;
+    config.rate_limits = RateLimits {
+        disk_bytes: args.machine_disk_bandwidth,
+        disk_operations: args.machine_disk_iops,
+        network_bytes: args.machine_net_bandwidth,
     };
     let registry = Registry {
         address: reachable(args.api).to_string(),

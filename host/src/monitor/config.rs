@@ -42,12 +42,37 @@ pub(crate) struct Jail {
 pub(crate) struct Disk {
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) rate_limit: Option<RateLimit>,
 }
 
 #[derive(Debug, Serialize)]
 pub(crate) struct Net {
     pub(crate) tap: String,
     pub(crate) mac: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) receive_limit: Option<RateLimit>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) transmit_limit: Option<RateLimit>,
+}
+
+/// How much a device may do. How much of that at once is left to the monitor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct RateLimit {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_per_second: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    operations_per_second: Option<u64>,
+}
+
+impl RateLimit {
+    /// None where nothing is limited: a table without a rate is refused.
+    pub(crate) fn new(bytes: Option<u64>, operations: Option<u64>) -> Option<Self> {
+        (bytes.is_some() || operations.is_some()).then_some(Self {
+            bytes_per_second: bytes,
+            operations_per_second: operations,
+        })
+    }
 }
 
 #[derive(Debug, Serialize)]

@@ -4,4 +4,4 @@ pub(crate) mod config;
 pub(crate) mod control;
 mod process;
 
-pub(crate) use process::Monitor;
+pub(crate) use process::{Monitor, Start};

@@ -4,6 +4,11 @@
 //! Ctrl-C stops at the agent, and nothing ties its life to its parent's. While it lives it holds a
 //! lock on its pid file; by that lock, and not by a number that may have been given to another
 //! process, the next agent knows it again.
+//!
+//! A jailed monitor is the first process of a PID namespace of its own. For that the thread that starts it
+//! unshares: the next process of that thread, and nothing else of the agent, is in the new namespace. It is
+//! a child of the agent like any other, with a number of the host's, and no fork comes between. (Signals that
+//! such a process raises itself, and does not handle, are lost: one that aborts ends by SIGSEGV.)
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -12,11 +17,13 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Stdio;
 
+use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::process::{Child, Command};
+use tokio::runtime::Handle;
 
 /// A monitor process.
 #[derive(Debug)]
@@ -27,18 +34,28 @@ pub(crate) struct Monitor {
     child: tokio::sync::Mutex<Option<Child>>,
 }
 
+/// What to start.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Start<'a> {
+    /// The monitor's program.
+    pub(crate) binary: &'a Path,
+    /// Its `vm.json`.
+    pub(crate) config: &'a Path,
+    /// Its own log.
+    pub(crate) log: &'a Path,
+    /// Whether it resumes from its snapshot.
+    pub(crate) restore: bool,
+    /// Whether it gets a PID namespace of its own, which takes root.
+    pub(crate) own_pids: bool,
+}
+
 impl Monitor {
-    /// Starts one; `restore` from its snapshot.
-    pub(crate) fn spawn(
-        binary: &Path,
-        config: &Path,
-        log: &Path,
-        restore: bool,
-    ) -> io::Result<Self> {
-        let log = File::options().create(true).append(true).open(log)?;
-        let mut command = Command::new(binary);
-        command.arg("run").arg("--config").arg(config);
-        if restore {
+    /// Starts one.
+    pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
+        let log = File::options().create(true).append(true).open(start.log)?;
+        let mut command = Command::new(start.binary);
+        command.arg("run").arg("--config").arg(start.config);
+        if start.restore {
             command.arg("--restore");
         }
         // A process group can be asked for without code between fork and exec, which lets the
@@ -48,9 +65,13 @@ impl Monitor {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        let child = command
-            .spawn()
-            .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", binary.display())))?;
+        let child = if start.own_pids {
+            spawn_in_own_pids(&mut command)
+        } else {
+            command.spawn()
+        };
+        let child = child
+            .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", start.binary.display())))?;
         let pid = child
             .id()
             .and_then(|id| Pid::from_raw(i32::try_from(id).ok()?))
@@ -124,6 +145,29 @@ impl Monitor {
     }
 }
 
+/// Starts `command` as the first process of a new PID namespace.
+///
+/// From a thread of its own, which then ends: the namespace of a thread's children cannot be taken back.
+fn spawn_in_own_pids(command: &mut Command) -> io::Result<Child> {
+    // The child's end is watched by the runtime of whoever asks.
+    let runtime = Handle::try_current().map_err(io::Error::other)?;
+    let spawn = || {
+        let _inside = runtime.enter();
+        unshare(CloneFlags::CLONE_NEWPID).map_err(|e| {
+            io::Error::new(io::Error::from(e).kind(), format!("a PID namespace: {e}"))
+        })?;
+        command.spawn()
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("spawn".to_owned())
+            .spawn_scoped(scope, spawn)?;
+        thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
 /// The process id in a pid file that its process holds locked.
 fn locked(pid_file: &Path) -> io::Result<Option<Pid>> {
     let mut file = match File::open(pid_file) {
@@ -195,12 +239,22 @@ mod tests {
         std::os::unix::fs::chown(&script, None, None).unwrap();
         std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .unwrap();
-        let monitor = Monitor::spawn(&script, Path::new("/c"), &log, true).unwrap();
+        let start = Start {
+            binary: &script,
+            config: Path::new("/c"),
+            log: &log,
+            restore: true,
+            own_pids: false,
+        };
+        let monitor = Monitor::spawn(start).unwrap();
         let group = nix::unistd::getpgid(Some(nix::unistd::Pid::from_raw(monitor.pid()))).unwrap();
         assert_eq!(group.as_raw(), monitor.pid(), "it has a group of its own");
         monitor.kill();
         assert_eq!(monitor.ended().await, Some(9));
-        let missing = Monitor::spawn(Path::new("/nonexistent"), Path::new("/c"), &log, false);
+        let missing = Monitor::spawn(Start {
+            binary: Path::new("/nonexistent"),
+            ..start
+        });
         assert!(missing.unwrap_err().to_string().contains("/nonexistent"));
     }
 }

@@ -40,6 +40,35 @@ fn machines_outlive_their_agent_and_are_adopted() {
 }
 
 #[test]
+fn a_monitor_is_the_first_process_of_a_namespace_of_its_own() {
+    let mut world = World::new();
+    let machines = [world.launch(&[]), world.launch(&[])];
+    world.suspend(&machines[1]);
+    world.start(&machines[1]);
+    let namespace = |of: &str| fs::read_link(format!("/proc/{of}"));
+    let agent = world.agent();
+    let mut namespaces = vec![namespace(&format!("{agent}/ns/pid")).unwrap()];
+    for machine in &machines {
+        let pid = world.monitor(machine);
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let numbers = status.lines().find_map(|l| l.strip_prefix("NSpid:\t"));
+        let numbers: Vec<_> = numbers.unwrap().split('\t').collect();
+        assert_eq!(numbers, [pid.to_string().as_str(), "1"]);
+        let own = namespace(&format!("{pid}/ns/pid")).unwrap();
+        assert!(!namespaces.contains(&own), "it shares one");
+        namespaces.push(own);
+    }
+    // Other children of the agent's stay where the agent is.
+    for task in fs::read_dir(format!("/proc/{agent}/task")).unwrap() {
+        let task = task.unwrap().file_name().into_string().unwrap();
+        // One that has just ended has none.
+        if let Ok(children) = namespace(&format!("{agent}/task/{task}/ns/pid_for_children")) {
+            assert_eq!(children, namespaces[0]);
+        }
+    }
+}
+
+#[test]
 fn what_died_while_nobody_looked_is_started_again() {
     let mut world = World::new();
     let machine = world.launch(&[]);

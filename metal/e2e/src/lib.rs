@@ -9,6 +9,7 @@ pub mod artefacts;
 pub mod http;
 pub mod laptop;
 pub mod namespace;
+pub mod page_cache;
 pub mod pebble;
 pub mod process;
 pub mod server;

@@ -68,6 +68,10 @@ fn machines_outlive_a_killed_serve_and_are_adopted() -> Result<()> {
             .join("vmm.pid"),
     )?;
     assert_eq!(pid.trim(), monitor.to_string());
+    // In a PID namespace of its own it is number 1.
+    let status = std::fs::read_to_string(format!("/proc/{monitor}/status"))?;
+    let numbers = format!("\nNSpid:\t{monitor}\t1\n");
+    assert!(status.contains(&numbers), "{status}");
     Ok(())
 }
 

@@ -1,10 +1,16 @@
-//! Many requests to one sleeping Machine.
+//! Many requests to one sleeping Machine, and a wake from the disk alone.
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests fail by panicking")]
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::Value;
 use tern_e2e::World;
-use tern_e2e::process::output;
+use tern_e2e::page_cache::cached;
+use tern_e2e::process::{output, wait_for};
+use tern_e2e::world::PATIENCE;
 
 /// Each of which suspends the Machine first.
 const ROUNDS: usize = 20;
@@ -52,5 +58,34 @@ fn two_hundred_requests_at_once_wake_it_once_and_all_are_answered() -> Result<()
     for start in &starts {
         assert_ne!(start["request"]["cold"], true, "no resume: {start:#}");
     }
+    Ok(())
+}
+
+#[test]
+fn dropped_from_the_page_cache_its_memory_comes_back_from_the_disk() -> Result<()> {
+    let validity = Duration::from_secs(90 * 24 * 3600);
+    // On the host's data disk itself, not on the overlay of its root.
+    let world = World::with_dir(
+        Path::new("/var/lib/tern/dropped"),
+        validity,
+        &["--autostop-after", "1h", "--snapshot-cache", "drop"],
+    )?;
+    let app = world.launch("hello", "personal")?;
+    app.wait_for_https()?;
+    let count = || -> Result<Option<u64>> { Ok(app.get("/counter")?.json()?["count"].as_u64()) };
+    let before = count()?.unwrap();
+    app.machine("suspend")?;
+    let machine = world.server.data.join("machines").join(&app.machine);
+    let memory = machine.join("jail/snapshot/memory");
+    let on_disk = memory.metadata()?.blocks() * 512;
+    assert!(on_disk > 8 << 20, "only {on_disk} bytes to drop");
+    // A little at its end may still be on the way to the lists that the kernel drops from.
+    wait_for("its memory is dropped", PATIENCE, || {
+        Ok((cached(&memory)? < 1 << 20).then_some(()))
+    })?;
+    assert_eq!(count()?, Some(before + 1), "it forgot");
+    let starts = app.events("start")?;
+    let last = starts.last().unwrap();
+    assert_ne!(last["request"]["cold"], true, "no resume: {last:#}");
     Ok(())
 }

@@ -69,10 +69,11 @@ impl Exit {
 pub struct PidFile {
     path: PathBuf,
     lock: Flock<File>,
+    pid: u32,
 }
 
 impl PidFile {
-    /// Locks `path` and writes this process's id into it.
+    /// Locks `path` and writes this process's id into it, as the host numbers it.
     ///
     /// Fails if another monitor holds it: then nothing of that Machine may be touched.
     pub fn acquire(path: &Path) -> io::Result<Self> {
@@ -92,12 +93,19 @@ impl PidFile {
                     ),
                 )
             })?;
+        let pid = host_pid()?;
         lock.set_len(0)?;
-        writeln!(lock, "{}", std::process::id())?;
+        writeln!(lock, "{pid}")?;
         Ok(Self {
             path: path.to_owned(),
             lock,
+            pid,
         })
+    }
+
+    /// The number in it.
+    pub fn pid(&self) -> u32 {
+        self.pid
     }
 
     /// Where it is.
@@ -109,6 +117,17 @@ impl PidFile {
     pub fn release(self) -> io::Result<()> {
         self.lock.set_len(0)
     }
+}
+
+/// The number by which the host knows this process.
+///
+/// A jailed monitor is started as the first process of a PID namespace, and number 1 to itself. The host's
+/// `/proc`, which it sees until it enters its jail, tells everybody's number in the host.
+fn host_pid() -> io::Result<u32> {
+    let link = fs::read_link("/proc/self")
+        .map_err(|e| io::Error::new(e.kind(), format!("/proc/self (is /proc mounted?): {e}")))?;
+    let number = link.to_str().and_then(|number| number.parse().ok());
+    number.ok_or_else(|| io::Error::other(format!("/proc/self leads to {}", link.display())))
 }
 
 #[cfg(test)]
@@ -140,6 +159,7 @@ mod tests {
         let first = PidFile::acquire(&path).unwrap();
         let text = fs::read_to_string(&path).unwrap();
         assert_eq!(text.trim(), std::process::id().to_string());
+        assert_eq!(first.pid(), std::process::id());
         let error = PidFile::acquire(&path).unwrap_err();
         assert!(error.to_string().contains("another monitor"), "{error}");
         assert_eq!(

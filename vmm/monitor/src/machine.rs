@@ -84,7 +84,7 @@ pub struct Description {
     pub id: String,
     /// What it is doing.
     pub state: State,
-    /// The monitor's process id.
+    /// The monitor's process id in the host.
     pub pid: u32,
     /// Processors.
     pub vcpus: u8,
@@ -430,12 +430,12 @@ impl Machine {
         size
     }
 
-    /// What it is and does.
-    pub fn describe(&self) -> Description {
+    /// What it is and does; `pid` is this process, as the host numbers it.
+    pub fn describe(&self, pid: u32) -> Description {
         Description {
             id: self.config.id.clone(),
             state: self.state,
-            pid: std::process::id(),
+            pid,
             vcpus: self.config.vcpus,
             memory_mib: self.config.memory_mib,
             balloon: self.balloon_size(),

@@ -55,7 +55,7 @@ pub fn run(config: VmConfig, jail: &Jail, restore: bool, trace: Trace) -> Result
     // From here on this Machine's files are ours: what a former monitor left is out of date.
     let _ = std::fs::remove_file(&config.exit_file);
     trace.mark("locked");
-    let exit = live(&config, jail, restore, Arc::new(trace));
+    let exit = live(&config, jail, restore, Arc::new(trace), pid_file.pid());
     tracing::info!(reason = ?exit.reason, message = exit.message, "ends");
     // From inside a jail they cannot be removed, and whoever starts the next monitor does.
     let _ = std::fs::remove_file(&config.control);
@@ -69,7 +69,7 @@ pub fn run(config: VmConfig, jail: &Jail, restore: bool, trace: Trace) -> Result
     Ok(exit)
 }
 
-fn live(config: &VmConfig, jail: &Jail, restore: bool, trace: Arc<Trace>) -> Exit {
+fn live(config: &VmConfig, jail: &Jail, restore: bool, trace: Arc<Trace>, pid: u32) -> Exit {
     let (events, receiver) = channel();
     let error = |error: &dyn std::fmt::Display| Exit::new(Reason::Error, error.to_string());
     // The API's socket appears while the guest starts; requests wait for the Machine in its backlog.
@@ -97,7 +97,7 @@ fn live(config: &VmConfig, jail: &Jail, restore: bool, trace: Arc<Trace>) -> Exi
     match started {
         Ok(mut machine) => {
             tracing::info!(id = config.id, restore, "runs");
-            let exit = serve(&mut machine, &receiver);
+            let exit = serve(&mut machine, &receiver, pid);
             machine.flush_console();
             exit
         }
@@ -123,7 +123,7 @@ fn vcpu_sink(events: Sender<Event>) -> EventSink {
 }
 
 /// Carries out one event after the other, until one of them is the last.
-fn serve(machine: &mut Machine, events: &Receiver<Event>) -> Exit {
+fn serve(machine: &mut Machine, events: &Receiver<Event>, pid: u32) -> Exit {
     let awake_at = Instant::now() + WAKE;
     loop {
         let event = if machine.is_waking() {
@@ -144,7 +144,7 @@ fn serve(machine: &mut Machine, events: &Receiver<Event>) -> Exit {
                 reply,
                 answered,
             })) => {
-                reply.send(carry_out(machine, command));
+                reply.send(carry_out(machine, command, pid));
                 if command == Command::Stop {
                     // Nothing is ever sent: this waits for the other end to be dropped.
                     let _ = answered.recv_timeout(ANSWER_PATIENCE);
@@ -162,9 +162,13 @@ fn serve(machine: &mut Machine, events: &Receiver<Event>) -> Exit {
     }
 }
 
-fn carry_out(machine: &mut Machine, command: Command) -> Result<control::Answer, ControlError> {
+fn carry_out(
+    machine: &mut Machine,
+    command: Command,
+    pid: u32,
+) -> Result<control::Answer, ControlError> {
     let done = match command {
-        Command::Describe => return Ok(control::Answer::Description(machine.describe())),
+        Command::Describe => return Ok(control::Answer::Description(machine.describe(pid))),
         Command::Pause => machine.pause(),
         Command::Resume => machine.resume(),
         Command::Snapshot => machine.snapshot(),

@@ -671,7 +671,8 @@ fn metal_a_jailed_monitor_has_no_rights_no_files_and_no_network_and_does_all_the
     }
     assert_eq!(guest.sh("cat /tmp/rounds"), "0\n1");
     check_jail(&guest, USER);
-    guest.post("stop");
+    // The first process of a PID namespace gets only the signals that it cares for.
+    guest.signal("-TERM");
     assert_eq!(guest.exit(), (0, "stopped".into()));
 }
 
@@ -712,6 +713,13 @@ fn check_jail(guest: &Guest, user: u32) {
         let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
         assert_ne!(of(&pid.to_string()), of("self"), "{namespace}");
     }
+    // The first process of its PID namespace, and to others what the host calls it.
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(
+        status.contains(&format!("\nNSpid:\t{pid}\t1\n")),
+        "{status}"
+    );
+    assert_eq!(guest.describe()["pid"], pid);
     let number = fs::read_to_string(guest.path("vmm.pid")).unwrap();
     assert_eq!(number.trim(), pid.to_string());
 }

@@ -102,7 +102,7 @@ const EVERY: &[Call] = &[
         libc::SYS_sched_yield,
         "std's locks and channels spin a little",
     ),
-    call(libc::SYS_getpid, "GET /v1/vm; raising a signal to oneself"),
+    call(libc::SYS_getpid, "raising a signal to oneself"),
     call(libc::SYS_gettid, "abort"),
     call(libc::SYS_getrandom, "hash seeds, virtio-rng"),
     call(libc::SYS_rt_sigprocmask, "thread start and end, abort"),

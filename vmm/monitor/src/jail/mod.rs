@@ -17,9 +17,8 @@
 //! vCPU's filter does not allow it to do itself.
 //!
 //! Namespaces and user need root and the `jail` key of `vm.json`; the filters are always there.
-//! What stays shared with the host: its clock, its processors' caches, and KVM itself. There is no PID
-//! namespace, since it takes a fork, and an agent that knows its monitor by number; without `/proc`, with a
-//! user of its own and with no call that takes another process's id there is nothing to do with numbers.
+//! What stays shared with the host: its clock, its processors' caches, and KVM itself. A process cannot move
+//! itself into a new PID namespace: the agent starts a jailed monitor as the first process of one.
 
 pub mod filters;
 pub mod seccomp;

@@ -66,6 +66,7 @@ static PROGRAMS: OnceLock<Vec<(ThreadKind, BpfProgram)>> = OnceLock::new();
 /// Compiles every filter. From then on [`confine`] is in earnest.
 pub fn prepare() -> Result<(), FilterError> {
     one_arena();
+    // As the process calls itself: in a PID namespace the kernel compares with that number.
     let pid = std::process::id();
     let programs = ThreadKind::ALL
         .into_iter()

@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sched::{CloneFlags, unshare};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -112,9 +113,19 @@ impl Guest {
         &self.taps[0]
     }
 
-    /// Starts the monitor.
+    /// Starts the monitor; a jailed one in a PID namespace of its own, as the host's agent does.
     pub fn start(&mut self, arguments: &[&str]) {
-        self.spawn(Command::new(env!("CARGO_BIN_EXE_tern-vmm")), arguments);
+        let monitor = Command::new(env!("CARGO_BIN_EXE_tern-vmm"));
+        if self.config.get("jail").is_none() {
+            return self.spawn(monitor, arguments);
+        }
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // For this thread's next child, and no other's.
+                unshare(CloneFlags::CLONE_NEWPID).unwrap();
+                self.spawn(monitor, arguments);
+            });
+        });
     }
 
     /// Starts the monitor, to die before its `nth` step: see `tern_faults`.
@@ -123,6 +134,7 @@ impl Guest {
         // It waits until somebody has taken aim; whatever it does before is not counted.
         shell.args(["-c", "kill -STOP $$; exec \"$0\" \"$@\""]);
         shell.arg(env!("CARGO_BIN_EXE_tern-vmm"));
+        // In the host's PID namespace: as the first process of another it could not stop itself.
         self.spawn(shell, arguments);
         let stat = format!("/proc/{}/stat", self.pid());
         self.until("the shell's stop", || {
