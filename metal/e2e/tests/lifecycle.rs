@@ -1,6 +1,9 @@
 //! A Machine's life as its owner sees it: cold start, sleep, wake, memory and disk.
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests fail by panicking")]
 
+use std::path::Path;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use tern_e2e::World;
@@ -217,4 +220,36 @@ fn destroy_leaves_nothing_behind() -> Result<()> {
             && !rules.contains("\"tn0\"");
         Ok(gone.then_some(()))
     })
+}
+
+#[test]
+fn a_host_with_limits_gives_its_machines_no_more() -> Result<()> {
+    let limits = [
+        "--machine-net-bandwidth",
+        "1MiB",
+        "--machine-disk-bandwidth",
+        "64MiB",
+        "--machine-disk-iops",
+        "5000",
+    ];
+    let validity = Duration::from_secs(90 * 24 * 3600);
+    // On the host's data disk itself: a control group limits disks, not the overlay of the root.
+    let world = World::with_dir(Path::new("/var/lib/tern/limits"), validity, &limits)?;
+    let app = world.launch("hello", "personal")?;
+    app.wait_for_https()?;
+    let before = Instant::now();
+    let reply = app.get(&format!("/bytes?n={}", 3 << 20))?;
+    assert_eq!((reply.status, reply.body.len()), (200, 3 << 20));
+    // What may go at once after a rest is a second's worth, and the rest takes its time.
+    assert!(before.elapsed() >= Duration::from_secs(2));
+    // A limit is no obstacle to sleep and wake.
+    app.machine("suspend")?;
+    assert_eq!(app.get("/")?.status, 200);
+    let group = Path::new("/sys/fs/cgroup/tern").join(&app.machine);
+    let most = std::fs::read_to_string(group.join("io.max"))?;
+    assert!(
+        most.contains("rbps=67108864 wbps=67108864 riops=5000 wiops=5000"),
+        "{most}"
+    );
+    Ok(())
 }

@@ -48,11 +48,22 @@ pub struct Files {
     pub initramfs: PathBuf,
 }
 
+/// What the guest does once it is up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guest {
+    /// Serves HTTP.
+    Serves,
+    /// The same, and writes to its serial line all the time.
+    Talks,
+}
+
 /// One monitor with its directory, disk and TAP.
 #[derive(Debug)]
 pub struct Contender {
     /// Which.
     pub kind: Kind,
+    guest: Guest,
+    net: u8,
     files: Files,
     dir: PathBuf,
     tap: String,
@@ -82,10 +93,12 @@ impl Drop for Running {
 
 impl Contender {
     /// Makes its directory, disk and TAP.
-    pub fn new(kind: Kind, files: &Files, root: &Path) -> Result<Self> {
-        let (name, net) = match kind {
-            Kind::Tern => ("tern", 1),
-            Kind::Qemu => ("qemu", 2),
+    pub fn new(kind: Kind, guest: Guest, files: &Files, root: &Path) -> Result<Self> {
+        let (name, net) = match (kind, guest) {
+            (Kind::Tern, Guest::Serves) => ("tern", 1),
+            (Kind::Qemu, Guest::Serves) => ("qemu", 2),
+            (Kind::Tern, Guest::Talks) => ("tern-talks", 3),
+            (Kind::Qemu, Guest::Talks) => ("qemu-talks", 4),
         };
         let dir = root.join(name);
         fs::create_dir_all(dir.join("snapshot"))?;
@@ -106,6 +119,8 @@ impl Contender {
         }
         Ok(Self {
             kind,
+            guest,
+            net,
             files: files.clone(),
             dir,
             tap,
@@ -140,8 +155,14 @@ impl Contender {
         Ok(Running { child, started_ms })
     }
 
-    fn net(&self) -> u8 {
-        if self.kind == Kind::Tern { 1 } else { 2 }
+    /// The guest's own words on the kernel command line.
+    fn words(&self) -> String {
+        let talks = if self.guest == Guest::Talks {
+            "talk "
+        } else {
+            ""
+        };
+        format!("{talks}net={}", self.net)
     }
 
     fn serial(&self) -> PathBuf {
@@ -157,7 +178,7 @@ impl Contender {
         let config = json!({
             "id": "bench", "vcpus": 1, "memory_mib": GUEST_MIB,
             "kernel": self.files.kernel, "initramfs": [self.files.initramfs],
-            "cmdline": format!("net={}", self.net()),
+            "cmdline": self.words(),
             "disks": [{"path": path("disk.img")}], "net": [{"tap": self.tap, "mac": MAC}],
             "control": self.control(), "pid_file": path("pid"), "serial_log": self.serial(),
             "snapshot_dir": path("snapshot"), "exit_file": path("exit.json"),
@@ -206,7 +227,7 @@ impl Contender {
             .arg(&self.files.kernel)
             .arg("-initrd")
             .arg(&self.files.initramfs);
-        command.args(["-append", &format!("{CMDLINE} net={}", self.net())]);
+        command.args(["-append", &format!("{CMDLINE} {}", self.words())]);
         command.args(["-serial", &format!("file:{}", show(self.serial()))]);
         let disk = show(self.dir.join("disk.img"));
         command.args(["-drive", &format!("id=disk,file={disk},format=raw,if=none")]);
@@ -245,6 +266,15 @@ impl Contender {
         now_ms()
     }
 
+    /// Waits for the first byte on the serial line since the start: when it was there.
+    pub fn first_serial_byte(&self) -> Result<f64> {
+        self.until("byte on the serial line", || {
+            let there = fs::metadata(self.serial()).is_ok_and(|file| file.len() > 0);
+            Ok(there.then_some(()))
+        })?;
+        now_ms()
+    }
+
     /// Waits for the first byte of a reply of the guest's HTTP server: when it was there.
     ///
     /// A packet sent before the monitor has opened the TAP is lost and is sent again a second later, so
@@ -256,7 +286,7 @@ impl Contender {
                 .is_ok_and(|text| text.trim() == "1")
                 .then_some(()))
         })?;
-        let address = SocketAddr::from(([198, 51, self.net(), 2], 80));
+        let address = SocketAddr::from(([198, 51, self.net, 2], 80));
         self.until("HTTP reply", || {
             // Refused while the guest boots; lost if the guest's card is not up.
             let Ok(mut stream) = TcpStream::connect_timeout(&address, Duration::from_millis(900))

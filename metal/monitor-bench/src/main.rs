@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
-use contender::{Contender, Files, GUEST_MIB, Kind, PATIENCE};
+use contender::{Contender, Files, GUEST_MIB, Guest, Kind, PATIENCE};
 use proc::EntryTrace;
 use report::Measure;
 
@@ -36,12 +36,15 @@ fn main() -> Result<()> {
     ensure!(rounds > 0, "ROUNDS is at least 1");
     proc::touch_memory()?;
     let files = on_local_disk([vmm, qemu, kernel, initramfs], work)?;
-    let both = [
-        Contender::new(Kind::Tern, &files, work)?,
-        Contender::new(Kind::Qemu, &files, work)?,
-    ];
+    let both = |guest| -> Result<_> {
+        let contender = |kind| Contender::new(kind, guest, &files, work);
+        Ok([contender(Kind::Tern)?, contender(Kind::Qemu)?])
+    };
+    let talkers = both(Guest::Talks)?;
+    let both = both(Guest::Serves)?;
 
     let mut bench = Bench::new(rounds, results.clone());
+    bench.first_bytes(&talkers)?;
     bench.restores(&both)?;
     bench.boots(&both)
 }
@@ -53,6 +56,7 @@ struct Bench {
     entry: Measure,
     line: Measure,
     boot_http: Measure,
+    byte: Measure,
     restore: Measure,
     memory: Measure,
     written: Measure,
@@ -86,6 +90,12 @@ impl Bench {
                 Some(0.8 * init),
             ),
             boot_http: measure("process start to first HTTP byte", "ms", None, None),
+            byte: measure(
+                "restore: process start to first byte of the guest (serial)",
+                "ms",
+                None,
+                Some(0.5 * restored),
+            ),
             restore: measure(
                 "restore: process start to first HTTP byte",
                 "ms",
@@ -102,6 +112,35 @@ impl Bench {
             restored_memory: measure("resident memory, restored", "KiB", None, None),
             raw: Vec::new(),
         }
+    }
+
+    /// The byte that Firecracker's figure is of: a guest that was writing to its serial line goes on.
+    fn first_bytes(&mut self, both: &[Contender; 2]) -> Result<()> {
+        for contender in both {
+            let running = contender.start(false)?;
+            contender.first_line()?;
+            contender.suspend(running)?;
+            let running = contender.start(true)?;
+            contender.first_serial_byte()?;
+            contender.suspend(running)?;
+        }
+        for round in 0..=self.rounds {
+            for contender in in_turn(both, round) {
+                let running = contender.start(true)?;
+                let took = contender.first_serial_byte()? - running.started_ms;
+                let phases = phases(contender)?;
+                if round == 0 {
+                    continue; // as below
+                }
+                of(&mut self.byte, contender).push(took);
+                let name = contender.name();
+                eprintln!("first byte {round}/{} {name}: {took:.1} ms", self.rounds);
+                self.raw.push(json!({"round": round, "who": name,
+                    "byte": {"first_serial_ms": took, "phases": phases}}));
+            }
+            self.save(false)?;
+        }
+        Ok(())
     }
 
     /// From one snapshot each, made first, of a guest that has slept and answered before: so is every one of a
@@ -174,6 +213,7 @@ impl Bench {
             &self.entry,
             &self.line,
             &self.boot_http,
+            &self.byte,
             &self.restore,
             &self.memory,
             &self.written,
@@ -266,8 +306,8 @@ fn write_results(
 ) -> Result<()> {
     let table = report::table(measures);
     let own = |who: &str, kind: &str, inner: &str| medians(raw, who, kind, inner);
-    let phases =
-        json!({"boot": own("tern", "boot", "phases"), "restore": own("tern", "restore", "phases")});
+    let phases = json!({"boot": own("tern", "boot", "phases"), "first_byte": own("tern", "byte", "phases"),
+            "restore": own("tern", "restore", "phases")});
     let memory =
         json!({"tern": own("tern", "boot", "memory"), "qemu": own("qemu", "boot", "memory")});
     let text = format!(

@@ -11,8 +11,9 @@
 //! |---|---|
 //! | main | owns the [`machine::Machine`] and carries out one command after the other |
 //! | `vcpu<n>` | runs the guest ([`vcpu`]) and answers its exits ([`bus`]) |
-//! | `block`, `net`, `vsock`, `rng` | one per device, from its driver's "ready" on ([`virtio::worker`]) |
+//! | `block`, `net`, `vsock`, `rng`, `balloon` | one per device, from its driver's "ready" on ([`virtio::worker`]) |
 //! | `control` | the API and SIGTERM; hands commands to main |
+//! | `prefetch` | maps the pages of the last wake, in a restored guest's first moments ([`snapshot`]) |
 //! | `starter` | starts the devices' threads, which a vCPU's filter forbids ([`jail::threads`]) |
 //!
 //! Before the guest runs the process gives up everything but what it has opened by then: see [`jail`].

@@ -11,7 +11,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
@@ -20,7 +20,8 @@ use serde::Serialize;
 use crate::boot::{self, BootError, Entry, cpu, generation, layout, template};
 use crate::bus::Bus;
 use crate::config::{MIN_MEMORY_MIB, VmConfig};
-use crate::jail::{Jail, JailError};
+use crate::jail::seccomp::{self, ThreadKind};
+use crate::jail::{Jail, JailError, threads};
 use crate::kvm::{KvmError, Vm, call};
 use crate::memory::{Memory, MemoryError};
 use crate::serial::SerialPort;
@@ -48,6 +49,8 @@ pub struct Machine {
     /// The checksums of the memory file under `memory`, after a restore.
     memory_index: Option<MemoryIndex>,
     touched: Touched,
+    /// Maps the pages of the last wake, in this one's first moments.
+    prefetching: Option<JoinHandle<()>>,
     state: State,
     trace: Arc<Trace>,
 }
@@ -61,8 +64,8 @@ pub struct Machine {
 enum Touched {
     /// It was not restored, or nobody could look.
     Unobserved,
-    /// It is waking, with these pages mapped beforehand.
-    Observing(Option<WorkingSet>),
+    /// It is waking, and these pages are mapped meanwhile.
+    Observing(Option<Arc<WorkingSet>>),
     /// These were all.
     Observed(WorkingSet),
 }
@@ -228,6 +231,7 @@ impl Machine {
             memory,
             memory_index: None,
             touched: Touched::Unobserved,
+            prefetching: None,
             state,
             trace,
         })
@@ -243,7 +247,6 @@ impl Machine {
         let (vm, loaded) = beside(&trace, || -> Result<_, MachineError> {
             let opened = snapshot::open(&config, &trace)?;
             trace.mark("snapshot_checked");
-            let opened = prefetched(opened, &trace);
             let devices = restored_devices(&config, &opened)?;
             trace.mark("devices");
             let serial = SerialPort::restore(&config.serial_log, &opened.machine.serial)
@@ -297,7 +300,9 @@ impl Machine {
             vm,
             memory,
             memory_index: Some(index),
-            touched: Touched::Observing(working_set),
+            // One that is old is dropped, to be taken anew.
+            touched: Touched::Observing(working_set.filter(|set| !set.is_old()).map(Arc::new)),
+            prefetching: None,
             state,
             trace,
         })
@@ -311,10 +316,15 @@ impl Machine {
         for vcpu in &self.vcpus {
             vcpu.run()?;
         }
-        // After the processors: they have work of their own, and nothing is lost meanwhile.
-        for mut transport in self.bus.transports() {
-            transport.resume();
+        // After the processors: they have work of their own, and nothing is lost meanwhile. Network cards first:
+        // on them is whoever woke the guest.
+        for first in [true, false] {
+            let transports = self.bus.transports();
+            for mut transport in transports.filter(|t| (t.kind() == Kind::Net) == first) {
+                transport.resume();
+            }
         }
+        self.prefetch();
         self.state = State::Running;
         Ok(())
     }
@@ -342,12 +352,35 @@ impl Machine {
         Ok(())
     }
 
+    /// Has the pages mapped that the guest needed when it last woke, while it runs already: where there is more
+    /// than one processor they are there before it comes to them, and else it is not held up.
+    fn prefetch(&mut self) {
+        let Touched::Observing(Some(set)) = &self.touched else {
+            return;
+        };
+        let (set, memory, trace) = (set.clone(), self.memory.clone(), self.trace.clone());
+        let started = threads::start("prefetch", move || {
+            seccomp::confine(ThreadKind::Prefetch);
+            match set.prefetch(&memory) {
+                Ok(()) => trace.mark("prefetched"),
+                Err(error) => tracing::warn!(%error, "the working set is not prefetched"),
+            }
+        });
+        match started {
+            Ok(thread) => self.prefetching = Some(thread),
+            Err(error) => tracing::warn!(%error, "the working set is not prefetched"),
+        }
+    }
+
     /// Takes down what a restored guest has touched until now, once: its wake is over.
     pub fn settle(&mut self) {
         let Touched::Observing(before) = &self.touched else {
             return;
         };
-        match WorkingSet::observe(&self.memory, before.as_ref()) {
+        if let Some(thread) = self.prefetching.take() {
+            let _ = thread.join(); // a panic has been reported by the process's hook
+        }
+        match WorkingSet::observe(&self.memory, before.as_deref()) {
             Ok(set) => {
                 tracing::debug!(pages = set.pages(), "the working set of this wake");
                 self.touched = Touched::Observed(set);
@@ -479,19 +512,6 @@ fn beside<T>(trace: &Trace, work: impl FnOnce() -> T) -> (Result<Vm, KvmError>, 
         };
         (vm, done)
     })
-}
-
-/// Has the pages mapped that the guest will need, while the VM is made elsewhere. A set that is old is
-/// dropped, to be taken anew.
-fn prefetched(mut opened: Opened, trace: &Trace) -> Opened {
-    opened.working_set = opened.working_set.filter(|set| !set.is_old());
-    if let Some(set) = &opened.working_set {
-        match set.prefetch(&opened.memory) {
-            Ok(()) => trace.mark("prefetched"),
-            Err(error) => tracing::warn!(%error, "the working set is not prefetched"),
-        }
-    }
-    opened
 }
 
 /// The devices in the order of their windows: disks, network cards, vsock, randomness, balloon.

@@ -323,7 +323,8 @@ pub fn calls(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
         ThreadKind::Device(Kind::Block) => &[EVERY, EPOLL, WORKER, BLOCK],
         ThreadKind::Device(Kind::Net) => &[EVERY, EPOLL, WORKER, NET],
         ThreadKind::Device(Kind::Vsock) => &[EVERY, EPOLL, WORKER, VSOCK],
-        // A balloon's work is `madvise`.
+        // Its work is `madvise`, and so is a balloon's.
+        ThreadKind::Prefetch => &[EVERY],
         ThreadKind::Device(Kind::Rng | Kind::Balloon) => &[EVERY, EPOLL, WORKER],
     };
     tables.iter().flat_map(|table| table.iter())

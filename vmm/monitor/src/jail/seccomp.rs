@@ -23,17 +23,20 @@ pub enum ThreadKind {
     Vcpu,
     /// Starts device workers, which inherit its filter and add their own.
     Starter,
+    /// Maps the pages of the last wake.
+    Prefetch,
     /// Serves one device.
     Device(Kind),
 }
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Main,
         Self::Control,
         Self::Vcpu,
         Self::Starter,
+        Self::Prefetch,
         Self::Device(Kind::Net),
         Self::Device(Kind::Block),
         Self::Device(Kind::Rng),
@@ -48,6 +51,7 @@ impl ThreadKind {
             Self::Control => "control",
             Self::Vcpu => "vcpu",
             Self::Starter => "starter",
+            Self::Prefetch => "prefetch",
             Self::Device(kind) => kind.name(),
         }
     }

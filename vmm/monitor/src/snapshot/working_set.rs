@@ -7,9 +7,9 @@
 //! ```
 //!
 //! A guest that wakes needs the same pages each time, some thousand of them, and meets them one fault
-//! after the other (REAP, ASPLOS 2021, <https://doi.org/10.1145/3445814.3446714>). Here they are mapped
-//! beforehand in file order: those that it wrote as private copies, so that a page that is read first and
-//! written then is not met twice; the others from the page cache.
+//! after the other (REAP, ASPLOS 2021, <https://doi.org/10.1145/3445814.3446714>). Here they are mapped in
+//! file order while the guest begins to run: those that it wrote as private copies, so that a page that is
+//! read first and written then is not met twice; the others from the page cache.
 //!
 //! This is advice. It holds nothing of the guest's memory, a wrong one costs a little time, and one
 //! that is damaged, foreign or too long is ignored.
