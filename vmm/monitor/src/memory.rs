@@ -129,13 +129,14 @@ impl Memory {
         })
     }
 
-    /// Maps what belongs to `len` bytes at `offset` of a memory file, before anybody touches it:
-    /// `written` as private copies, else as the file's own pages. Content does not change.
+    /// Has ready what belongs to `len` bytes at `offset` of a memory file, before anybody touches it: `written`
+    /// as private copies, else in the page cache, from where faults then map several pages each; the host's
+    /// disk is not waited for. Content does not change.
     pub fn populate(&self, offset: u64, len: u64, written: bool) -> io::Result<()> {
         let advice = if written {
             libc::MADV_POPULATE_WRITE
         } else {
-            libc::MADV_POPULATE_READ
+            libc::MADV_WILLNEED
         };
         let end = offset.saturating_add(len);
         for (range, host) in self.mappings() {
@@ -145,7 +146,7 @@ impl Memory {
                 continue;
             }
             // SAFETY: `from` and `to` lie in the range, which is mapped at `host` for as long as this
-            // borrow lives. The advice only has pages faulted in (madvise(2)), as the guest's own
+            // borrow lives. Either advice only has pages brought in (madvise(2)), as the guest's own
             // accesses would at any time.
             let done = unsafe {
                 let at = host.add((from - range.file_offset) as usize);

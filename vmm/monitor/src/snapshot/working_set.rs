@@ -7,9 +7,10 @@
 //! ```
 //!
 //! A guest that wakes needs the same pages each time, some thousand of them, and meets them one fault
-//! after the other (REAP, ASPLOS 2021, <https://doi.org/10.1145/3445814.3446714>). Here they are mapped in
-//! file order while the guest begins to run: those that it wrote as private copies, so that a page that is
-//! read first and written then is not met twice; the others from the page cache.
+//! after the other (REAP, ASPLOS 2021, <https://doi.org/10.1145/3445814.3446714>). Here they are made ready in
+//! file order while the guest begins to run: those that it wrote are mapped as private copies, so that a page
+//! that is read first and written then is not met twice; the others are read into the page cache, if they
+//! are not there, all at once.
 //!
 //! This is advice. It holds nothing of the guest's memory, a wrong one costs a little time, and one
 //! that is damaged, foreign or too long is ignored.
@@ -116,7 +117,7 @@ impl WorkingSet {
         self.age >= MAX_AGE
     }
 
-    /// Maps its pages of `memory`, in file order and no more than 64 MiB. Stops where the host
+    /// Makes its pages of `memory` ready, in file order and no more than 64 MiB. Stops where the host
     /// says no: the guest then takes its own faults.
     pub fn prefetch(&self, memory: &Memory) -> io::Result<()> {
         let mut left = MAX_PREFETCH;
