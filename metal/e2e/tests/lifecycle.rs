@@ -105,10 +105,10 @@ fn the_clock_is_right_and_randomness_new_after_a_wake() -> Result<()> {
     app.wait_for_https()?;
     let before = app.body("/random")?;
     app.machine("suspend")?;
-    let asleep = std::time::Instant::now();
+    let asleep = Instant::now();
     // Long enough for a clock that stood still to be told from one that is only late.
     while asleep.elapsed().as_secs() < 5 {
-        std::thread::park_timeout(std::time::Duration::from_secs(5));
+        std::thread::park_timeout(Duration::from_secs(5));
     }
     app.body("/")?;
     let guest: i128 = app.body("/time")?.trim().parse()?;
@@ -153,7 +153,7 @@ fn disk_writes_survive_suspend_and_a_restart_of_serve() -> Result<()> {
 
 #[test]
 fn an_idle_machine_is_suspended_and_wakes() -> Result<()> {
-    let month = std::time::Duration::from_secs(30 * 24 * 3600);
+    let month = Duration::from_secs(30 * 24 * 3600);
     let world = World::with("idle", month, &["--autostop-after", "3s"])?;
     let app = world.launch("hello", "personal")?;
     app.wait_for_https()?;
