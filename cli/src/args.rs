@@ -134,8 +134,8 @@ pub struct Serve {
     #[arg(long, value_parser = bytes)]
     pub image_budget: Option<u64>,
     /// Bytes that a Machine may read and write in a second at each of its disks, as in 100MiB. As many may all
-    /// of its monitor read from this host's disk, and write to it (suspends and wakes too). Applies from
-    /// the Machine's next cold start. Default: no limit
+    /// of its monitor read from this host's disk, and write to it (suspends and wakes too): that applies from its
+    /// next start, and the disks' own limit from its next cold start. Default: no limit
     #[arg(long, value_name = "BYTES", value_parser = rate_of_bytes)]
     pub machine_disk_bandwidth: Option<u64>,
     /// Reads and writes that a Machine may make in a second at each of its disks, and its monitor at this

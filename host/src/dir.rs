@@ -31,9 +31,11 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags, openat};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tern_catalog::MachineId;
@@ -184,13 +186,17 @@ impl MachineDir {
         File::open(&self.path)?.sync_all()
     }
 
-    /// Makes the snapshot outlast a loss of power.
+    /// Makes the snapshot outlast a loss of power. Nothing else need wait: what a wake or a cold start changes
+    /// meanwhile is not this snapshot any more, which its seal tells.
     pub(crate) fn sync_snapshot(&self) -> io::Result<()> {
-        let dir = self.snapshot();
-        for entry in fs::read_dir(&dir)? {
-            open_theirs(&entry?.path())?.sync_all()?;
+        let dir = self.open_snapshot()?;
+        for (name, needed) in [("memory", true), ("state", true), ("working_set", false)] {
+            match open_theirs_at(&dir, name) {
+                Err(error) if !needed && error.kind() == io::ErrorKind::NotFound => {}
+                file => file?.sync_all()?,
+            }
         }
-        File::open(&dir)?.sync_all()?;
+        dir.sync_all()?;
         File::open(self.jail())?.sync_all()?;
         self.sync()
     }
@@ -200,14 +206,30 @@ impl MachineDir {
     /// Safe at any time: the kernel drops clean pages that nobody has mapped, and whoever reads them
     /// then, a monitor that wakes meanwhile, reads the same from the disk.
     pub(crate) fn drop_snapshot_cache(&self) -> io::Result<()> {
-        let memory = open_theirs(&self.snapshot().join("memory"))?;
+        let memory = open_theirs_at(&self.open_snapshot()?, "memory")?;
         rustix::fs::fadvise(&memory, 0, None, rustix::fs::Advice::DontNeed)?;
         Ok(())
     }
 
-    /// Removes the snapshot, whose seal must be broken.
+    /// The snapshot's directory, which is the monitor's: a link in its place is not followed.
+    fn open_snapshot(&self) -> io::Result<File> {
+        File::options()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_DIRECTORY)
+            .open(self.snapshot())
+    }
+
+    /// Removes the snapshot, whose seal must be broken, and one that was never finished.
     pub(crate) fn remove_snapshot(&self) -> io::Result<()> {
-        absent_is_fine(fs::remove_dir_all(self.snapshot()))
+        for path in [self.snapshot(), self.jail().join("snapshot.tmp")] {
+            match fs::symlink_metadata(&path) {
+                Ok(there) if there.is_dir() => absent_is_fine(fs::remove_dir_all(path))?,
+                // Not what a monitor that is itself would leave.
+                Ok(_) => absent_is_fine(fs::remove_file(path))?,
+                Err(error) => absent_is_fine(Err(error))?,
+            }
+        }
+        Ok(())
     }
 
     /// Removes what a monitor that has ended would leave in the way of the next, which will be `user`, or
@@ -283,7 +305,9 @@ pub(crate) fn absent_is_fine(outcome: io::Result<()>) -> io::Result<()> {
 
 /// Replaces a file whole.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8], durability: Durability) -> io::Result<()> {
-    let temporary = path.with_extension("tmp");
+    // Behind the whole name: `suspended.json` and `suspended.next` may be written at the same time.
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
     let mut file = File::options()
         .write(true)
         .create(true)
@@ -311,10 +335,14 @@ fn write_json<T: Serialize>(path: &Path, value: &T, durability: Durability) -> i
 /// Opens what a monitor has written, which may have been taken over by its guest: no link is followed,
 /// and nothing but a file is waited for.
 fn open_theirs(path: &Path) -> io::Result<File> {
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)?;
+    open_theirs_at(rustix::fs::CWD, path)
+}
+
+/// The same in a directory that is open.
+fn open_theirs_at(dir: impl AsFd, path: impl AsRef<Path>) -> io::Result<File> {
+    let path = path.as_ref();
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(openat(dir, path, flags, Mode::empty())?);
     if file.metadata()?.is_file() {
         Ok(file)
     } else {
@@ -425,6 +453,8 @@ mod tests {
         fs::create_dir_all(dir.snapshot()).unwrap();
         let (path, memory) = (dir.snapshot().join("memory"), vec![0x5a; 8 << 20]);
         fs::write(&path, &memory).unwrap();
+        assert!(dir.sync_snapshot().is_err(), "it is not whole");
+        fs::write(dir.snapshot().join("state"), b"state").unwrap();
         dir.sync_snapshot().unwrap();
         assert_eq!(cached(&path), 2048);
         dir.drop_snapshot_cache().unwrap();
@@ -434,6 +464,18 @@ mod tests {
         fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
         assert!(dir.drop_snapshot_cache().is_err(), "a link is followed");
+        dir.remove_snapshot().unwrap();
+        let elsewhere = temporary.path().join("elsewhere");
+        fs::create_dir(&elsewhere).unwrap();
+        for name in ["memory", "state"] {
+            fs::write(elsewhere.join(name), b"x").unwrap();
+        }
+        std::os::unix::fs::symlink(&elsewhere, dir.snapshot()).unwrap();
+        assert!(dir.sync_snapshot().is_err(), "a link is followed");
+        fs::write(dir.jail().join("snapshot.tmp"), b"a file").unwrap();
+        dir.remove_snapshot().unwrap();
+        assert_eq!(fs::read_dir(dir.jail()).unwrap().count(), 0);
+        assert!(elsewhere.join("memory").exists());
     }
 
     #[test]

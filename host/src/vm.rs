@@ -128,6 +128,7 @@ impl Vm {
                 tracing::warn!(machine = %self.id, %reason, "a monitor cannot be adopted");
                 running.monitor.kill();
                 running.monitor.ended().await;
+                self.remove_snapshot().await;
                 Ok(Found::Nothing {
                     end: Some(End {
                         by_guest: false,
@@ -426,6 +427,7 @@ impl Vm {
             };
             running.monitor.kill();
             running.monitor.ended().await;
+            self.remove_snapshot().await;
             let reason = format!("{reason}; and it could not go on: {error}");
             return Err(SleepFailure {
                 reason,
@@ -459,8 +461,12 @@ impl Vm {
         let (dir, seals) = (self.dir.clone(), Arc::clone(&self.seals));
         let cache = self.host.config.snapshot_cache;
         let seal_number = *seals.lock();
-        let work = self.on_disk(move || {
-            dir.sync_snapshot()?;
+        // Beside everything else: the disk may be slow, and limited.
+        let synced = {
+            let dir = dir.clone();
+            tokio::task::spawn_blocking(move || dir.sync_snapshot())
+        };
+        let publish = self.on_disk(move || {
             let seal = Seal {
                 instance_id,
                 boot_id: None,
@@ -481,7 +487,11 @@ impl Vm {
         });
         let id = self.id.clone();
         tokio::spawn(async move {
-            if let Err(error) = work.await {
+            let secured = async {
+                synced.await.map_err(|e| e.to_string())?.map_err(told)?;
+                publish.await
+            };
+            if let Err(error) = secured.await {
                 // It stays good as long as the host has power; or it was woken meanwhile.
                 tracing::debug!(machine = %id, error, "a snapshot is not secured");
             }

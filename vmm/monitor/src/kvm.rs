@@ -1,11 +1,12 @@
 //! `/dev/kvm` and one virtual machine: interrupt controllers, timer, memory slots, clock.
 
 use std::io;
+use std::ops::Deref;
 
 use kvm_bindings::{
     CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config,
-    kvm_pit_state2, kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_clock_data, kvm_irqchip, kvm_msr_entry,
+    kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use nix::time::{ClockId, clock_gettime};
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::boot::layout;
 use crate::memory::Memory;
 use crate::trace::Trace;
+use crate::vcpu::features::ARCH_CAPABILITIES;
 
 /// What to do when there is no usable KVM; part of every error that says so.
 pub const USE_METAL: &str =
@@ -24,10 +26,58 @@ pub const USE_METAL: &str =
 pub struct Vm {
     kvm: Kvm,
     fd: VmFd,
-    supported_cpuid: CpuId,
+    supported: Supported,
     msrs_to_save: Vec<u32>,
     /// Keeps the mappings alive that the memory slots point to. `None` until memory is attached.
     memory: Option<Memory>,
+}
+
+/// What this host's KVM can show to a guest: CPUID, and the register that one of its bits announces and
+/// that goes on with the list.
+#[derive(Debug)]
+pub struct Supported {
+    cpuid: CpuId,
+    arch_capabilities: u64,
+}
+
+impl Supported {
+    fn read(kvm: &Kvm) -> Result<Self, KvmError> {
+        Ok(Self {
+            cpuid: kvm
+                .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+                .map_err(call("KVM_GET_SUPPORTED_CPUID"))?,
+            arch_capabilities: feature_msr(kvm, ARCH_CAPABILITIES),
+        })
+    }
+
+    /// IA32_ARCH_CAPABILITIES, as KVM gives it to a new processor.
+    pub fn arch_capabilities(&self) -> u64 {
+        self.arch_capabilities
+    }
+}
+
+impl Deref for Supported {
+    type Target = CpuId;
+
+    fn deref(&self) -> &CpuId {
+        &self.cpuid
+    }
+}
+
+/// A model-specific register that says what KVM can do. Zero where KVM does not have it: nothing is
+/// promised then.
+fn feature_msr(kvm: &Kvm, index: u32) -> u64 {
+    let asked = kvm_msr_entry {
+        index,
+        ..Default::default()
+    };
+    let Ok(mut msrs) = Msrs::from_entries(&[asked]) else {
+        return 0;
+    };
+    match (kvm.get_msrs(&mut msrs), msrs.as_slice()) {
+        (Ok(1), [msr]) => msr.data,
+        _ => 0,
+    }
 }
 
 /// The part of a snapshot that is the VM's own: interrupt controllers, timer, clock.
@@ -123,9 +173,7 @@ impl Vm {
             ..Default::default()
         };
         fd.create_pit2(pit).map_err(KvmError::Emulated)?;
-        let supported_cpuid = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        let supported = Supported::read(&kvm)?;
         let msrs_to_save = kvm
             .get_msr_index_list()
             .map_err(call("KVM_GET_MSR_INDEX_LIST"))?
@@ -134,7 +182,7 @@ impl Vm {
         Ok(Self {
             kvm,
             fd,
-            supported_cpuid,
+            supported,
             msrs_to_save,
             memory: None,
         })
@@ -170,8 +218,8 @@ impl Vm {
     }
 
     /// What this host's KVM can show to a guest.
-    pub fn supported_cpuid(&self) -> &CpuId {
-        &self.supported_cpuid
+    pub fn supported_cpuid(&self) -> &Supported {
+        &self.supported
     }
 
     /// The model-specific registers a snapshot must hold.

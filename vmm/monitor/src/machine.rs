@@ -11,6 +11,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use kvm_bindings::CpuId;
@@ -50,7 +51,7 @@ pub struct Machine {
     memory_index: Option<MemoryIndex>,
     touched: Touched,
     /// Maps the pages of the last wake, in this one's first moments.
-    prefetching: Option<JoinHandle<()>>,
+    prefetching: Option<Prefetching>,
     state: State,
     trace: Arc<Trace>,
 }
@@ -68,6 +69,13 @@ enum Touched {
     Observing(Option<Arc<WorkingSet>>),
     /// These were all.
     Observed(WorkingSet),
+}
+
+/// A thread at work, and how it is told to leave off.
+#[derive(Debug)]
+struct Prefetching {
+    thread: JoinHandle<()>,
+    enough: Arc<AtomicBool>,
 }
 
 /// What the guest is doing.
@@ -359,15 +367,17 @@ impl Machine {
             return;
         };
         let (set, memory, trace) = (set.clone(), self.memory.clone(), self.trace.clone());
+        let enough = Arc::new(AtomicBool::new(false));
+        let told = enough.clone();
         let started = threads::start("prefetch", move || {
             seccomp::confine(ThreadKind::Prefetch);
-            match set.prefetch(&memory) {
+            match set.prefetch(&memory, &told) {
                 Ok(()) => trace.mark("prefetched"),
                 Err(error) => tracing::warn!(%error, "the working set is not prefetched"),
             }
         });
         match started {
-            Ok(thread) => self.prefetching = Some(thread),
+            Ok(thread) => self.prefetching = Some(Prefetching { thread, enough }),
             Err(error) => tracing::warn!(%error, "the working set is not prefetched"),
         }
     }
@@ -377,7 +387,9 @@ impl Machine {
         let Touched::Observing(before) = &self.touched else {
             return;
         };
-        if let Some(thread) = self.prefetching.take() {
+        if let Some(Prefetching { thread, enough }) = self.prefetching.take() {
+            // From a slow disk it could take long, and this thread has the API to answer.
+            enough.store(true, Ordering::Relaxed);
             let _ = thread.join(); // a panic has been reported by the process's hook
         }
         match WorkingSet::observe(&self.memory, before.as_deref()) {

@@ -21,7 +21,7 @@ pub enum ThreadKind {
     Control,
     /// Runs the guest.
     Vcpu,
-    /// Starts device workers, which inherit its filter and add their own.
+    /// Starts device workers and the prefetch, which inherit its filter and add their own.
     Starter,
     /// Maps the pages of the last wake.
     Prefetch,

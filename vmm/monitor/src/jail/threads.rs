@@ -1,8 +1,8 @@
 //! Starts threads on behalf of those whose filters do not allow it.
 //!
 //! A device's worker starts when its driver is ready, which a vCPU hears; and a thread inherits the
-//! filter of the thread that starts it. So that a vCPU may not make threads, and a worker is not bound to
-//! what a vCPU may do, one thread exists to start others: it takes closures by a channel and gives back
+//! filter of the thread that starts it. So that neither a vCPU nor the main thread may make threads, and a
+//! worker is not bound to what those may do, one thread exists to start others: it takes closures by a channel and gives back
 //! what to join.
 
 use std::io;

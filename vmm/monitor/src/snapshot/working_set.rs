@@ -20,6 +20,7 @@
 
 use std::io::{self, Read};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::OFlag;
 use xxhash_rust::xxh3::xxh3_64;
@@ -62,9 +63,10 @@ const RUN_BYTES: usize = 8;
 const WRITTEN: u32 = 1 << 31;
 /// After so many wakes a set is taken anew.
 const MAX_AGE: u32 = 16;
-/// A guest that has touched more than this when it woke did something else than wake; and all of it is
-/// mapped before its first instruction.
+/// A guest that has touched more than this when it woke did something else than wake.
 const MAX_PREFETCH: u64 = 64 << 20;
+/// Bytes between two looks whether to leave off: some milliseconds from a slow disk.
+const STEP: usize = 256 << 10;
 /// A run for every second page of 4 GiB; a set like this is no use either.
 const MAX_RUNS: usize = 1 << 19;
 /// Entries of the page map read at once: 64 KiB.
@@ -117,14 +119,19 @@ impl WorkingSet {
         self.age >= MAX_AGE
     }
 
-    /// Makes its pages of `memory` ready, in file order and no more than 64 MiB. Stops where the host
-    /// says no: the guest then takes its own faults.
-    pub fn prefetch(&self, memory: &Memory) -> io::Result<()> {
+    /// Makes its pages of `memory` ready, in file order and no more than 64 MiB, until that is `enough`. Stops
+    /// where the host says no: the guest then takes its own faults.
+    pub fn prefetch(&self, memory: &Memory, enough: &AtomicBool) -> io::Result<()> {
         let mut left = MAX_PREFETCH;
         for run in &self.runs {
             let start = u64::from(run.first) * PAGE_SIZE as u64;
             let bytes = (u64::from(run.pages) * PAGE_SIZE as u64).min(left);
-            memory.populate(start, bytes, run.written)?;
+            for at in (0..bytes).step_by(STEP) {
+                if enough.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                memory.populate(start + at, (bytes - at).min(STEP as u64), run.written)?;
+            }
             left -= bytes;
         }
         Ok(())
@@ -243,7 +250,9 @@ mod tests {
         assert_eq!(written(&set), [(3, 2), (700, 1)]);
         let memory = memory();
         assert_eq!(WorkingSet::observe(&memory, None).unwrap().pages(), 0);
-        set.prefetch(&memory).unwrap();
+        set.prefetch(&memory, &AtomicBool::new(true)).unwrap();
+        assert_eq!(WorkingSet::observe(&memory, None).unwrap().pages(), 0);
+        set.prefetch(&memory, &AtomicBool::new(false)).unwrap();
         let after = WorkingSet::observe(&memory, Some(&set)).unwrap();
         assert_eq!(written(&after), written(&set));
         assert_eq!((set.age, after.age), (0, 1));

@@ -3,7 +3,7 @@
 //!
 //! Nothing here knows of templates: a guest was shown what its saved CPUID says, however that came about.
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_msr_entry};
 
 use crate::boot::template::{self, Register, find};
 use Register::{Eax, Ebx, Ecx, Edx};
@@ -72,6 +72,97 @@ pub fn check(shown: &[kvm_cpuid_entry2], supported: &CpuId) -> Result<(), String
     } else {
         Err(format!("this host's lacks {}", missing.join(", ")))
     }
+}
+
+/// IA32_ARCH_CAPABILITIES: what Intel's CPUID has no room for, most of it vulnerabilities that a processor
+/// does not have.
+pub const ARCH_CAPABILITIES: u32 = 0x10a;
+
+/// What makes a guest do without a guard, or trust in one.
+struct Guard {
+    bit: u8,
+    name: &'static str,
+    /// Where the processor has all of these it is not open to what the guard is for, and needs none.
+    unneeded: u64,
+}
+
+const fn guard(bit: u8, name: &'static str) -> Guard {
+    Guard {
+        bit,
+        name,
+        unneeded: 0,
+    }
+}
+
+/// The bits of [`ARCH_CAPABILITIES`] that a guest relies on (SDM, volume 4, table 2-2; names as there).
+/// Left out are those that only announce another register: KVM refuses the value in it where it has none.
+#[rustfmt::skip]
+const GUARDS: [Guard; 17] = [
+    guard(0, "RDCL_NO"),
+    guard(1, "IBRS_ALL"),
+    guard(3, "SKIP_L1DFL_VMENTRY"),
+    guard(4, "SSB_NO"),
+    guard(5, "MDS_NO"),
+    guard(6, "IF_PSCHANGE_MC_NO"),
+    guard(8, "TAA_NO"),
+    guard(13, "SBDR_SSDP_NO"),
+    guard(14, "FBSDP_NO"),
+    guard(15, "PSDP_NO"),
+    // VERW empties the fill buffers; for the three above.
+    Guard { bit: 17, name: "FB_CLEAR", unneeded: 1 << 13 | 1 << 14 | 1 << 15 },
+    guard(20, "BHI_NO"),
+    guard(24, "PBRSB_NO"),
+    guard(26, "GDS_NO"),
+    guard(27, "RFDS_NO"),
+    // VERW empties the register file.
+    Guard { bit: 28, name: "RFDS_CLEAR", unneeded: 1 << 27 },
+    // No processor sets it: KVM does, and Linux looks for it.
+    guard(62, "ITS_NO"),
+];
+
+/// The bits of the same register that are the other way round: they tell of a weakness.
+const WEAKNESSES: [(u8, &str); 2] = [
+    (2, "RSBA"),   // returns are predicted by more than the return stack
+    (19, "RRSBA"), // so they are, within the same privilege
+];
+
+/// What the guest was told in [`ARCH_CAPABILITIES`]; nothing where CPUID does not announce the register.
+pub fn told(msrs: &[kvm_msr_entry], shown: &[kvm_cpuid_entry2]) -> Option<u64> {
+    if is_hidden(ARCH_CAPABILITIES, shown) {
+        return None;
+    }
+    let saved = msrs.iter().find(|msr| msr.index == ARCH_CAPABILITIES)?;
+    Some(saved.data)
+}
+
+/// Holds what a guest was told in [`ARCH_CAPABILITIES`] against what this host has. A guest looks once, when
+/// it starts, and leaves out the guards it does not need; and KVM lets it be told anything. So nothing
+/// else would notice that it goes on unguarded on a processor that needs them.
+pub fn check_guards(told: u64, here: u64) -> Result<(), String> {
+    let lost: Vec<_> = GUARDS
+        .iter()
+        .filter(|guard| told & !here & 1 << guard.bit != 0)
+        .filter(|guard| guard.unneeded == 0 || here & guard.unneeded != guard.unneeded)
+        .map(|guard| guard.name)
+        .collect();
+    let untold: Vec<_> = WEAKNESSES
+        .iter()
+        .filter(|(bit, _)| here & !told & 1 << bit != 0)
+        .map(|(_, name)| *name)
+        .collect();
+    let mut wrong = Vec::new();
+    for (names, what) in [(lost, "lacks"), (untold, "has the weakness")] {
+        if !names.is_empty() {
+            wrong.push(format!("{what} {}", names.join(", ")));
+        }
+    }
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    Err(format!(
+        "this host's {} (IA32_ARCH_CAPABILITIES), and the guest would go on without a guard",
+        wrong.join(" and ")
+    ))
 }
 
 /// Where a feature is announced.
@@ -175,9 +266,83 @@ mod tests {
         assert!(error.contains("39 bits of physical addresses"), "{error}");
     }
 
+    const RDCL_NO: u64 = 1 << 0;
+    const MDS_NO: u64 = 1 << 5;
+    const FB_CLEAR: u64 = 1 << 17;
+    const RFDS_NO: u64 = 1 << 27;
+    const RFDS_CLEAR: u64 = 1 << 28;
+    const NO_STALE_DATA: u64 = 0b111 << 13;
+    const RSBA: u64 = 1 << 2;
+    const RRSBA: u64 = 1 << 19;
+    const TSX_CTRL: u64 = 1 << 7;
+
+    #[test]
+    fn a_host_with_the_same_guards_or_more_is_taken() {
+        for (told, here) in [
+            (0, 0),
+            (RDCL_NO | MDS_NO | RRSBA, RDCL_NO | MDS_NO | RRSBA),
+            (RDCL_NO, RDCL_NO | MDS_NO | RFDS_NO),
+            (0, !(RSBA | RRSBA)),
+            // Weaknesses that the guest guards against in vain.
+            (RSBA | RRSBA, 0),
+            // A register of its own, which is restored or refused as such.
+            (TSX_CTRL, 0),
+            // Nothing to clear.
+            (FB_CLEAR, NO_STALE_DATA),
+            (RFDS_CLEAR, RFDS_NO),
+        ] {
+            assert_eq!(check_guards(told, here), Ok(()), "{told:#x} {here:#x}");
+        }
+    }
+
+    #[test]
+    fn a_host_that_needs_more_guards_is_refused_by_name() {
+        let every = GUARDS.iter().fold(0, |all, guard| all | 1 << guard.bit);
+        for (told, here, named) in [
+            (RDCL_NO | MDS_NO, 0, "lacks RDCL_NO, MDS_NO ("),
+            (RDCL_NO | MDS_NO, RDCL_NO | RFDS_NO, "lacks MDS_NO ("),
+            (FB_CLEAR, NO_STALE_DATA & !(1 << 15), "lacks FB_CLEAR ("),
+            (RFDS_NO, RFDS_CLEAR, "lacks RFDS_NO ("),
+            (every, every & !(1 << 62), "lacks ITS_NO ("),
+            (0, RSBA, "has the weakness RSBA ("),
+            (RSBA, RSBA | RRSBA, "has the weakness RRSBA ("),
+            (
+                MDS_NO,
+                RSBA | RRSBA,
+                "lacks MDS_NO and has the weakness RSBA, RRSBA (",
+            ),
+        ] {
+            let error = check_guards(told, here).unwrap_err();
+            assert!(
+                error.starts_with(&format!("this host's {named}")),
+                "{error}"
+            );
+        }
+        for guard in GUARDS.iter().filter(|guard| guard.unneeded == 0) {
+            let error = check_guards(every, every & !(1 << guard.bit)).unwrap_err();
+            assert!(error.contains(guard.name), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_guest_without_the_register_was_told_nothing() {
+        let msr = |index, data| kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        };
+        let saved = [msr(0x10, 7), msr(ARCH_CAPABILITIES, MDS_NO)];
+        let amd = bare(CpuTemplate::X86_64V2);
+        let intel = with(&amd, 7, Edx, 1 << 29);
+        assert_eq!(told(&saved, amd.as_slice()), None);
+        assert_eq!(told(&saved, intel.as_slice()), Some(MDS_NO));
+        assert_eq!(told(&saved[..1], intel.as_slice()), None);
+        let guest = shown(CpuTemplate::X86_64V2, &intel);
+        assert_eq!(told(&saved, &guest), Some(MDS_NO));
+    }
+
     #[test]
     fn registers_of_hidden_features_are_left_out() {
-        const ARCH_CAPABILITIES: u32 = 0x10a;
         const VMX_BASIC: u32 = 0x480;
         const LSTAR: u32 = 0xc000_0082;
         let host = with(&bare(CpuTemplate::X86_64V2), 1, Ecx, 1 << 5);

@@ -8,7 +8,7 @@ use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 use super::features;
-use crate::kvm::{KvmError, call};
+use crate::kvm::{KvmError, Supported, call};
 
 /// One processor, saved.
 #[derive(Serialize, Deserialize)]
@@ -106,9 +106,14 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Checks that this host's processors have every feature the guest was shown.
-    pub fn check_processor(&self, supported: &CpuId) -> Result<(), String> {
-        features::check(&self.cpuid, supported)
+    /// Checks that this host's processors have every feature the guest was shown, and no vulnerability
+    /// that it was told they do not have.
+    pub fn check_processor(&self, supported: &Supported) -> Result<(), String> {
+        features::check(&self.cpuid, supported)?;
+        match features::told(&self.msrs, &self.cpuid) {
+            Some(told) => features::check_guards(told, supported.arch_capabilities()),
+            None => Ok(()),
+        }
     }
 
     fn restore_msrs(&self, fd: &VcpuFd) -> Result<(), KvmError> {

@@ -8,7 +8,7 @@
 //! | what | in a template |
 //! |---|---|
 //! | a feature of its level, or that every processor of the level and KVM have | always shown, and a host without it is refused |
-//! | a guard: what protects the guest's kernel and programs (SMEP, SMAP, speculation controls and "not affected" bits) | shown where the host has it: a template must not leave a guest open. Its snapshot then wants it, too |
+//! | a guard: what protects the guest's kernel and programs (SMEP, SMAP, speculation controls and "not affected" bits, Intel's of which are in a register of their own) | shown where the host has it: a template must not leave a guest open. Its snapshot then wants it, too |
 //! | AMD's bits for the kind of cores, and its second list of the baseline | shown where the host has them; Intel's have none |
 //! | the processor's name, model, caches and topology, KVM's own leaves | as without a template: they describe, and come with the snapshot |
 //! | everything else: later instructions, their register state, performance counters, nested virtualization, Processor Trace, … | not there |

@@ -24,7 +24,7 @@ use super::limit::Limiter;
 use super::worker::{FIRST_DEVICE_TOKEN, Ready};
 use super::{Context, Device, DeviceState, Kind};
 use crate::config::{DiskConfig, DiskEngine};
-use engine::{DEPTH, Engine};
+use engine::{Action, DEPTH, Engine};
 use request::{Geometry, MAX_REQUEST_BYTES, Request};
 
 mod engine;
@@ -44,6 +44,8 @@ pub struct Block {
     engine: Engine,
     /// What the engine is working on, by token.
     pending: Box<[Option<Pending>]>,
+    /// Bytes of that.
+    under_way: usize,
     limiter: Limiter,
     /// Something was given back of which the driver has not been told.
     answered: bool,
@@ -55,7 +57,8 @@ pub struct Block {
 #[derive(Debug)]
 struct Pending {
     head: u16,
-    /// How many bytes of the guest's it writes.
+    /// How many bytes it moves, and how many of the guest's it writes.
+    bytes: usize,
     written: u32,
     /// Where the answer goes.
     status: Held,
@@ -72,9 +75,11 @@ const SECTOR: u64 = 512;
 const QUEUE_SIZE: u16 = 256;
 /// Data pieces in one request: what fits a descriptor table beside header and status.
 const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
-/// A ring of the longest requests would take seconds. After this many bytes the device looks whether it is
-/// to stop.
+/// After this many bytes the device looks whether it is to stop.
 const MAX_ROUND_BYTES: usize = MAX_REQUEST_BYTES;
+/// No more requests are taken while so much is under way: a pause waits for all of it, and 64 of the longest
+/// requests would be minutes on a slow disk.
+const MAX_BYTES_UNDER_WAY: usize = MAX_REQUEST_BYTES;
 const STATUS_BYTES: usize = 1;
 /// Where `max_discard_sectors` is in `struct virtio_blk_config`, and the length of that.
 const DISCARD_AT: usize = 36;
@@ -138,6 +143,7 @@ impl Block {
             read_only: config.read_only,
             serial,
             pending: std::iter::repeat_with(|| None).take(DEPTH).collect(),
+            under_way: 0,
             limiter: Limiter::new(config.rate_limit.as_ref()),
             answered: false,
             deadline: None,
@@ -175,10 +181,12 @@ impl Block {
         };
         loop {
             let taken = self.take(cx, &mut round);
+            self.engine.hand_over();
+            self.finish(cx);
+            // After that, for what was moved in part goes back to the kernel.
             if !self.engine.hand_over() {
                 self.deadline = Some(Instant::now() + SHORT);
             }
-            self.finish(cx);
             match taken {
                 // What the page cache had is done already, and there is room again.
                 Taken::Full if self.token().is_some() => {}
@@ -225,10 +233,9 @@ impl Block {
             let head = descriptors.head_index();
             match Chain::map(&ram, descriptors) {
                 Ok(chain) => {
-                    let cost = request::cost(&chain);
-                    round.bytes += cost;
-                    self.limiter.take(cost, now);
-                    self.begin(cx, token, &chain);
+                    let bytes = chain.readable.len() + chain.writable.len();
+                    self.limiter.take(bytes.min(MAX_REQUEST_BYTES), now);
+                    round.bytes += bytes + self.begin(cx, token, &chain);
                 }
                 Err(error) => {
                     tracing::debug!(%error, "the guest made a broken disk request");
@@ -239,19 +246,21 @@ impl Block {
         }
     }
 
-    /// A token that no request has.
+    /// A token that no request has, if there is room for one more.
     fn token(&self) -> Option<usize> {
-        self.pending.iter().position(Option::is_none)
+        let free = self.pending.iter().position(Option::is_none);
+        free.filter(|_| self.under_way < MAX_BYTES_UNDER_WAY)
     }
 
-    /// Gives one request to the engine, or answers it.
-    fn begin(&mut self, cx: &mut Context, token: usize, chain: &Chain<'_>) {
+    /// Gives one request to the engine, or answers it. Returns what that took beyond the bytes moved: few bytes can
+    /// discard a gigabyte, so a round has one of those.
+    fn begin(&mut self, cx: &mut Context, token: usize, chain: &Chain<'_>) -> usize {
         let ram = cx.ram.clone();
         // The last byte the device may write is the status; where there is none, there is no answer.
         let Some(data_len) = chain.writable.len().checked_sub(STATUS_BYTES) else {
             cx.queues[0].push(&ram, chain.head, 0);
             self.answered = true;
-            return;
+            return 0;
         };
         // SAFETY: the chain was mapped from `cx.ram`.
         let status = unsafe { chain.writable.part(data_len, STATUS_BYTES).hold(&ram) };
@@ -259,21 +268,33 @@ impl Block {
             sectors: self.sectors,
             read_only: self.read_only,
         };
+        let mut extra = 0;
         let done = match Request::read(chain, &ram, data_len, disk) {
-            Ok(Request::Job(job, written)) => {
+            Ok(Request::Job(job, bytes)) => {
+                let written = match job.action {
+                    Action::Read => bytes as u32, // a chain has less than 2^32 bytes
+                    _ => 0,
+                };
+                self.under_way += bytes;
                 self.pending[token] = Some(Pending {
                     head: chain.head,
+                    bytes,
                     written,
                     status,
                 });
-                return self.engine.submit(token as u16, job); // below DEPTH
+                self.engine.submit(token as u16, job); // below DEPTH
+                return 0;
             }
             Ok(Request::Nothing) => Ok(0),
             Ok(Request::Serial(target)) => Ok(target.write(0, &self.serial) as u32),
-            Ok(Request::Zero(ranges)) => ranges.apply(&self.file).map(|()| 0),
+            Ok(Request::Zero(ranges)) => {
+                extra = MAX_ROUND_BYTES;
+                ranges.apply(&self.file).map(|()| 0)
+            }
             Err(refusal) => Err(refusal),
         };
         self.answer(cx, chain.head, &status, done);
+        extra
     }
 
     /// Answers what the engine has done.
@@ -281,6 +302,7 @@ impl Block {
         while let Some((token, result)) = self.engine.finished() {
             let pending = self.pending.get_mut(usize::from(token));
             if let Some(pending) = pending.and_then(Option::take) {
+                self.under_way -= pending.bytes;
                 let done = result.map(|()| pending.written).map_err(Refusal::Io);
                 self.answer(cx, pending.head, &pending.status, done);
             }

@@ -25,8 +25,8 @@ pub struct Geometry {
 /// One request.
 #[derive(Debug)]
 pub enum Request<'m> {
-    /// Data to or from the file, or a flush. So many bytes of the guest's are written by it.
-    Job(Job, u32),
+    /// So many bytes to or from the file, or a flush.
+    Job(Job, usize),
     /// Nothing is to be done.
     Nothing,
     /// The disk's name goes there.
@@ -35,7 +35,7 @@ pub enum Request<'m> {
     Zero(Ranges),
 }
 
-/// A request holds up a pause for as long as it takes. Linux asks for some MiB at a time at most.
+/// A pause waits for what is under way. Linux asks for some MiB at a time at most.
 pub const MAX_REQUEST_BYTES: usize = 64 << 20;
 /// Type (4 bytes), reserved (4), sector (8).
 const HEADER_BYTES: usize = 16;
@@ -54,7 +54,10 @@ impl<'m> Request<'m> {
         }
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;
         let sector = u64::from_le_bytes(sector);
-        let job = |action, offset, data: &Buffers<'_>, written| {
+        let job = |action, offset, data: &Buffers<'_>| {
+            if data.is_empty() && action != Action::Flush {
+                return Ok(Self::Nothing);
+            }
             // SAFETY: `Chain::map` has mapped this chain from `ram`, by the caller's word.
             let memory = unsafe { data.hold(ram) };
             let job = Job {
@@ -62,13 +65,13 @@ impl<'m> Request<'m> {
                 offset,
                 memory,
             };
-            Ok(Self::Job(job, written))
+            Ok(Self::Job(job, data.len()))
         };
         match u32::from_le_bytes([a, b, c, d]) {
             VIRTIO_BLK_T_IN => {
                 let target = chain.writable.part(0, data_len);
                 let offset = disk.offset(sector, target.len())?;
-                job(Action::Read, offset, &target, target.len() as u32) // a chain has less than 2^32 bytes
+                job(Action::Read, offset, &target)
             }
             VIRTIO_BLK_T_OUT => {
                 if disk.read_only {
@@ -76,10 +79,10 @@ impl<'m> Request<'m> {
                 }
                 let source = chain.readable.part(HEADER_BYTES, usize::MAX);
                 let offset = disk.offset(sector, source.len())?;
-                job(Action::Write, offset, &source, 0)
+                job(Action::Write, offset, &source)
             }
             VIRTIO_BLK_T_FLUSH if disk.read_only => Ok(Self::Nothing),
-            VIRTIO_BLK_T_FLUSH => job(Action::Flush, 0, &Buffers::default(), 0),
+            VIRTIO_BLK_T_FLUSH => job(Action::Flush, 0, &Buffers::default()),
             VIRTIO_BLK_T_GET_ID => Ok(Self::Serial(chain.writable.part(0, data_len))),
             VIRTIO_BLK_T_DISCARD => disk.zero(Zeroing::Discard, chain),
             VIRTIO_BLK_T_WRITE_ZEROES => disk.zero(Zeroing::WriteZeroes, chain),
@@ -111,15 +114,5 @@ impl Geometry {
             .filter(|end| *end <= self.sectors)
             .map(|_| sector * SECTOR)
             .ok_or(Refusal::Invalid("beyond the end of the disk"))
-    }
-}
-
-/// What a request may cost, in bytes moved. Few bytes can discard a gigabyte: a round has one of those.
-pub fn cost(chain: &Chain<'_>) -> usize {
-    let mut kind = [0; 4];
-    chain.readable.read(0, &mut kind);
-    match u32::from_le_bytes(kind) {
-        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => MAX_REQUEST_BYTES,
-        _ => chain.readable.len() + chain.writable.len(),
     }
 }

@@ -422,7 +422,48 @@ fn a_limited_disk_waits_and_goes_on(way: Way) {
     assert!(before.elapsed() >= Duration::from_millis(10));
 }
 
+fn a_discard_costs_a_limited_disk_what_it_moves(way: Way) {
+    let limit = RateLimit {
+        bytes_per_second: Some(4096),
+        burst_bytes: None,
+        operations_per_second: None,
+        burst_operations: None,
+    };
+    let mut disk = Disk::limited(false, way, Some(limit));
+    for _ in 0..10 {
+        assert_eq!(disk.zero(VIRTIO_BLK_T_DISCARD, &[range(0, 8, 0)]), 0);
+    }
+    assert!(disk.block.deadline().is_none(), "a gigabyte was not moved");
+}
+
+fn no_more_is_taken_while_much_is_under_way(way: Way) {
+    let mut disk = Disk::full(8, way);
+    disk.header(VIRTIO_BLK_T_IN, 0);
+    disk.block.under_way = MAX_BYTES_UNDER_WAY;
+    disk.rings.offer(&[
+        Descriptor::at(HEADER, 16, READ),
+        Descriptor::at(DATA, SECTOR as u32, WRITE),
+        Descriptor::at(STATUS, 1, WRITE),
+    ]);
+    disk.settle();
+    assert!(disk.rings.take_used().is_empty());
+    disk.block.under_way = 0;
+    disk.settle();
+    assert_eq!(disk.rings.take_used().len(), 1);
+    assert_eq!(disk.block.under_way, 0);
+}
+
+fn a_request_for_nothing_is_no_error(way: Way) {
+    let mut disk = Disk::new(false, way);
+    for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
+        assert_eq!(disk.request(kind, 3, &[]), (1, 0));
+    }
+}
+
 by_every_way! {
+    a_discard_costs_a_limited_disk_what_it_moves,
+    no_more_is_taken_while_much_is_under_way,
+    a_request_for_nothing_is_no_error,
     many_requests_are_under_way_at_once_and_each_is_answered,
     a_limited_disk_waits_and_goes_on,
     reads_writes_and_flushes,
