@@ -760,14 +760,17 @@ impl Hands for Vm {
         let Some(running) = self.current() else {
             return end_of("", "", None);
         };
+        let mut told = false;
         let signal = tokio::select! {
-            signal = running.monitor.ended() => signal,
             exit = running.app_exited() => {
+                told = true;
                 app_exited(exit);
                 running.monitor.ended().await
             }
+            signal = running.monitor.ended() => signal,
         };
-        if running.exited().is_none() {
+        // Both may be so at once, and the app's end must not be lost by who is looked at first.
+        if !told {
             running.news_settled().await;
             if let Some(exit) = running.exited() {
                 app_exited(exit);
