@@ -116,14 +116,7 @@ impl Bench {
 
     /// The byte that Firecracker's figure is of: a guest that was writing to its serial line goes on.
     fn first_bytes(&mut self, both: &[Contender; 2]) -> Result<()> {
-        for contender in both {
-            let running = contender.start(false)?;
-            contender.first_line()?;
-            contender.suspend(running)?;
-            let running = contender.start(true)?;
-            contender.first_serial_byte()?;
-            contender.suspend(running)?;
-        }
+        sleep_twice(both)?;
         for round in 0..=self.rounds {
             for contender in in_turn(both, round) {
                 let running = contender.start(true)?;
@@ -146,13 +139,7 @@ impl Bench {
     /// From one snapshot each, made first, of a guest that has slept and answered before: so is every one of a
     /// Machine's life but the first, and a monitor may have learned from that.
     fn restores(&mut self, both: &[Contender; 2]) -> Result<()> {
-        for contender in both {
-            let (running, _) = booted(contender)?;
-            contender.suspend(running)?;
-            let running = contender.start(true)?;
-            contender.first_http_byte()?;
-            contender.suspend(running)?;
-        }
+        sleep_twice(both)?;
         for round in 0..=self.rounds {
             for contender in in_turn(both, round) {
                 let running = contender.start(true)?;
@@ -221,6 +208,18 @@ impl Bench {
         ];
         write_results(&self.results, self.rounds, &measures, &self.raw, show)
     }
+}
+
+/// Leaves a snapshot of each that has answered, slept, and answered again.
+fn sleep_twice(both: &[Contender; 2]) -> Result<()> {
+    for contender in both {
+        let (running, _) = booted(contender)?;
+        contender.suspend(running)?;
+        let running = contender.start(true)?;
+        contender.first_http_byte()?;
+        contender.suspend(running)?;
+    }
+    Ok(())
 }
 
 fn number(value: &Value, key: &str) -> f64 {
