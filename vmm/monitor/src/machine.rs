@@ -36,7 +36,7 @@ use crate::virtio::net::{Net, tap::Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::transport::{Transport, TransportState};
 use crate::virtio::vsock::Vsock;
-use crate::virtio::{Device, DeviceState, Kind};
+use crate::virtio::{Device, DeviceState, Kind, Metrics};
 
 /// A guest.
 #[derive(Debug)]
@@ -104,11 +104,32 @@ pub struct Description {
     /// What of it the guest is to use, and what its balloon holds.
     #[serde(flatten)]
     pub balloon: BalloonSize,
+    /// What each device has done since then, in the order of their windows.
+    pub devices: Vec<DeviceDescription>,
     /// When this process began, in microseconds since 1970.
     pub started_unix_us: u64,
     /// Where the time of the start went.
     #[serde(serialize_with = "serialize_shared")]
     pub boot: Arc<Trace>,
+}
+
+/// One device in [`Description`].
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceDescription {
+    /// Its kind, as threads are named.
+    pub kind: &'static str,
+    /// Its counters.
+    #[serde(flatten)]
+    pub metrics: Metrics,
+}
+
+impl DeviceDescription {
+    fn of(transport: &Transport) -> Self {
+        Self {
+            kind: transport.kind().name(),
+            metrics: transport.metrics().clone(),
+        }
+    }
 }
 
 /// How the guest's memory is limited while it runs.
@@ -484,6 +505,11 @@ impl Machine {
             vcpus: self.config.vcpus,
             memory_mib: self.config.memory_mib,
             balloon: self.balloon_size(),
+            devices: self
+                .bus
+                .transports()
+                .map(|t| DeviceDescription::of(&t))
+                .collect(),
             started_unix_us: self.trace.started_unix_micros(),
             boot: self.trace.clone(),
         }

@@ -32,6 +32,19 @@ fn metal_boots_with_all_its_devices() {
         "kvm-clock"
     );
     let description = guest.describe();
+    // What was read and sent above is counted.
+    let counted = |device: usize, kind: &str, count: &str| {
+        let device = &description["devices"][device];
+        assert_eq!(device["kind"], kind, "{device}");
+        assert!(device[count].as_u64().unwrap() > 0, "{count}: {device}");
+    };
+    counted(0, "block", "reads");
+    counted(0, "block", "read_bytes");
+    counted(2, "net", "sent_frames");
+    counted(3, "vsock", "received_packets");
+    counted(3, "vsock", "sent_packets");
+    counted(4, "rng", "bytes");
+    assert_eq!(description["devices"][5]["kind"], "balloon");
     assert_eq!(description["state"], "running");
     assert_eq!(description["pid"], guest.pid());
     assert!(

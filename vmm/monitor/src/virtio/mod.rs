@@ -1,7 +1,8 @@
 //! The virtio devices (virtio 1.2, <https://docs.oasis-open.org/virtio/virtio/v1.2/virtio-v1.2.html>).
 //!
 //! Every device folder has the same shape: `mod.rs` with what the guest can see of it (features,
-//! configuration space) and what it does with its queues, and what it leaves in a snapshot.
+//! configuration space) and what it does with its queues, and what it leaves in a snapshot. What it counts is
+//! in [`metrics`].
 //!
 //! - [`transport`]: the registers by which a driver sets a device up, one window per device;
 //! - [`worker`]: the thread that runs a device once its driver is ready;
@@ -13,6 +14,7 @@ pub mod block;
 pub mod chain;
 pub mod held;
 pub mod limit;
+pub mod metrics;
 pub mod net;
 pub mod queue;
 pub mod rng;
@@ -28,6 +30,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
 
+pub use metrics::Metrics;
 pub use worker::Context;
 
 /// Whether one more line may be logged about something the guest brought about.
@@ -136,6 +139,9 @@ pub trait Device: Send + std::fmt::Debug {
 
     /// The driver has reset the device: forget whatever belonged to it.
     fn reset(&mut self) {}
+
+    /// Its counters, which it goes on raising.
+    fn metrics(&self) -> Metrics;
 
     /// What a snapshot must hold of it.
     fn save(&self) -> DeviceState;

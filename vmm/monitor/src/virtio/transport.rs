@@ -24,7 +24,7 @@ use virtio_queue::QueueT;
 
 use super::queue::{VirtQueue, VirtQueueState};
 use super::worker::{Interrupt, Parked, Worker};
-use super::{Device, DeviceState, EVENT_IDX, INDIRECT_DESC, Kind, VERSION_1};
+use super::{Device, DeviceState, EVENT_IDX, INDIRECT_DESC, Kind, Metrics, VERSION_1};
 use crate::boot::layout;
 use crate::memory::GuestRam;
 use crate::trace::Trace;
@@ -33,6 +33,7 @@ use crate::trace::Trace;
 #[derive(Debug)]
 pub struct Transport {
     kind: Kind,
+    metrics: Metrics,
     /// What [`Device::features`] said.
     offered: u64,
     config: ConfigSpace,
@@ -166,6 +167,7 @@ impl Transport {
     ) -> io::Result<Self> {
         Ok(Self {
             kind: device.kind(),
+            metrics: device.metrics(),
             offered: device.features() | VERSION_1 | INDIRECT_DESC | EVENT_IDX,
             config: ConfigSpace {
                 bytes: device.config(),
@@ -391,6 +393,11 @@ impl Transport {
     /// What kind of device it is.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// What the device has done.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// The configuration space as it is now.

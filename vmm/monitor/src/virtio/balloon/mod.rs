@@ -12,18 +12,20 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::chain::{Buffers, Chain};
-use super::{Context, Device, DeviceState, Kind};
+use super::metrics::BalloonMetrics;
+use super::{Context, Device, DeviceState, Kind, Metrics};
 use crate::memory::{GuestRam, PAGE_SIZE, discard};
 
 /// A balloon. How large it is to be and how large it is stands in the configuration space, which is the
 /// transport's.
 #[derive(Debug, Default)]
 pub struct Balloon {
-    _private: (),
+    metrics: Arc<BalloonMetrics>,
 }
 
 /// What a snapshot must hold beside the configuration space: nothing.
@@ -102,10 +104,14 @@ impl Device for Balloon {
                     DEFLATE => Ok(()),
                     _ => chain.writable.discard(),
                 };
-                if let Err(error) = done
-                    && super::may_log()
-                {
-                    tracing::warn!(%error, "cannot take the guest's pages");
+                match done {
+                    Ok(()) => self.metrics.given_back.add(u64::from(index != DEFLATE)),
+                    Err(error) => {
+                        self.metrics.errors.add(1);
+                        if super::may_log() {
+                            tracing::warn!(%error, "cannot take the guest's pages");
+                        }
+                    }
                 }
             }
             queue.push(&ram, head, 0);
@@ -115,6 +121,10 @@ impl Device for Balloon {
         if more {
             cx.again(index);
         }
+    }
+
+    fn metrics(&self) -> Metrics {
+        Metrics::Balloon(self.metrics.clone())
     }
 
     fn save(&self) -> DeviceState {

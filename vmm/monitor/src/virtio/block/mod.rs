@@ -10,6 +10,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -21,8 +22,9 @@ use virtio_bindings::virtio_blk::{
 use super::chain::Chain;
 use super::held::Held;
 use super::limit::Limiter;
+use super::metrics::BlockMetrics;
 use super::worker::{FIRST_DEVICE_TOKEN, Ready};
-use super::{Context, Device, DeviceState, Kind};
+use super::{Context, Device, DeviceState, Kind, Metrics};
 use crate::config::{DiskConfig, DiskEngine};
 use engine::{Action, DEPTH, Engine};
 use request::{Geometry, MAX_REQUEST_BYTES, Request};
@@ -47,6 +49,7 @@ pub struct Block {
     /// Bytes of that.
     under_way: usize,
     limiter: Limiter,
+    metrics: Arc<BlockMetrics>,
     /// Something was given back of which the driver has not been told.
     answered: bool,
     /// When the queue is looked at again, though nobody calls: the limit's end, or the kernel's.
@@ -57,9 +60,9 @@ pub struct Block {
 #[derive(Debug)]
 struct Pending {
     head: u16,
-    /// How many bytes it moves, and how many of the guest's it writes.
+    action: Action,
+    /// How many bytes it moves.
     bytes: usize,
-    written: u32,
     /// Where the answer goes.
     status: Held,
 }
@@ -145,6 +148,7 @@ impl Block {
             pending: std::iter::repeat_with(|| None).take(DEPTH).collect(),
             under_way: 0,
             limiter: Limiter::new(config.rate_limit.as_ref()),
+            metrics: Arc::default(),
             answered: false,
             deadline: None,
         })
@@ -200,6 +204,7 @@ impl Block {
                     return;
                 }
                 Taken::Limited(until) => {
+                    self.metrics.limited.add(1);
                     self.deadline = Some(self.deadline.map_or(until, |at| at.min(until)));
                     return;
                 }
@@ -271,15 +276,11 @@ impl Block {
         let mut extra = 0;
         let done = match Request::read(chain, &ram, data_len, disk) {
             Ok(Request::Job(job, bytes)) => {
-                let written = match job.action {
-                    Action::Read => bytes as u32, // a chain has less than 2^32 bytes
-                    _ => 0,
-                };
                 self.under_way += bytes;
                 self.pending[token] = Some(Pending {
                     head: chain.head,
+                    action: job.action,
                     bytes,
-                    written,
                     status,
                 });
                 self.engine.submit(token as u16, job); // below DEPTH
@@ -289,7 +290,9 @@ impl Block {
             Ok(Request::Serial(target)) => Ok(target.write(0, &self.serial) as u32),
             Ok(Request::Zero(ranges)) => {
                 extra = MAX_ROUND_BYTES;
-                ranges.apply(&self.file).map(|()| 0)
+                let done = ranges.apply(&self.file);
+                self.metrics.zeroes.add(u64::from(done.is_ok()));
+                done.map(|()| 0)
             }
             Err(refusal) => Err(refusal),
         };
@@ -303,12 +306,33 @@ impl Block {
             let pending = self.pending.get_mut(usize::from(token));
             if let Some(pending) = pending.and_then(Option::take) {
                 self.under_way -= pending.bytes;
-                let done = result.map(|()| pending.written).map_err(Refusal::Io);
+                let done = result.map(|()| self.count(&pending)).map_err(Refusal::Io);
                 self.answer(cx, pending.head, &pending.status, done);
             }
         }
         if std::mem::take(&mut self.answered) {
             cx.interrupt(0);
+        }
+    }
+
+    /// Counts a job that went well. Returns how many bytes of the guest's it wrote.
+    fn count(&self, Pending { action, bytes, .. }: &Pending) -> u32 {
+        let counts = &self.metrics;
+        match action {
+            Action::Read => {
+                counts.reads.add(1);
+                counts.read_bytes.add(*bytes as u64);
+                *bytes as u32 // a chain has less than 2^32 bytes
+            }
+            Action::Write => {
+                counts.writes.add(1);
+                counts.written_bytes.add(*bytes as u64);
+                0
+            }
+            Action::Flush => {
+                counts.flushes.add(1);
+                0
+            }
         }
     }
 
@@ -329,6 +353,7 @@ impl Block {
                 (VIRTIO_BLK_S_IOERR, 0)
             }
         };
+        self.metrics.errors.add(u64::from(code != VIRTIO_BLK_S_OK));
         status.put(code as u8);
         let ram = cx.ram.clone();
         cx.queues[0].push(&ram, head, written + STATUS_BYTES as u32);
@@ -415,6 +440,10 @@ impl Device for Block {
         cx.unwatch(self.engine.event());
         self.engine.stop();
         self.deadline = None;
+    }
+
+    fn metrics(&self) -> Metrics {
+        Metrics::Block(self.metrics.clone())
     }
 
     fn save(&self) -> DeviceState {

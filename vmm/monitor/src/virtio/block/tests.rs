@@ -112,6 +112,11 @@ fn reads_writes_and_flushes(way: Way) {
     assert_eq!(bytes, [7; 1024]);
     let target = [Descriptor::at(DATA + 0x4000, 1024, WRITE)];
     assert_eq!(disk.request(VIRTIO_BLK_T_IN, 2, &target), (1025, 0));
+    let counts = disk.block.metrics.clone();
+    let (reads, writes) = (counts.reads.get(), counts.writes.get());
+    assert_eq!((reads, writes, counts.flushes.get()), (1, 1, 1));
+    let (read, written) = (counts.read_bytes.get(), counts.written_bytes.get());
+    assert_eq!((read, written, counts.errors.get()), (1024, 1024, 0));
     disk.cx
         .ram
         .read_slice(&mut bytes, GuestAddress(DATA + 0x4000))
@@ -194,6 +199,7 @@ fn what_is_discarded_takes_no_room(way: Way) {
     let before = blocks(&disk);
     let ranges = [range(8, 1024, 0), range(1536, 8, 0)];
     assert_eq!(disk.zero(VIRTIO_BLK_T_DISCARD, &ranges), 0);
+    assert_eq!(disk.block.metrics.zeroes.get(), 1);
     let expected: Vec<u64> = (8..1032).chain(1536..1544).collect();
     assert_eq!(disk.zeroes(), expected);
     assert_eq!(before - blocks(&disk), 1024 + 8);
@@ -306,6 +312,7 @@ fn senseless_requests_get_an_error_and_change_nothing(way: Way) {
     ] {
         assert_eq!(disk.request(kind, at, data), (1, status), "{kind} at {at}");
     }
+    assert_eq!(disk.block.metrics.errors.get(), 6);
     let mut bytes = [0; 8 * 512];
     disk.file.as_file().read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!(bytes, [0; 8 * 512]);
@@ -418,6 +425,7 @@ fn a_limited_disk_waits_and_goes_on(way: Way) {
         disk.settle();
         used += disk.rings.take_used().len();
     }
+    assert!(disk.block.metrics.limited.get() > 0);
     // Two for the burst, and a hundredth of a second for each of the others.
     assert!(before.elapsed() >= Duration::from_millis(10));
 }

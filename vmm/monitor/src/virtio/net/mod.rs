@@ -9,6 +9,7 @@ pub mod tap;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -20,8 +21,9 @@ use virtio_bindings::virtio_net::{
 use self::tap::{Offloads, Tap, VNET_HEADER_BYTES};
 use super::chain::Chain;
 use super::limit::Limiter;
+use super::metrics::NetMetrics;
 use super::worker::{FIRST_DEVICE_TOKEN, Ready};
-use super::{Context, Device, DeviceState, Kind};
+use super::{Context, Device, DeviceState, Kind, Metrics};
 use crate::config::{MacAddr, NetConfig};
 
 /// A network card on a link to the host.
@@ -38,6 +40,7 @@ pub struct Net<L = Tap> {
     transmitting: Limiter,
     /// When the limit of each queue ends, while it holds.
     waits: [Option<Instant>; 2],
+    metrics: Arc<NetMetrics>,
 }
 
 /// What a snapshot must hold: only what must not have changed. A frame that waited is lost, as frames
@@ -85,6 +88,7 @@ impl<L: Link> Net<L> {
             receiving: Limiter::default(),
             transmitting: Limiter::default(),
             waits: [None; 2],
+            metrics: Arc::default(),
         }
     }
 
@@ -118,6 +122,7 @@ impl<L: Link> Net<L> {
                 let now = Instant::now();
                 self.waits[RECEIVE] = self.receiving.wait(now);
                 if self.waits[RECEIVE].is_some() {
+                    self.metrics.limited.add(1);
                     break;
                 }
                 match read(self.link.as_fd(), &mut self.frame) {
@@ -183,6 +188,7 @@ impl<L: Link> Net<L> {
             for (head, _) in taken {
                 queue.push(&ram, head, 0);
             }
+            self.metrics.dropped_frames.add(1);
             return Delivery::Done;
         }
         if let Some(first) = first {
@@ -191,6 +197,9 @@ impl<L: Link> Net<L> {
         for (head, len) in taken {
             queue.push(&ram, head, len);
         }
+        self.metrics.received_frames.add(1);
+        let bytes = self.waiting - VNET_HEADER_BYTES; // `receive` takes no shorter one
+        self.metrics.received_bytes.add(bytes as u64);
         Delivery::Done
     }
 
@@ -205,6 +214,7 @@ impl<L: Link> Net<L> {
             let now = Instant::now();
             self.waits[TRANSMIT] = self.transmitting.wait(now);
             if self.waits[TRANSMIT].is_some() {
+                self.metrics.limited.add(1);
                 break;
             }
             let Some(descriptors) = queue.pop(&ram) else {
@@ -216,12 +226,18 @@ impl<L: Link> Net<L> {
                 let len = chain.readable.len();
                 self.transmitting
                     .take(len.saturating_sub(VNET_HEADER_BYTES), now);
-                if (VNET_HEADER_BYTES + 1..=FRAME_BYTES).contains(&len)
-                    && let Err(error) = chain.readable.writev(self.link.as_fd())
-                {
+                match send(&chain, self.link.as_fd()) {
+                    Ok(()) => {
+                        self.metrics.sent_frames.add(1);
+                        let bytes = len - VNET_HEADER_BYTES; // as `send` has checked
+                        self.metrics.sent_bytes.add(bytes as u64);
+                    }
                     // A frame the kernel does not take (a header that makes no sense, a device that is
                     // down) is lost, as on any cable.
-                    tracing::debug!(%error, len, "a frame of the guest was dropped");
+                    Err(error) => {
+                        self.metrics.dropped_frames.add(1);
+                        tracing::debug!(%error, len, "a frame of the guest was dropped");
+                    }
                 }
             }
             queue.push(&ram, head, 0);
@@ -327,9 +343,21 @@ impl<L: Link> Device for Net<L> {
         self.waiting = 0;
     }
 
+    fn metrics(&self) -> Metrics {
+        Metrics::Net(self.metrics.clone())
+    }
+
     fn save(&self) -> DeviceState {
         DeviceState::Net(NetState { mac: self.mac })
     }
+}
+
+/// One frame of the guest's, if it is as long as a frame may be.
+fn send(chain: &Chain<'_>, link: BorrowedFd<'_>) -> io::Result<()> {
+    if !(VNET_HEADER_BYTES + 1..=FRAME_BYTES).contains(&chain.readable.len()) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    chain.readable.writev(link).map(drop)
 }
 
 fn read(from: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<usize> {

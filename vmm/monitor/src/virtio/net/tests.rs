@@ -103,6 +103,12 @@ fn a_limited_card_takes_its_time_and_loses_nothing() {
         card.net.on_deadline(&mut card.cx, Instant::now());
     }
     assert!(card.net.watching, "what comes next is heard of");
+    let counts = &card.net.metrics;
+    let frames = (counts.received_frames.get(), counts.sent_frames.get());
+    let bytes = (counts.received_bytes.get(), counts.sent_bytes.get());
+    let each = 100 - VNET_HEADER_BYTES as u64;
+    assert_eq!((frames, bytes), ((3, 3), (3 * each, 3 * each)));
+    assert!(counts.limited.get() > 0);
 }
 
 #[test]
@@ -164,6 +170,7 @@ fn a_frame_too_long_for_its_buffer_is_dropped() {
     card.receive.offer(&[Descriptor::at(0x9000, 1000, WRITE)]);
     card.net.on_queue(&mut card.cx, RECEIVE);
     assert_eq!(card.receive.take_used(), [(0, 0), (1, 64)]);
+    assert_eq!(card.net.metrics.dropped_frames.get(), 1);
 }
 
 #[test]

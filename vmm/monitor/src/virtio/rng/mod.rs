@@ -1,14 +1,16 @@
 //! The entropy device (virtio 1.2, section 5.4): buffers filled from the host's own generator.
 
 use std::io;
+use std::sync::Arc;
 
 use super::chain::Chain;
-use super::{Context, Device, DeviceState, Kind};
+use super::metrics::RngMetrics;
+use super::{Context, Device, DeviceState, Kind, Metrics};
 
-/// A source of randomness; it has no state at all.
+/// A source of randomness; it has no state that its guest knows of.
 #[derive(Debug, Default)]
 pub struct Rng {
-    _private: (),
+    metrics: Arc<RngMetrics>,
 }
 
 /// The driver asks for 64 bytes at a time; more than this in one request would only keep the host's
@@ -47,6 +49,7 @@ impl Device for Rng {
             };
             let head = descriptors.head_index();
             let written = Chain::map(&ram, descriptors).map_or(0, |chain| fill(&chain));
+            self.metrics.bytes.add(written.into());
             queue.push(&ram, head, written);
         }
         let more = queue.unmute(&ram);
@@ -54,6 +57,10 @@ impl Device for Rng {
         if more {
             cx.again(index);
         }
+    }
+
+    fn metrics(&self) -> Metrics {
+        Metrics::Rng(self.metrics.clone())
     }
 
     fn save(&self) -> DeviceState {

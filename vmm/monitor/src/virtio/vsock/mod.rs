@@ -15,6 +15,7 @@ mod muxer;
 mod packet;
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -23,8 +24,9 @@ use self::connection::MAX_PAYLOAD;
 use self::muxer::Muxer;
 use self::packet::{HEADER_BYTES, Header};
 use super::chain::Chain;
+use super::metrics::VsockMetrics;
 use super::worker::Ready;
-use super::{Context, Device, DeviceState, Kind};
+use super::{Context, Device, DeviceState, Kind, Metrics};
 use crate::config::VsockConfig;
 
 /// The vsock device.
@@ -33,6 +35,7 @@ pub struct Vsock {
     muxer: Muxer,
     reset: Reset,
     payload: Box<[u8]>,
+    metrics: Arc<VsockMetrics>,
 }
 
 /// What a snapshot must hold. Connections end with the process that had them.
@@ -84,6 +87,7 @@ impl Vsock {
             muxer: Muxer::bind(config.cid, &config.path)?,
             reset: Reset::Done,
             payload: vec![0; MAX_PAYLOAD].into_boxed_slice(),
+            metrics: Arc::default(),
         })
     }
 
@@ -110,6 +114,7 @@ impl Vsock {
             };
             cx.spoken("first_vsock_out");
             let head = descriptors.head_index();
+            self.metrics.sent_packets.add(1);
             if let Ok(chain) = Chain::map(&ram, descriptors) {
                 self.take_packet(cx, &chain);
             }
@@ -171,6 +176,7 @@ impl Vsock {
                 cx.queues[RECEIVE].undo_pop();
                 break;
             }
+            self.metrics.received_packets.add(1);
             cx.queues[RECEIVE].push(&ram, head, written as u32); // a header and MAX_PAYLOAD at most
         }
         cx.interrupt(RECEIVE);
@@ -272,6 +278,10 @@ impl Device for Vsock {
     fn reset(&mut self) {
         self.muxer.clear();
         self.reset = Reset::Done;
+    }
+
+    fn metrics(&self) -> Metrics {
+        Metrics::Vsock(self.metrics.clone())
     }
 
     fn save(&self) -> DeviceState {
