@@ -71,6 +71,18 @@ fn metal_writes_reach_the_disk_file() {
     );
 }
 
+/// What the guest's own `md5sum` would say of these bytes.
+fn md5sum(guest: &Guest, bytes: &[u8]) -> String {
+    fs::write(guest.path("got"), bytes).unwrap();
+    let output = Command::new("md5sum")
+        .stdin(fs::File::open(guest.path("got")).unwrap())
+        .output();
+    String::from_utf8(output.unwrap().stdout)
+        .unwrap()
+        .trim()
+        .into()
+}
+
 /// How many of the monitor's descriptors are rings.
 fn rings(guest: &Guest) -> usize {
     let descriptors = fs::read_dir(format!("/proc/{}/fd", guest.pid())).unwrap();
@@ -98,14 +110,7 @@ fn metal_disks_work_by_threads_too_and_within_their_limit() {
     let sum = guest.sh("md5sum < /tmp/data");
     assert_eq!(guest.sh("head -c 3145728 /dev/vdb | md5sum"), sum);
     let disk = fs::read(guest.path("rw.img")).unwrap();
-    fs::write(guest.path("got"), &disk[..3 << 20]).unwrap();
-    let output = Command::new("md5sum")
-        .stdin(fs::File::open(guest.path("got")).unwrap())
-        .output();
-    assert_eq!(
-        String::from_utf8(output.unwrap().stdout).unwrap().trim(),
-        sum
-    );
+    assert_eq!(md5sum(&guest, &disk[..3 << 20]), sum);
 }
 
 #[test]
@@ -129,14 +134,7 @@ fn metal_network_carries_packets_both_ways() {
     ));
     let bytes = host.join().unwrap();
     assert_eq!(bytes.len(), 8 << 20);
-    fs::write(guest.path("got"), &bytes).unwrap();
-    let output = Command::new("md5sum")
-        .stdin(fs::File::open(guest.path("got")).unwrap())
-        .output();
-    assert_eq!(
-        String::from_utf8(output.unwrap().stdout).unwrap().trim(),
-        sum
-    );
+    assert_eq!(md5sum(&guest, &bytes), sum);
 }
 
 #[test]

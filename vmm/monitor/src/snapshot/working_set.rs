@@ -15,7 +15,7 @@
 //! This is advice. It holds nothing of the guest's memory, a wrong one costs a little time, and one
 //! that is damaged, foreign or too long is ignored.
 //!
-//! A page that was mapped beforehand looks touched ever after, so a set can only grow; therefore each
+//! A page that was mapped beforehand looks written ever after, so these can only grow; therefore each
 //! [`MAX_AGE`]th wake goes without and takes stock anew.
 
 use std::io::{self, Read};
