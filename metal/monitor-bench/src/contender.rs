@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::proc::{POLL, now_ms, settle};
+use crate::proc::{now_ms, settle};
+use crate::told::Told;
 
 /// The guest's memory: that of the Machine in the issue's goal.
 pub const GUEST_MIB: u64 = 256;
@@ -20,9 +21,15 @@ pub const GUEST_MIB: u64 = 256;
 pub const FIRST_LINE: &str = "bench: init";
 /// Kernel words of both; `tern-vmm` has them built in (`vmm/monitor/src/boot/mod.rs`).
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 reboot=k panic=-1 pci=off 8250.nr_uarts=1 \
-    i8042.noaux i8042.nomux i8042.dumbkbd tsc=reliable no_timer_check random.trust_cpu=on";
+    8250.skip_txen_test=1 i8042.noaux i8042.nomux i8042.dumbkbd tsc=reliable no_timer_check noreplace-smp random.trust_cpu=on";
 /// The guest's end of each TAP is `.2`.
 const MAC: &str = "02:00:00:00:00:01";
+/// Between two attempts at what nothing tells of.
+const PAUSE: Duration = Duration::from_millis(1);
+/// How long one connection may take until the next is tried.
+const ANEW: Duration = Duration::from_millis(100);
+/// Whether what is waited for is there already is looked at this often, news or not.
+const NEWS_PATIENCE: Duration = Duration::from_secs(1);
 /// Emulated hosts on busy machines are slow.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -255,7 +262,7 @@ impl Contender {
 
     /// Waits for the first line of the guest's init: when it was there.
     pub fn first_line(&self) -> Result<f64> {
-        self.until("first line of init", || {
+        self.until_told(&Told::of_files(&self.dir)?, "first line of init", || {
             let text = fs::read(self.serial()).unwrap_or_default();
             let line = FIRST_LINE.as_bytes();
             Ok(text
@@ -268,29 +275,33 @@ impl Contender {
 
     /// Waits for the first byte on the serial line since the start: when it was there.
     pub fn first_serial_byte(&self) -> Result<f64> {
-        self.until("byte on the serial line", || {
-            let there = fs::metadata(self.serial()).is_ok_and(|file| file.len() > 0);
-            Ok(there.then_some(()))
-        })?;
+        self.until_told(
+            &Told::of_files(&self.dir)?,
+            "byte on the serial line",
+            || {
+                let there = fs::metadata(self.serial()).is_ok_and(|file| file.len() > 0);
+                Ok(there.then_some(()))
+            },
+        )?;
         now_ms()
     }
 
     /// Waits for the first byte of a reply of the guest's HTTP server: when it was there.
     ///
-    /// A packet sent before the monitor has opened the TAP is lost and is sent again a second later, so
-    /// this waits for the carrier, which the opening brings; after that the TAP keeps packets.
+    /// A packet sent before the monitor has opened the TAP is lost, so this waits for the carrier, which the
+    /// opening brings; after that the TAP keeps packets, and Tern hands them to the guest when it runs. Those of a
+    /// guest that boots are refused, and QEMU drops those that come before it has restored its guest:
+    /// the next attempt follows soon, not after the second that TCP would take, in favour of QEMU.
     pub fn first_http_byte(&self) -> Result<f64> {
         let carrier = format!("/sys/class/net/{}/carrier", self.tap);
-        self.until("carrier", || {
+        self.until_told(&Told::of_links()?, "carrier", || {
             Ok(fs::read_to_string(&carrier)
                 .is_ok_and(|text| text.trim() == "1")
                 .then_some(()))
         })?;
         let address = SocketAddr::from(([198, 51, self.net, 2], 80));
         self.until("HTTP reply", || {
-            // Refused while the guest boots; lost if the guest's card is not up.
-            let Ok(mut stream) = TcpStream::connect_timeout(&address, Duration::from_millis(900))
-            else {
+            let Ok(mut stream) = TcpStream::connect_timeout(&address, ANEW) else {
                 return Ok(None);
             };
             stream.set_read_timeout(Some(PATIENCE))?;
@@ -358,7 +369,30 @@ impl Contender {
         Ok(answer)
     }
 
-    fn until<T>(&self, what: &str, mut attempt: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    /// Attempts whenever `told` has news.
+    fn until_told<T>(
+        &self,
+        told: &Told,
+        what: &str,
+        attempt: impl FnMut() -> Result<Option<T>>,
+    ) -> Result<T> {
+        self.attempt(what, attempt, || told.wait(NEWS_PATIENCE))
+    }
+
+    /// Attempts all the time.
+    fn until<T>(&self, what: &str, attempt: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+        self.attempt(what, attempt, || {
+            thread::sleep(PAUSE);
+            Ok(())
+        })
+    }
+
+    fn attempt<T>(
+        &self,
+        what: &str,
+        mut attempt: impl FnMut() -> Result<Option<T>>,
+        pause: impl Fn() -> Result<()>,
+    ) -> Result<T> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(value) = attempt()? {
@@ -374,7 +408,7 @@ impl Contender {
                     self.name()
                 );
             }
-            thread::sleep(POLL);
+            pause()?;
         }
     }
 }

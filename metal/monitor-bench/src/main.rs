@@ -7,6 +7,7 @@
 mod contender;
 mod proc;
 mod report;
+mod told;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -147,9 +147,6 @@ fn cpu_ticks() -> Result<(u64, u64)> {
     Ok((*idle, ticks.iter().sum()))
 }
 
-/// How often files are looked at; well below what is measured, and rare enough to leave one CPU alone.
-pub const POLL: Duration = Duration::from_millis(1);
-
 fn write(tracing: &Path, file: &str, value: &str) -> Result<()> {
     fs::write(tracing.join(file), value).with_context(|| format!("cannot write {TRACEFS}/{file}"))
 }
