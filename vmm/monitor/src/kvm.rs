@@ -2,13 +2,16 @@
 
 use std::io;
 use std::ops::Deref;
+use std::os::fd::AsRawFd as _;
 
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_clock_data, kvm_irqchip, kvm_msr_entry,
-    kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_PRE_FAULT_MEMORY, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    Msrs, kvm_clock_data, kvm_irqchip, kvm_msr_entry, kvm_pit_config, kvm_pit_state2,
+    kvm_pre_fault_memory, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
@@ -222,6 +225,13 @@ impl Vm {
         &self.supported
     }
 
+    /// Whether [`pre_fault`] works on it.
+    pub fn can_pre_fault(&self) -> bool {
+        self.kvm
+            .check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into())
+            > 0
+    }
+
     /// The model-specific registers a snapshot must hold.
     pub fn msrs_to_save(&self) -> &[u32] {
         &self.msrs_to_save
@@ -265,6 +275,39 @@ impl Vm {
             .set_clock(&advanced(state, unix_nanos()))
             .map_err(call("KVM_SET_CLOCK"))
     }
+}
+
+mod ioctl {
+    // Linux, Documentation/virt/kvm/api.rst, 4.143 "KVM_PRE_FAULT_MEMORY".
+    nix::ioctl_readwrite!(
+        pre_fault_memory,
+        kvm_bindings::KVMIO,
+        0xd5,
+        kvm_bindings::kvm_pre_fault_memory
+    );
+}
+
+/// Maps `len` bytes of guest memory at `start` into the page tables that `vcpu` runs on, as its own accesses would.
+/// It must have all its state.
+pub fn pre_fault(vcpu: &VcpuFd, start: u64, len: u64) -> io::Result<()> {
+    let mut range = kvm_pre_fault_memory {
+        gpa: start,
+        size: len,
+        ..Default::default()
+    };
+    // Each call maps at least a page, and says what is left.
+    while range.size > 0 {
+        let before = range.size;
+        // SAFETY: the descriptor is a vCPU's, and the kernel reads and writes this one structure. That it maps
+        // guest memory changes nothing that Rust sees.
+        match unsafe { ioctl::pre_fault_memory(vcpu.as_raw_fd(), &mut range) } {
+            Ok(_) if range.size < before => {}
+            Ok(_) => return Err(io::Error::other("KVM has mapped nothing")),
+            Err(Errno::EINTR | Errno::EAGAIN) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// The clock to set at `now`. Where KVM paired the guest's clock with the host's wall clock in one

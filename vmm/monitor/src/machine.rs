@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
@@ -23,7 +24,7 @@ use crate::bus::Bus;
 use crate::config::{MIN_MEMORY_MIB, VmConfig};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::jail::{Jail, JailError, threads};
-use crate::kvm::{KvmError, Vm, call};
+use crate::kvm::{KvmError, Vm, call, pre_fault};
 use crate::memory::{Memory, MemoryError};
 use crate::serial::SerialPort;
 use crate::snapshot::{self, MachineState, MemoryIndex, Opened, Refused, WorkingSet};
@@ -38,6 +39,10 @@ use crate::virtio::transport::{Transport, TransportState};
 use crate::virtio::vsock::Vsock;
 use crate::virtio::{Device, DeviceState, Kind, Metrics};
 
+/// How long a guest waits for its working set before it runs: what some thousand pages of a page cache take, and
+/// less than a slow disk's answer is noticed.
+const MAP_AHEAD: Duration = Duration::from_millis(25);
+
 /// A guest.
 #[derive(Debug)]
 pub struct Machine {
@@ -50,6 +55,8 @@ pub struct Machine {
     /// The checksums of the memory file under `memory`, after a restore.
     memory_index: Option<MemoryIndex>,
     touched: Touched,
+    /// So many runs of the last wake's pages were mapped before the guest ran.
+    ready: usize,
     /// Maps the pages of the last wake, in this one's first moments.
     prefetching: Option<Prefetching>,
     state: State,
@@ -260,6 +267,7 @@ impl Machine {
             memory,
             memory_index: None,
             touched: Touched::Unobserved,
+            ready: 0,
             prefetching: None,
             state,
             trace,
@@ -318,6 +326,9 @@ impl Machine {
         vm.restore(&machine.vm).map_err(Refused::Kvm)?;
         generation::announce(vm.fd())?;
         trace.mark("state_restored");
+        // One that is old is dropped, to be taken anew.
+        let working_set = working_set.filter(|set| !set.is_old());
+        let ready = map_ahead(&vm, &fds, &memory, working_set.as_ref(), &trace);
         confine(jail, &mut config, &trace)?;
         let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
         trace.mark("vcpus");
@@ -329,8 +340,8 @@ impl Machine {
             vm,
             memory,
             memory_index: Some(index),
-            // One that is old is dropped, to be taken anew.
-            touched: Touched::Observing(working_set.filter(|set| !set.is_old()).map(Arc::new)),
+            touched: Touched::Observing(working_set.map(Arc::new)),
+            ready,
             prefetching: None,
             state,
             trace,
@@ -342,20 +353,23 @@ impl Machine {
         if self.state == State::Running {
             return Ok(());
         }
+        // Network cards before the processors: on them is whoever woke the guest, and a frame that waits there is
+        // the first that it sees. The others after them: nothing is lost meanwhile.
+        self.resume_devices(|kind| kind == Kind::Net);
         for vcpu in &self.vcpus {
             vcpu.run()?;
         }
-        // After the processors: they have work of their own, and nothing is lost meanwhile. Network cards first:
-        // on them is whoever woke the guest.
-        for first in [true, false] {
-            let transports = self.bus.transports();
-            for mut transport in transports.filter(|t| (t.kind() == Kind::Net) == first) {
-                transport.resume();
-            }
-        }
+        self.resume_devices(|kind| kind != Kind::Net);
         self.prefetch();
         self.state = State::Running;
         Ok(())
+    }
+
+    fn resume_devices(&self, which: impl Fn(Kind) -> bool) {
+        let transports = self.bus.transports();
+        for mut transport in transports.filter(|transport| which(transport.kind())) {
+            transport.resume();
+        }
     }
 
     /// Stops everything; a Machine that is paused stays so.
@@ -381,18 +395,23 @@ impl Machine {
         Ok(())
     }
 
-    /// Has the pages mapped that the guest needed when it last woke, while it runs already: where there is more
-    /// than one processor they are there before it comes to them, and else it is not held up.
+    /// Has the pages mapped that the guest needed when it last woke and that are not yet, while it runs already:
+    /// where there is more than one processor they are there before it comes to them, and else it is not held up.
     fn prefetch(&mut self) {
         let Touched::Observing(Some(set)) = &self.touched else {
             return;
         };
+        let done = self.ready;
+        if done == set.runs() {
+            self.trace.mark("prefetched");
+            return;
+        }
         let (set, memory, trace) = (set.clone(), self.memory.clone(), self.trace.clone());
         let enough = Arc::new(AtomicBool::new(false));
         let told = enough.clone();
         let started = threads::start("prefetch", move || {
             seccomp::confine(ThreadKind::Prefetch);
-            match set.prefetch(&memory, &told) {
+            match set.prefetch(&memory, done, &told) {
                 Ok(()) => trace.mark("prefetched"),
                 Err(error) => tracing::warn!(%error, "the working set is not prefetched"),
             }
@@ -653,6 +672,27 @@ fn connect(
             .map_err(device_error("virtio device"))?;
     }
     Ok(Arc::new(Bus::new(serial, transports)))
+}
+
+/// Puts the pages of the last wake into the guest's page tables, where KVM can: how many runs of `set` are there.
+fn map_ahead(
+    vm: &Vm,
+    vcpus: &[VcpuFd],
+    memory: &Memory,
+    set: Option<&WorkingSet>,
+    trace: &Trace,
+) -> usize {
+    let (Some(set), Some(vcpu), true) = (set, vcpus.first(), vm.can_pre_fault()) else {
+        return 0;
+    };
+    let deadline = Instant::now() + MAP_AHEAD;
+    let done = set.map_ahead(memory, deadline, |start, len| pre_fault(vcpu, start, len));
+    trace.mark("working_set_mapped");
+    done.unwrap_or_else(|error| {
+        // Without nested paging, say. It only takes longer.
+        tracing::debug!(%error, "the working set is not mapped ahead");
+        0
+    })
 }
 
 fn create_vcpus(vm: &Vm, count: u8) -> Result<Vec<VcpuFd>, KvmError> {

@@ -39,6 +39,17 @@ pub struct Range {
     pub file_offset: u64,
 }
 
+/// A part of a [`Range`], and where it is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Guest physical address.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+    /// The first of them.
+    pub host: *mut u8,
+}
+
 /// Why there is no memory.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -138,25 +149,30 @@ impl Memory {
         } else {
             libc::MADV_WILLNEED
         };
-        let end = offset.saturating_add(len);
-        for (range, host) in self.mappings() {
-            let from = offset.max(range.file_offset);
-            let to = end.min(range.file_offset + range.len);
-            if from >= to {
-                continue;
-            }
-            // SAFETY: `from` and `to` lie in the range, which is mapped at `host` for as long as this
-            // borrow lives. Either advice only has pages brought in (madvise(2)), as the guest's own
-            // accesses would at any time.
-            let done = unsafe {
-                let at = host.add((from - range.file_offset) as usize);
-                libc::madvise(at.cast(), (to - from) as usize, advice)
-            };
+        for piece in self.pieces(offset, len) {
+            // SAFETY: the piece is mapped for as long as this borrow lives. Either advice only has pages
+            // brought in (madvise(2)), as the guest's own accesses would at any time.
+            let done = unsafe { libc::madvise(piece.host.cast(), piece.len as usize, advice) };
             if done < 0 {
                 return Err(io::Error::last_os_error());
             }
         }
         Ok(())
+    }
+
+    /// Where `len` bytes at `offset` of a memory file are.
+    pub fn pieces(&self, offset: u64, len: u64) -> impl Iterator<Item = Piece> + '_ {
+        let end = offset.saturating_add(len);
+        self.mappings().filter_map(move |(range, host)| {
+            let from = offset.max(range.file_offset);
+            let to = end.min(range.file_offset + range.len);
+            let into = from.saturating_sub(range.file_offset);
+            (from < to).then(|| Piece {
+                start: range.start + into,
+                len: to - from,
+                host: host.wrapping_add(into as usize),
+            })
+        })
     }
 
     /// All of it, in bytes.
@@ -304,6 +320,27 @@ mod tests {
             }
             assert_eq!(memory.size(), bytes);
         }
+    }
+
+    #[test]
+    fn a_part_of_a_memory_file_is_found_on_both_sides_of_the_gap() {
+        let memory = Memory::anonymous(4 << 30).unwrap();
+        let places = |offset, len| -> Vec<_> {
+            let pieces = memory.pieces(offset, len);
+            pieces.map(|piece| (piece.start, piece.len)).collect()
+        };
+        assert_eq!(places(0x1000, 0x2000), [(0x1000, 0x2000)]);
+        let low = 0xd000_0000;
+        let both = [(low - 0x1000, 0x1000), (4 << 30, 0x2000)];
+        assert_eq!(places(low - 0x1000, 0x3000), both);
+        assert_eq!(
+            places(low + 0x5000, u64::MAX),
+            [((4 << 30) + 0x5000, 0x2fff_b000)]
+        );
+        assert_eq!(places(4 << 30, 1), []);
+        let (_, host) = memory.mappings().next().unwrap();
+        let piece = memory.pieces(0x1000, 1).next().unwrap();
+        assert_eq!(piece.host, host.wrapping_add(0x1000));
     }
 
     #[test]

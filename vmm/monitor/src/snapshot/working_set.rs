@@ -8,9 +8,11 @@
 //!
 //! A guest that wakes needs the same pages each time, some thousand of them, and meets them one fault
 //! after the other (REAP, ASPLOS 2021, <https://doi.org/10.1145/3445814.3446714>). Here they are made ready in
-//! file order while the guest begins to run: those that it wrote are mapped as private copies, so that a page
-//! that is read first and written then is not met twice; the others are read into the page cache, if they
-//! are not there, all at once.
+//! file order. Where KVM can map pages into the guest beforehand (`KVM_PRE_FAULT_MEMORY`, Linux 6.11), that is done
+//! before the guest runs, for a bounded time ([`WorkingSet::map_ahead`]). What is left, which elsewhere is all, is done
+//! while the guest begins to run ([`WorkingSet::prefetch`]): those that it wrote are mapped as private copies, so that
+//! a page that is read first and written then is not met twice; the others are read into the page cache, if
+//! they are not there, all at once.
 //!
 //! This is advice. It holds nothing of the guest's memory, a wrong one costs a little time, and one
 //! that is damaged, foreign or too long is ignored.
@@ -21,6 +23,7 @@
 use std::io::{self, Read};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use nix::fcntl::OFlag;
 use xxhash_rust::xxh3::xxh3_64;
@@ -45,6 +48,14 @@ struct Run {
     written: bool,
 }
 
+impl Run {
+    /// Where it begins in a memory file, and how long it is.
+    fn bytes(&self) -> (u64, u64) {
+        let page = PAGE_SIZE as u64;
+        (u64::from(self.first) * page, u64::from(self.pages) * page)
+    }
+}
+
 /// Why a working set is not used.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
@@ -67,6 +78,8 @@ const MAX_AGE: u32 = 16;
 const MAX_PREFETCH: u64 = 64 << 20;
 /// Bytes between two looks whether to leave off: some milliseconds from a slow disk.
 const STEP: usize = 256 << 10;
+/// Bytes between two looks at the clock while the guest waits: what one read of a disk brings in.
+const AHEAD_STEP: usize = 64 << 10;
 /// A run for every second page of 4 GiB; a set like this is no use either.
 const MAX_RUNS: usize = 1 << 19;
 /// Entries of the page map read at once: 64 KiB.
@@ -119,13 +132,45 @@ impl WorkingSet {
         self.age >= MAX_AGE
     }
 
-    /// Makes its pages of `memory` ready, in file order and no more than 64 MiB, until that is `enough`. Stops
-    /// where the host says no: the guest then takes its own faults.
-    pub fn prefetch(&self, memory: &Memory, enough: &AtomicBool) -> io::Result<()> {
+    /// Puts its pages of `memory` into the guest's own page tables with `map`, in file order, until `deadline`: how
+    /// many of its runs are there. From a page cache that has them it is a matter of microseconds a page; a disk's
+    /// time is [`Self::prefetch`]'s, beside the guest.
+    pub fn map_ahead(
+        &self,
+        memory: &Memory,
+        deadline: Instant,
+        mut map: impl FnMut(u64, u64) -> io::Result<()>,
+    ) -> io::Result<usize> {
+        for (done, run) in self.runs.iter().enumerate() {
+            let (offset, len) = run.bytes();
+            for at in (0..len).step_by(AHEAD_STEP) {
+                if Instant::now() >= deadline {
+                    return Ok(done);
+                }
+                let len = (len - at).min(AHEAD_STEP as u64);
+                if run.written {
+                    memory.populate(offset + at, len, true)?;
+                }
+                for piece in memory.pieces(offset + at, len) {
+                    map(piece.start, piece.len)?;
+                }
+            }
+        }
+        Ok(self.runs.len())
+    }
+
+    /// How many runs it has, each of pages that follow one another.
+    pub fn runs(&self) -> usize {
+        self.runs.len()
+    }
+
+    /// Makes its pages of `memory` ready but for the first `done` runs, in file order and no more than 64 MiB, until
+    /// that is `enough`. Stops where the host says no: the guest then takes its own faults.
+    pub fn prefetch(&self, memory: &Memory, done: usize, enough: &AtomicBool) -> io::Result<()> {
         let mut left = MAX_PREFETCH;
-        for run in &self.runs {
-            let start = u64::from(run.first) * PAGE_SIZE as u64;
-            let bytes = (u64::from(run.pages) * PAGE_SIZE as u64).min(left);
+        for run in self.runs.iter().skip(done) {
+            let (start, bytes) = run.bytes();
+            let bytes = bytes.min(left);
             for at in (0..bytes).step_by(STEP) {
                 if enough.load(Ordering::Relaxed) {
                     return Ok(());
@@ -250,9 +295,12 @@ mod tests {
         assert_eq!(written(&set), [(3, 2), (700, 1)]);
         let memory = memory();
         assert_eq!(WorkingSet::observe(&memory, None).unwrap().pages(), 0);
-        set.prefetch(&memory, &AtomicBool::new(true)).unwrap();
+        set.prefetch(&memory, 0, &AtomicBool::new(true)).unwrap();
         assert_eq!(WorkingSet::observe(&memory, None).unwrap().pages(), 0);
-        set.prefetch(&memory, &AtomicBool::new(false)).unwrap();
+        set.prefetch(&memory, 1, &AtomicBool::new(false)).unwrap();
+        let rest = WorkingSet::observe(&memory, None).unwrap();
+        assert_eq!(written(&rest), [(700, 1)]);
+        set.prefetch(&memory, 0, &AtomicBool::new(false)).unwrap();
         let after = WorkingSet::observe(&memory, Some(&set)).unwrap();
         assert_eq!(written(&after), written(&set));
         assert_eq!((set.age, after.age), (0, 1));
@@ -261,6 +309,31 @@ mod tests {
             let number: u32 = memory.ram().read_obj(at).unwrap();
             assert_eq!(u64::from(number), page + 1);
         }
+    }
+
+    #[test]
+    fn pages_are_mapped_ahead_in_order_until_the_time_is_over() {
+        let (set, memory) = (set(), memory());
+        let page = PAGE_SIZE as u64;
+        let mut mapped = Vec::new();
+        let late = Instant::now();
+        let done = set.map_ahead(&memory, late, |_, _| panic!("there was no time"));
+        assert_eq!(done.unwrap(), 0);
+        let later = late + std::time::Duration::from_secs(600);
+        let done = set.map_ahead(&memory, later, |start, len| {
+            mapped.push((start, len));
+            Ok(())
+        });
+        assert_eq!(done.unwrap(), set.runs());
+        assert_eq!(mapped, [(3 * page, 2 * page), (700 * page, page)]);
+        let after = WorkingSet::observe(&memory, None).unwrap();
+        assert_eq!(
+            written(&after),
+            written(&set),
+            "copies are there before they are mapped"
+        );
+        let refused = |_, _| Err(io::ErrorKind::Unsupported.into());
+        assert!(set.map_ahead(&memory, later, refused).is_err());
     }
 
     #[test]
