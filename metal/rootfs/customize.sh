@@ -3,20 +3,35 @@
 #
 # Leaves in /tern-metal of that root, for tern-metal to take out: `vmlinuz` (Debian's kernel, never
 # installed, only unpacked), `initramfs.cpio` (what finds and mounts the root file system) and
-# `root.erofs` (the root file system itself). TERN_METAL_ASSETS holds this directory's other files.
+# `root.erofs` (the root file system itself). TERN_METAL_ASSETS holds this directory's other files;
+# `modules` there is the part of the list for the kernel chosen, TERN_METAL_KERNEL: `stable`, which is
+# that of the Debian release TERN_METAL_SUITE, or `backports`, that of the release's backports.
 set -eu
 root=$1
 out=$root/tern-metal
 mkdir -p "$out/kernel"
 
 step() { echo "I: $*" >&2; }
+fail() { echo "E: $*" >&2; exit 1; }
 
-step "downloading the kernel"
+step "downloading the kernel ($TERN_METAL_KERNEL)"
 export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
-kernel=$(apt-cache depends linux-image-amd64 |
-    sed -n 's/^ *Depends: \(linux-image-[0-9].*-amd64\)$/\1/p' | head -n 1)
-[ -n "$kernel" ] || { echo "E: linux-image-amd64 names no kernel package" >&2; exit 1; }
+image=linux-image-amd64
+if [ "$TERN_METAL_KERNEL" = backports ]; then
+    # From the mirror, and by the key, that the release comes from; for this download alone.
+    backports=$TERN_METAL_SUITE-backports
+    list=$root/etc/apt/sources.list.d/$backports.list
+    sed -n "s/^\(deb .*\) $TERN_METAL_SUITE \(.*\)/\1 $backports \2/p" "$root/etc/apt/sources.list" |
+        head -n 1 > "$list"
+    [ -s "$list" ] || fail "sources.list names no mirror of $TERN_METAL_SUITE"
+    apt-get -q -o APT::Sandbox::User=root -o APT::Update::Error-Mode=any update >&2
+    image=$image/$backports
+fi
+kernel=$(apt-cache depends "$image" |
+    sed -n 's/^ *Depends: \(linux-image-[0-9].*-amd64\(-unsigned\)\?\)$/\1/p' | head -n 1)
+[ -n "$kernel" ] || fail "$image names no kernel package"
 (cd "$out/kernel" && apt-get -q -o APT::Sandbox::User=root download "$kernel" >&2)
+rm -f "$root/etc/apt/sources.list.d/$TERN_METAL_SUITE-backports.list"
 dpkg -x "$out"/kernel/*.deb "$out/kernel"
 release=$(basename "$out"/kernel/lib/modules/*)
 mv "$out/kernel/boot/vmlinuz-$release" "$out/vmlinuz"
@@ -26,10 +41,15 @@ from=$out/kernel/lib/modules/$release
 to=$root/lib/modules/$release
 mkdir -p "$to/kernel"
 cp "$from/modules.builtin" "$from/modules.builtin.modinfo" "$from/modules.order" "$to/"
-grep -v '^ *\(#\|$\)' "$TERN_METAL_ASSETS/modules" | while read -r path; do
+while read -r path; do
     mkdir -p "$(dirname "$to/kernel/$path")"
+    if [ -e "$from/kernel/$path.xz" ]; then path=$path.xz; fi
+    [ -e "$from/kernel/$path" ] || fail "$release has no $path, which rootfs/modules lists for it"
     cp -a "$from/kernel/$path" "$to/kernel/$path"
-done
+done < "$TERN_METAL_ASSETS/modules"
+# Newer kernels come with compressed modules. Undone once, here, loading is quick under emulation, and
+# the initramfs needs no decompressor.
+find "$to/kernel" -name '*.ko.xz' -exec xz -d {} +
 chroot "$root" depmod "$release"
 
 step "making the initramfs"

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 
 use crate::forward::Forward;
+use crate::kernel::Origin;
 use crate::share::Share;
 
 /// A bare-metal host with true KVM, for machines without virtualization hardware.
@@ -36,6 +37,7 @@ ENVIRONMENT
   TERN_METAL        auto (default): this machine itself if it has working virtualization, else QEMU;
                     native: this machine, or fail and say why; qemu: always QEMU
   TERN_METAL_NAME   as --name: which of several hosts of one checkout
+  TERN_METAL_KERNEL as --kernel: which kernel a virtual host runs
   TERN_METAL_CACHE  where root disks are kept (default: tern/metal in the user's cache directory)
   TMPDIR            where a host's data disk is, unnamed and sparse (default: /var/tmp)
 
@@ -53,6 +55,8 @@ pub enum Action {
         /// Make it again, with today's packages
         #[arg(long)]
         fresh: bool,
+        #[command(flatten)]
+        kernel: KernelArgs,
     },
     /// Start a host, run one command on it, end the host
     Run {
@@ -143,6 +147,18 @@ pub struct HostArgs {
     /// Processor of a virtual host, as QEMU names it [default: EPYC-Rome,+svm,+invtsc]
     #[arg(long, value_name = "MODEL")]
     pub cpu: Option<String>,
+    /// Which kernel it runs.
+    #[command(flatten)]
+    pub kernel: KernelArgs,
+}
+
+/// Which kernel.
+#[derive(Debug, Args)]
+pub struct KernelArgs {
+    /// Which Linux a virtual host runs
+    #[arg(long, env = "TERN_METAL_KERNEL", value_name = "ORIGIN", value_enum,
+        default_value_t = Origin::Stable)]
+    pub kernel: Origin,
 }
 
 /// What to run, and how.
@@ -241,6 +257,35 @@ mod tests {
     }
 
     #[test]
+    fn a_host_and_its_root_disk_have_a_kernel_of_choice() {
+        let kernel = |arguments: &[&str]| {
+            let all = [&["tern-metal"], arguments].concat();
+            match Cli::try_parse_from(all).unwrap().action {
+                Action::Run { host, .. } | Action::Up { host, .. } => host.kernel.kernel,
+                Action::Build { kernel, .. } => kernel.kernel,
+                other => panic!("{other:?}"),
+            }
+        };
+        for action in [&["build"][..], &["up"], &["run"]] {
+            let with = |option: &[&'static str]| {
+                let command = if action == ["run"] { &["x"][..] } else { &[] };
+                kernel(&[action, option, command].concat())
+            };
+            assert_eq!(with(&["--kernel", "backports"]), Origin::Backports);
+            assert_eq!(with(&["--kernel", "stable"]), Origin::Stable);
+            assert_eq!(with(&["--kernel="]), Origin::Stable);
+        }
+        let command = <Cli as clap::CommandFactory>::command();
+        for action in ["build", "up", "run"] {
+            let action = command.find_subcommand(action).unwrap();
+            let option = action.get_arguments().find(|a| a.get_id() == "kernel");
+            let option = option.unwrap();
+            assert_eq!(option.get_env().unwrap(), "TERN_METAL_KERNEL");
+            assert_eq!(option.get_default_values(), ["stable"]);
+        }
+    }
+
+    #[test]
     fn refuses_what_makes_no_sense() {
         for arguments in [
             &["run"][..],
@@ -248,6 +293,7 @@ mod tests {
             &["run", "--cpus", "0", "--", "x"],
             &["run", "--timeout", "soon", "--", "x"],
             &["run", "--forward", "80", "--", "x"],
+            &["up", "--kernel", "6.12"],
             &["up", "--name", "a/b"],
             &["up", "--name", ""],
             &["exec"],

@@ -1,4 +1,4 @@
-//! Takes the ELF kernel out of a bzImage.
+//! Which kernel a virtual host runs, and how the ELF is taken out of its bzImage.
 //!
 //! Under emulation the kernel's own decompressor takes three seconds; done once, outside, it takes
 //! one. QEMU starts an ELF with a PVH note directly. The layout of a bzImage's setup header is the
@@ -8,6 +8,29 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+
+/// Where the kernel of a virtual host comes from. Each is what `linux-image-amd64` stands for there.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Origin {
+    /// That of the Debian release
+    // An empty variable is an unset one, as with TERN_METAL.
+    #[default]
+    #[value(alias = "")]
+    Stable,
+    /// The newer one of its backports
+    Backports,
+}
+
+impl Origin {
+    /// As it is chosen on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stable => "stable",
+            Self::Backports => "backports",
+        }
+    }
+}
 
 /// Compression formats Debian and others use: first bytes, the program that undoes it, the package
 /// that has the program.

@@ -13,6 +13,7 @@ mod forward;
 mod host;
 mod inbox;
 mod kernel;
+mod lists;
 mod mode;
 mod native;
 mod place;
@@ -75,8 +76,8 @@ fn main() -> ExitCode {
 
 fn act(action: Action) -> Result<ExitCode> {
     match action {
-        Action::Build { fresh } => {
-            let rootfs = Cache::of_user(variable)?.get(fresh)?;
+        Action::Build { fresh, kernel } => {
+            let rootfs = Cache::of_user(variable)?.get(kernel.kernel, fresh)?;
             println!("{}", rootfs.directory().display());
             Ok(ExitCode::SUCCESS)
         }
@@ -123,7 +124,7 @@ fn run(args: &HostArgs, command: &CommandArgs, show_timings: bool) -> Result<Exi
     let wanted = prepare::wanted(args, &place, None)?;
     let results = prepare::results(args, &place)?;
     let wire = prepare::command(command, &place, &wanted.shares, &results)?;
-    let (_, rootfs) = prepare::mode_and_rootfs(&place)?;
+    let (_, rootfs) = prepare::mode_and_rootfs(&place, args.kernel.kernel)?;
     let mut timings = Timings::start();
     let inbox = Inbox::open()?;
     let limit = Instant::now() + command.timeout.unwrap_or(RUN_LIMIT);

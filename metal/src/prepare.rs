@@ -4,13 +4,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use crate::cli::{CommandArgs, HostArgs};
 use crate::client::{self, Outcome};
 use crate::host::{Host, Wanted};
 use crate::inbox::Inbox;
+use crate::kernel::Origin;
 use crate::mode::{self, Mode};
 use crate::place::{self, Place};
 use crate::qemu::Size;
@@ -19,12 +20,19 @@ use crate::share::{self, Share};
 use crate::timings::Timings;
 use crate::{variable, wire};
 
-/// What the host is made of, and for a virtual one, its disks.
-pub fn mode_and_rootfs(place: &Place) -> Result<(Mode, Option<Rootfs>)> {
+/// What the host is made of, and for a virtual one, its kernel and disks.
+pub fn mode_and_rootfs(place: &Place, kernel: Origin) -> Result<(Mode, Option<Rootfs>)> {
     let mode = mode::decide(variable("TERN_METAL").as_deref(), place.own.as_deref())?;
     let rootfs = match mode {
-        Mode::Native => None,
-        Mode::Qemu => Some(Cache::of_user(variable)?.get(false)?),
+        Mode::Native => {
+            ensure!(
+                kernel == Origin::default(),
+                "--kernel (TERN_METAL_KERNEL) is for a virtual host, and this machine itself is \
+                 used; set TERN_METAL=qemu"
+            );
+            None
+        }
+        Mode::Qemu => Some(Cache::of_user(variable)?.get(kernel, false)?),
     };
     Ok((mode, rootfs))
 }

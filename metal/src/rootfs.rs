@@ -16,7 +16,8 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use sha2::{Digest as _, Sha256};
 
-use crate::kernel;
+use crate::kernel::{self, Origin};
+use crate::lists;
 use crate::process::spawn_bound;
 
 /// Debian release. The root file system's C library must be as new as the one that the checkout's
@@ -27,8 +28,6 @@ const FORMAT: u32 = 1;
 /// Size of the data disk. Sparse: it takes what is written to it.
 const DATA_DISK_BYTES: u64 = 32 << 30;
 
-const PACKAGES: &str = include_str!("../rootfs/packages");
-const MODULES: &str = include_str!("../rootfs/modules");
 const CUSTOMIZE: &str = include_str!("../rootfs/customize.sh");
 const INITRAMFS: &str = include_str!("../rootfs/initramfs.sh");
 
@@ -98,10 +97,11 @@ impl Cache {
         Ok(Self { root })
     }
 
-    /// The entry for today's inputs, made first if it is missing or `fresh` is asked for.
-    pub fn get(&self, fresh: bool) -> Result<Rootfs> {
+    /// The entry for today's inputs with this kernel, made first if it is missing or `fresh` is
+    /// asked for.
+    pub fn get(&self, kernel: Origin, fresh: bool) -> Result<Rootfs> {
         let rootfs = Rootfs {
-            directory: self.root.join(key()),
+            directory: self.root.join(key(kernel)),
         };
         if !fresh && rootfs.is_complete() {
             return Ok(rootfs);
@@ -117,7 +117,7 @@ impl Cache {
             .prefix(WORK_PREFIX)
             .tempdir_in(&self.root)
             .context("cannot make a directory to build in")?;
-        build(work.path())?;
+        build(work.path(), kernel)?;
         if rootfs.directory.exists() {
             // Only when made afresh: hosts that run from the old one hold its files open.
             fs::remove_dir_all(&rootfs.directory).context("cannot remove the old root disk")?;
@@ -160,16 +160,22 @@ impl Cache {
 const WORK_PREFIX: &str = ".building-";
 
 /// Hash of all inputs.
-fn key() -> String {
-    key_of(&[
-        &FORMAT.to_string(),
+fn key(kernel: Origin) -> String {
+    let format = FORMAT.to_string();
+    let mut inputs = vec![
+        format.as_str(),
         SUITE,
         std::env::consts::ARCH,
-        PACKAGES,
-        MODULES,
+        lists::PACKAGES,
+        lists::MODULES,
         CUSTOMIZE,
         INITRAMFS,
-    ])
+    ];
+    // The release's own kernel is no input of its own: SUITE stands for it.
+    if kernel != Origin::Stable {
+        inputs.push(kernel.name());
+    }
+    key_of(&inputs)
 }
 
 fn key_of(inputs: &[&str]) -> String {
@@ -181,15 +187,7 @@ fn key_of(inputs: &[&str]) -> String {
     hex::encode(&hash.finalize()[..8])
 }
 
-/// Names in a list with comments.
-fn names(list: &str) -> Vec<&str> {
-    list.lines()
-        .map(|line| line.split('#').next().unwrap_or_default().trim())
-        .filter(|name| !name.is_empty())
-        .collect()
-}
-
-fn build(work: &Path) -> Result<()> {
+fn build(work: &Path, kernel: Origin) -> Result<()> {
     let started = Instant::now();
     let report = |step: &str| {
         eprintln!(
@@ -202,15 +200,16 @@ fn build(work: &Path) -> Result<()> {
     );
     let assets = work.join("assets");
     fs::create_dir(&assets)?;
+    let modules = lists::modules(kernel)?.join("\n") + "\n";
     for (name, contents) in [
         ("customize.sh", CUSTOMIZE),
         ("initramfs.sh", INITRAMFS),
-        ("modules", MODULES),
+        ("modules", &modules),
     ] {
         fs::write(assets.join(name), contents)?;
         fs::set_permissions(assets.join(name), fs::Permissions::from_mode(0o755))?;
     }
-    bootstrap(work, &assets, &report)?;
+    bootstrap(work, &assets, kernel, &report)?;
 
     report("unpacking the kernel");
     let compressed = work.join("vmlinuz");
@@ -247,11 +246,11 @@ fn build(work: &Path) -> Result<()> {
 }
 
 /// Runs mmdebstrap, showing its steps as they come and all it said if it fails.
-fn bootstrap(work: &Path, assets: &Path, report: &impl Fn(&str)) -> Result<()> {
+fn bootstrap(work: &Path, assets: &Path, kernel: Origin, report: &impl Fn(&str)) -> Result<()> {
     let mut command = isolated("mmdebstrap", work)?;
     command
         .arg("--variant=essential")
-        .arg(format!("--include={}", names(PACKAGES).join(",")))
+        .arg(format!("--include={}", lists::packages().join(",")))
         .arg("--aptopt=Apt::Install-Recommends \"false\"");
     for path in ["doc", "man", "info", "locale", "lintian"] {
         command.arg(format!("--dpkgopt=path-exclude=/usr/share/{path}/*"));
@@ -266,6 +265,8 @@ fn bootstrap(work: &Path, assets: &Path, report: &impl Fn(&str)) -> Result<()> {
         .arg(copy_out(work, "root.erofs"))
         .args(["--format=null", SUITE, "-"])
         .env("TERN_METAL_ASSETS", assets)
+        .env("TERN_METAL_SUITE", SUITE)
+        .env("TERN_METAL_KERNEL", kernel.name())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
@@ -333,17 +334,25 @@ mod tests {
 
     #[test]
     fn the_key_changes_with_every_input_and_only_then() {
-        assert_eq!(key(), key());
-        assert_eq!(key().len(), 16);
+        assert_eq!(key(Origin::Stable), key(Origin::Stable));
+        assert_eq!(key(Origin::Stable).len(), 16);
         assert_ne!(key_of(&["a", "b"]), key_of(&["a", "c"]));
         assert_ne!(key_of(&["ab", "c"]), key_of(&["a", "bc"]));
     }
 
     #[test]
-    fn lists_have_comments() {
-        assert_eq!(names("# x\na\n\n b # why\n"), ["a", "b"]);
-        assert!(names(PACKAGES).contains(&"nftables"));
-        assert!(names(MODULES).iter().all(|m| !m.contains(' ')));
+    fn each_kernel_has_its_own_key_and_the_usual_one_that_of_the_files() {
+        let files = [
+            &FORMAT.to_string(),
+            SUITE,
+            std::env::consts::ARCH,
+            lists::PACKAGES,
+            lists::MODULES,
+            CUSTOMIZE,
+            INITRAMFS,
+        ];
+        assert_eq!(key(Origin::Stable), key_of(&files));
+        assert_ne!(key(Origin::Backports), key(Origin::Stable));
     }
 
     #[test]
@@ -378,7 +387,7 @@ mod tests {
         let cache = Cache {
             root: dir.path().to_owned(),
         };
-        let entry = dir.path().join(key());
+        let entry = dir.path().join(key(Origin::Stable));
         fs::create_dir(&entry).unwrap();
         for file in ["vmlinux", "initramfs.cpio", "root.erofs"] {
             fs::write(entry.join(file), "x").unwrap();
@@ -390,7 +399,8 @@ mod tests {
             .is_complete()
         );
         fs::write(entry.join("data.ext4"), "x").unwrap();
-        assert_eq!(cache.get(false).unwrap().directory(), entry);
+        let found = cache.get(Origin::Stable, false).unwrap();
+        assert_eq!(found.directory(), entry);
 
         let left = dir.path().join(format!("{WORK_PREFIX}1"));
         fs::create_dir(&left).unwrap();

@@ -53,7 +53,7 @@ pub fn start(up: &Up<'_>) -> Result<ExitCode> {
     let place = Place::discover()?;
     // Both again in the background; here, so that a refusal is quick and a build is seen.
     drop(session(&place, up.name)?.claim()?);
-    prepare::mode_and_rootfs(&place)?;
+    prepare::mode_and_rootfs(&place, up.host.kernel.kernel)?;
 
     let mut arguments = std::env::args_os();
     let mut command = process::Command::new("/proc/self/exe");
@@ -91,7 +91,7 @@ pub fn stay(up: &Up<'_>) -> Result<ExitCode> {
     let session = session(&place, up.name)?;
     let claim = session.claim()?;
     let wanted = prepare::wanted(up.host, &place, Some(up.idle))?;
-    let (mode, rootfs) = prepare::mode_and_rootfs(&place)?;
+    let (mode, rootfs) = prepare::mode_and_rootfs(&place, up.host.kernel.kernel)?;
     let mut timings = Timings::start();
     let inbox = Inbox::open()?;
     let mut host = prepare::start(rootfs.as_ref(), &wanted, &inbox, &mut timings)?;

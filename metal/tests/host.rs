@@ -217,13 +217,18 @@ fn a_machine_that_virtualizes_is_the_host_itself() {
         /tmp/bin/tern-metal down
         verdict 'echo only emulated; exit 3'
         code=0; TERN_METAL=native /tmp/bin/tern-metal run -- true 2> words || code=$?
+        cat words; test $code = 125
+        verdict 'exit 0'
+        code=0; /tmp/bin/tern-metal run --kernel backports -- true 2> words || code=$?
         cat words; test $code = 125"#
     );
     let output = scene.run(&["run", "--", "bash", "-c", &script]);
     let (out, err) = (text(&output.stdout), text(&output.stderr));
     assert!(output.status.success(), "{out}{err}");
     assert!(
-        out.contains("served\n") && out.contains("only emulated"),
+        ["served\n", "only emulated", "--kernel"]
+            .iter()
+            .all(|words| out.contains(words)),
         "{out}{err}"
     );
 }
