@@ -13,6 +13,12 @@ pub trait MachineControl: Send + Sync + 'static {
     /// Machine that runs is left alone; one that is being put to sleep is woken when it is.
     async fn start(&self, machine: &MachineId) -> Result<(), StartError>;
 
+    /// Answers when a connection to a Machine that is being started is worth a try: it is held until the guest runs,
+    /// and answered sooner than the start is done. May never answer.
+    async fn reachable(&self, _machine: &MachineId) {
+        std::future::pending().await
+    }
+
     /// The IPv4 address at which this host reaches the Machine, for apps that listen on no other.
     fn ipv4(&self, machine: &MachineId) -> Option<Ipv4Addr>;
 

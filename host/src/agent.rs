@@ -269,6 +269,15 @@ impl AgentHandle {
         }
     }
 
+    /// Waits until a Machine that is being woken takes frames: they are held until its guest runs, which is sooner than
+    /// [`Self::start`] returns. Never returns for one that is not.
+    pub async fn reachable(&self, id: &MachineId) {
+        match self.vm(id) {
+            Ok(vm) => vm.reachable().await,
+            Err(_) => std::future::pending().await,
+        }
+    }
+
     /// The address that a Machine has for IPv4. Only its own host can reach it there.
     pub fn ipv4(&self, id: &MachineId) -> Result<Ipv4Addr, CommandError> {
         Ok(self.vm(id)?.ipv4())

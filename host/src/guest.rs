@@ -102,7 +102,7 @@ impl Guest {
         request: &Request,
         limit: Duration,
     ) -> Result<Reply, GuestError> {
-        self.ask_then(|| request.clone(), limit).await
+        self.ask_then(|| request.clone(), limit, || {}).await
     }
 
     /// Asks something that is only decided when the guest listens, such as what time it is.
@@ -110,9 +110,12 @@ impl Guest {
         &self,
         request: impl FnOnce() -> Request,
         limit: Duration,
+        connected: impl FnOnce(),
     ) -> Result<Reply, GuestError> {
         let exchange = async {
-            let (mut incoming, _outgoing) = self.open(request).await?;
+            let stream = self.connect().await?;
+            connected();
+            let (mut incoming, _outgoing) = open(stream, request).await?;
             let frame = incoming.frame().await?.ok_or(GuestError::NoAnswer)?;
             match frame.parse()? {
                 Reply::Error { message } => Err(GuestError::Refused(message)),
@@ -125,17 +128,19 @@ impl Guest {
     }
 
     /// Asks again until there is an answer. Only being refused is final. What is asked is decided anew each
-    /// time, when the guest listens.
+    /// time, when the guest listens. `monitor_is_up` is called as soon as the monitor takes connections for the guest,
+    /// which it does once all its devices are open.
     pub(crate) async fn insist(
         &self,
         request: impl Fn() -> Request,
         limit: Duration,
+        monitor_is_up: impl Fn(),
     ) -> Result<Reply, GuestError> {
         let until = tokio::time::Instant::now() + limit;
         let mut pause = FIRST_PAUSE;
         loop {
             let left = until.saturating_duration_since(tokio::time::Instant::now());
-            match self.ask_then(&request, left).await {
+            match self.ask_then(&request, left, &monitor_is_up).await {
                 Err(GuestError::Connect(_) | GuestError::Broken(_) | GuestError::NoAnswer)
                     if left > pause =>
                 {
@@ -158,7 +163,7 @@ impl Guest {
     /// Reports what happens, and the app's output from this line on.
     pub(crate) async fn attach(&self, from: u64) -> Result<Attached, GuestError> {
         let request = Request::Attach { from };
-        let open = self.open(|| request);
+        let open = async { open(self.connect().await?, || request).await };
         let (incoming, outgoing) = tokio::time::timeout(QUICK, open)
             .await
             .unwrap_or(Err(GuestError::Late(QUICK)))?;
@@ -171,7 +176,8 @@ impl Guest {
     /// Runs a command beside the app.
     pub(crate) async fn exec(&self, request: ExecRequest) -> Result<Exec, GuestError> {
         let request = Request::Exec(request);
-        let (incoming, outgoing) = tokio::time::timeout(QUICK, self.open(|| request))
+        let open = async { open(self.connect().await?, || request).await };
+        let (incoming, outgoing) = tokio::time::timeout(QUICK, open)
             .await
             .unwrap_or(Err(GuestError::Late(QUICK)))?;
         Ok(Exec {
@@ -180,26 +186,29 @@ impl Guest {
         })
     }
 
-    async fn open(
-        &self,
-        request: impl FnOnce() -> Request,
-    ) -> Result<(Incoming, OwnedWriteHalf), GuestError> {
-        let mut stream = UnixStream::connect(&self.socket)
-            .await
-            .map_err(GuestError::Connect)?;
-        let hello = format!("CONNECT {GUEST_PORT}\n");
-        stream
-            .write_all(hello.as_bytes())
-            .await
-            .map_err(GuestError::Connect)?;
-        accepted(&mut stream).await.map_err(GuestError::Connect)?;
-        let mut wire = Encoder::new();
-        wire.json(&request())?;
-        stream.write_all(wire.wire()).await?;
-        let (half, outgoing) = stream.into_split();
-        let decoder = Decoder::new();
-        Ok((Incoming { half, decoder }, outgoing))
+    async fn connect(&self) -> Result<UnixStream, GuestError> {
+        let stream = UnixStream::connect(&self.socket).await;
+        stream.map_err(GuestError::Connect)
     }
+}
+
+/// Goes through to the guest's init, and tells it what is wanted.
+async fn open(
+    mut stream: UnixStream,
+    request: impl FnOnce() -> Request,
+) -> Result<(Incoming, OwnedWriteHalf), GuestError> {
+    let hello = format!("CONNECT {GUEST_PORT}\n");
+    stream
+        .write_all(hello.as_bytes())
+        .await
+        .map_err(GuestError::Connect)?;
+    accepted(&mut stream).await.map_err(GuestError::Connect)?;
+    let mut wire = Encoder::new();
+    wire.json(&request())?;
+    stream.write_all(wire.wire()).await?;
+    let (half, outgoing) = stream.into_split();
+    let decoder = Decoder::new();
+    Ok((Incoming { half, decoder }, outgoing))
 }
 
 /// Reads `OK <n>`, and not a byte more.
@@ -287,4 +296,4 @@ pub(crate) const QUICK: Duration = Duration::from_secs(10);
 /// Between two attempts to reach a guest that does not listen yet: short at first, for a guest that
 /// resumes is there in milliseconds; longer later, for one that boots.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_millis(5);

@@ -5,7 +5,7 @@
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -49,6 +49,8 @@ pub(crate) struct Vm {
     seals: Arc<Mutex<u64>>,
     /// The frame that called the Machine while it slept.
     calling: Mutex<Option<bell::Frame>>,
+    /// Counts wakes that have come as far as taking frames for the guest.
+    reachable: watch::Sender<u64>,
 }
 
 /// The memory of a Machine that runs, in MiB.
@@ -87,6 +89,7 @@ impl Vm {
             files: Arc::default(),
             seals: Arc::default(),
             calling: Mutex::default(),
+            reachable: watch::channel(0).0,
             host,
             dir,
         });
@@ -318,8 +321,15 @@ impl Vm {
         let running = self.spawn(epoch, true)?;
         marks.mark("spawned");
         let limit = self.host.config.wake_timeout;
+        let counted = AtomicBool::new(false);
+        let frames_are_taken = || {
+            if !counted.swap(true, Ordering::Relaxed) {
+                self.reachable.send_modify(|wakes| *wakes += 1);
+            }
+        };
         let speak = async {
-            let spoken = self.guest.insist(resumed, limit).await.map(drop);
+            let spoken = self.guest.insist(resumed, limit, frames_are_taken);
+            let spoken = spoken.await.map(drop);
             spoken.map_err(|e| e.to_string())?;
             marks.mark("resumed");
             // Long done, as a rule: the monitor had memory to load meanwhile.
@@ -566,6 +576,12 @@ impl Vm {
             .plug(port)
             .await
             .map_err(|e| e.to_string())
+    }
+
+    /// Waits for the next wake to come as far as taking frames for the guest. It may still be refused.
+    pub(crate) async fn reachable(&self) {
+        // The sender is this one's own.
+        let _ = self.reachable.subscribe().changed().await;
     }
 
     /// The guest's address for IPv4.

@@ -38,6 +38,10 @@ impl MachineControl for HostAdapter {
             })
     }
 
+    async fn reachable(&self, id: &MachineId) {
+        self.agent.reachable(id).await
+    }
+
     fn ipv4(&self, id: &MachineId) -> Option<Ipv4Addr> {
         self.agent.ipv4(id).ok()
     }

@@ -278,14 +278,7 @@ impl Gate {
         let inner = &self.0;
         inner.metrics.wakes.add();
         let begun = Instant::now();
-        let started = async {
-            inner.control.start(&id).await?;
-            let ipv4 = inner.control.ipv4(&id).map(IpAddr::V4);
-            let ipv4 = ipv4.map(|ip| SocketAddr::new(ip, address.port()));
-            let addresses: Vec<_> = [address].into_iter().chain(ipv4).collect();
-            Ok(ready::accepts(&addresses).await)
-        };
-        let outcome = tokio::time::timeout(inner.wake_timeout, started)
+        let outcome = tokio::time::timeout(inner.wake_timeout, self.started(&id, address))
             .await
             .unwrap_or_else(|_| {
                 let text = format!(
@@ -317,6 +310,30 @@ impl Gate {
             };
         }
         tell.send_replace(Some(outcome.map(drop)));
+    }
+
+    /// Starts a Machine, and tells where its app accepts connections. Whoever connects early need not wait until its
+    /// host has heard from the guest: only the guest itself can accept.
+    async fn started(&self, id: &MachineId, address: SocketAddr) -> Result<SocketAddr, StartError> {
+        let control = &self.0.control;
+        let done = Notify::new();
+        let accepted = async {
+            tokio::select! {
+                () = control.reachable(id) => {}
+                () = done.notified() => {}
+            }
+            let ipv4 = control.ipv4(id).map(IpAddr::V4);
+            let ipv4 = ipv4.map(|ip| SocketAddr::new(ip, address.port()));
+            let addresses: Vec<_> = [address].into_iter().chain(ipv4).collect();
+            ready::accepts(&addresses).await
+        };
+        tokio::pin!(accepted);
+        tokio::select! {
+            at = &mut accepted => return Ok(at),
+            started = control.start(id) => started?,
+        }
+        done.notify_one();
+        Ok(accepted.await)
     }
 
     /// Machines without a request for `idle`, with what their services say to do. A Machine named here is

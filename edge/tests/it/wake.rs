@@ -59,6 +59,25 @@ async fn an_app_that_listens_on_ipv4_alone_is_found() {
 }
 
 #[tokio::test]
+async fn an_app_that_accepts_is_not_kept_waiting_for_its_hosts_word() {
+    let world = World::new("", NEVER).await;
+    world.agent.early.store(true, Ordering::SeqCst);
+    for path in ["/first", "/second"] {
+        let reply = request(&world, path).await;
+        assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+    }
+    assert_eq!(world.agent.starts.load(Ordering::SeqCst), 1);
+    // One that fails is told of all the same, and the next is waited for.
+    world.agent.crash().await;
+    world.agent.broken.store(true, Ordering::SeqCst);
+    let reply = request(&world, "/third").await;
+    assert!(reply.starts_with("HTTP/1.1 503"), "{reply}");
+    world.agent.broken.store(false, Ordering::SeqCst);
+    let reply = request(&world, "/fourth").await;
+    assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+}
+
+#[tokio::test]
 async fn a_hard_limit_makes_requests_wait_their_turn() {
     let world = World::new(
         r#""concurrency": {"soft_limit": 1, "hard_limit": 2},"#,

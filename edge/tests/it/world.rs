@@ -47,6 +47,9 @@ pub struct Agent {
     pub broken: AtomicBool,
     /// Apps that start while this is set listen on IPv4 alone.
     pub on_ipv4: AtomicBool,
+    /// Starts while this is set are told of as soon as the app listens, and are never done.
+    pub early: AtomicBool,
+    pub reached: tokio::sync::Notify,
     app: OnceLock<SocketAddr>,
     server: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
     pub hold: Arc<Hold>,
@@ -107,6 +110,8 @@ impl World {
             sleeps: AtomicU32::new(0),
             broken: AtomicBool::new(false),
             on_ipv4: AtomicBool::new(false),
+            early: AtomicBool::new(false),
+            reached: tokio::sync::Notify::new(),
             app: OnceLock::from(free),
             server: tokio::sync::Mutex::new(None),
             hold: Arc::default(),
@@ -227,8 +232,16 @@ impl MachineControl for Agent {
             serve(TcpListener::bind(address).await.unwrap(), hold).await;
         }));
         drop(server);
+        if self.early.load(Ordering::SeqCst) {
+            self.reached.notify_one();
+            return std::future::pending().await;
+        }
         self.tell(MachineState::Started).await;
         Ok(())
+    }
+
+    async fn reachable(&self, _: &MachineId) {
+        self.reached.notified().await;
     }
 
     fn ipv4(&self, _: &MachineId) -> Option<Ipv4Addr> {
