@@ -54,17 +54,14 @@ fn a_cold_start_ends_in_an_https_reply() -> Result<()> {
     world
         .server
         .api("PUT", &path, Some(&json!({"limit_mb": all})))?;
-    let order = [
-        "agent spawned",
-        "monitor first_vcpu_run",
-        "guest kernel",
-        "guest app",
-    ];
-    let at = |name: &str| names.iter().position(|n| n == name);
-    let positions: Vec<_> = order.iter().map(|name| at(name)).collect();
-    assert!(
-        positions.iter().all(Option::is_some) && positions.is_sorted(),
-        "{names:?}"
+    in_order(
+        &names,
+        &[
+            "agent spawned",
+            "monitor first_vcpu_run",
+            "guest kernel",
+            "guest app",
+        ],
     );
     app.machine("suspend")?;
     assert_eq!(app.get("/")?.status, 200);
@@ -72,9 +69,26 @@ fn a_cold_start_ends_in_an_https_reply() -> Result<()> {
     assert!(mounts.contains("favordynmods"), "for short wakes: {mounts}");
     let (trace, names) = traced()?;
     assert_eq!(trace["cold"], false);
-    assert!(names.contains(&"agent resumed".to_owned()), "{names:?}");
+    in_order(
+        &names,
+        &[
+            "agent resumed",
+            "monitor first_request_in",
+            "monitor first_reply_out",
+        ],
+    );
     assert!(!names.iter().any(|n| n.starts_with("guest")), "{names:?}");
     Ok(())
+}
+
+/// Each of `order` is a phase, one after the other.
+fn in_order(names: &[String], order: &[&str]) {
+    let at = |name: &&str| names.iter().position(|n| n == name);
+    let positions: Vec<_> = order.iter().map(at).collect();
+    assert!(
+        positions.iter().all(Option::is_some) && positions.is_sorted(),
+        "{names:?}"
+    );
 }
 
 #[test]

@@ -9,7 +9,7 @@
 //!
 //! | thread | what |
 //! |---|---|
-//! | main | owns the [`machine::Machine`] and carries out one command after the other |
+//! | main | owns the [`machine::Machine`] and carries out one command after the other; takes stock when a guest has woken ([`wake`]) |
 //! | `vcpu<n>` | runs the guest ([`vcpu`]) and answers its exits ([`bus`]) |
 //! | `block`, `net`, `vsock`, `rng`, `balloon` | one per device, from its driver's "ready" on ([`virtio::worker`]) |
 //! | `control` | the API and SIGTERM; hands commands to main |
@@ -35,6 +35,7 @@ pub mod snapshot;
 pub mod trace;
 pub mod vcpu;
 pub mod virtio;
+pub mod wake;
 
 /// Stack of each of the monitor's threads. Rust's default of 2 MiB is a huge page's size: where the host
 /// hands those out unasked, a stack of which 20 KiB are used takes 2 MiB of its memory.

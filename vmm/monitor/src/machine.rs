@@ -26,11 +26,12 @@ use crate::jail::seccomp::{self, ThreadKind};
 use crate::jail::{Jail, JailError, threads};
 use crate::kvm::{KvmError, Vm, call, pre_fault};
 use crate::memory::{Memory, MemoryError};
+use crate::run::Event;
 use crate::serial::SerialPort;
 use crate::snapshot::{self, MachineState, MemoryIndex, Opened, Refused, WorkingSet};
 use crate::trace::Trace;
 use crate::vcpu::state::extra_xsave_words;
-use crate::vcpu::{Vcpu, VcpuContext, VcpuError, VcpuEvent};
+use crate::vcpu::{Vcpu, VcpuContext, VcpuError};
 use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::block::Block;
 use crate::virtio::net::{Net, tap::Tap};
@@ -38,6 +39,7 @@ use crate::virtio::rng::Rng;
 use crate::virtio::transport::{Transport, TransportState};
 use crate::virtio::vsock::Vsock;
 use crate::virtio::{Device, DeviceState, Kind, Metrics};
+use crate::wake::SharedWake;
 
 /// How long a guest waits for its working set before it runs: what some thousand pages of a page cache take, and
 /// less than a slow disk's answer is noticed.
@@ -72,8 +74,11 @@ pub struct Machine {
 enum Touched {
     /// It was not restored, or nobody could look.
     Unobserved,
-    /// It is waking, and these pages are mapped meanwhile.
-    Observing(Option<Arc<WorkingSet>>),
+    /// It is waking, and the pages of `before` are mapped meanwhile.
+    Observing {
+        wake: Arc<SharedWake>,
+        before: Option<Arc<WorkingSet>>,
+    },
     /// These were all.
     Observed(WorkingSet),
 }
@@ -152,8 +157,8 @@ fn serialize_shared<S: serde::Serializer>(trace: &Trace, serializer: S) -> Resul
     trace.serialize(serializer)
 }
 
-/// What processors call when the guest ends.
-pub type EventSink = Arc<dyn Fn(VcpuEvent) + Send + Sync>;
+/// What is called when the guest ends, and when it has answered after a wake.
+pub type EventSink = Arc<dyn Fn(Event) + Send + Sync>;
 
 /// Why a Machine does not start, or an operation fails.
 #[derive(Debug, thiserror::Error)]
@@ -281,10 +286,15 @@ impl Machine {
         trace: Arc<Trace>,
         events: EventSink,
     ) -> Result<Self, MachineError> {
+        let wake = {
+            let events = events.clone();
+            let answered = Box::new(move || events(Event::Answered));
+            Arc::new(SharedWake::new(trace.clone(), answered))
+        };
         let (vm, loaded) = beside(&trace, || -> Result<_, MachineError> {
             let opened = snapshot::open(&config, &trace)?;
             trace.mark("snapshot_checked");
-            let devices = restored_devices(&config, &opened)?;
+            let devices = restored_devices(&config, &opened, &wake)?;
             trace.mark("devices");
             let serial = SerialPort::restore(&config.serial_log, &opened.machine.serial)
                 .map_err(device_error("serial log"))?;
@@ -340,7 +350,10 @@ impl Machine {
             vm,
             memory,
             memory_index: Some(index),
-            touched: Touched::Observing(working_set.map(Arc::new)),
+            touched: Touched::Observing {
+                wake,
+                before: working_set.map(Arc::new),
+            },
             ready,
             prefetching: None,
             state,
@@ -352,6 +365,9 @@ impl Machine {
     pub fn resume(&mut self) -> Result<(), MachineError> {
         if self.state == State::Running {
             return Ok(());
+        }
+        if let Touched::Observing { wake, .. } = &self.touched {
+            wake.begin();
         }
         // Network cards before the processors: on them is whoever woke the guest, and a frame that waits there is
         // the first that it sees. The others after them: nothing is lost meanwhile.
@@ -398,7 +414,10 @@ impl Machine {
     /// Has the pages mapped that the guest needed when it last woke and that are not yet, while it runs already:
     /// where there is more than one processor they are there before it comes to them, and else it is not held up.
     fn prefetch(&mut self) {
-        let Touched::Observing(Some(set)) = &self.touched else {
+        let Touched::Observing {
+            before: Some(set), ..
+        } = &self.touched
+        else {
             return;
         };
         let done = self.ready;
@@ -424,9 +443,10 @@ impl Machine {
 
     /// Takes down what a restored guest has touched until now, once: its wake is over.
     pub fn settle(&mut self) {
-        let Touched::Observing(before) = &self.touched else {
+        let Touched::Observing { wake, before } = &self.touched else {
             return;
         };
+        wake.end();
         if let Some(Prefetching { thread, enough }) = self.prefetching.take() {
             // From a slow disk it could take long, and this thread has the API to answer.
             enough.store(true, Ordering::Relaxed);
@@ -435,6 +455,7 @@ impl Machine {
         match WorkingSet::observe(&self.memory, before.as_deref()) {
             Ok(set) => {
                 tracing::debug!(pages = set.pages(), "the working set of this wake");
+                self.trace.mark("working_set_taken");
                 self.touched = Touched::Observed(set);
             }
             Err(error) => {
@@ -444,9 +465,13 @@ impl Machine {
         }
     }
 
-    /// Whether [`Self::settle`] has something to do.
-    pub fn is_waking(&self) -> bool {
-        matches!(self.touched, Touched::Observing(_))
+    /// When [`Self::settle`] will have something to do, as it looks now: the first reply brings it nearer, the
+    /// first request moves it away.
+    pub fn wake_ends_at(&self) -> Option<Instant> {
+        match &self.touched {
+            Touched::Observing { wake, .. } => wake.ends_at(),
+            _ => None,
+        }
     }
 
     /// Writes a snapshot of a paused Machine.
@@ -597,6 +622,7 @@ fn new_devices(config: &VmConfig) -> Result<Vec<Box<dyn Device>>, MachineError> 
 fn restored_devices(
     config: &VmConfig,
     opened: &Opened,
+    wake: &Arc<SharedWake>,
 ) -> Result<Vec<Box<dyn Device>>, MachineError> {
     let states = &opened.machine.devices;
     let expected = config.disks.len() + config.net.len() + usize::from(config.vsock.is_some()) + 2;
@@ -626,7 +652,7 @@ fn restored_devices(
                 let nic = nics.next().ok_or_else(gone)?;
                 let tap = Tap::open(&nic.tap)
                     .map_err(device_error(&format!("TAP device {}", nic.tap)))?;
-                let net = Net::new(tap, nic.mac).limited(nic);
+                let net = Net::new(tap, nic.mac).limited(nic).waking(wake.clone());
                 net.check(state).map_err(refused)?;
                 Box::new(net)
             }
@@ -741,7 +767,7 @@ fn spawn_vcpus(
         let events = events.clone();
         let context = VcpuContext {
             bus: bus.clone(),
-            events: Box::new(move |event| events(event)),
+            events: Box::new(move |event| events(Event::Vcpu(event))),
             trace: trace.clone(),
             msrs_to_save: msrs_to_save.clone(),
             extra_xsave_words,

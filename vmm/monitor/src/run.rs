@@ -19,10 +19,6 @@ use crate::vcpu::VcpuEvent;
 /// How long a stop waits for its own answer to be written.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
 
-/// What a restored guest touches in this time counts as what it needs to wake: its first replies, and
-/// not much of what follows.
-const WAKE: Duration = Duration::from_secs(1);
-
 /// What the main thread waits for.
 #[derive(Debug)]
 pub enum Event {
@@ -32,6 +28,8 @@ pub enum Event {
     Request(Request),
     /// SIGTERM or SIGINT.
     Terminated,
+    /// A guest that wakes has answered its first request: its wake ends sooner than was thought.
+    Answered,
     /// The control API is gone.
     ControlFailed(String),
 }
@@ -78,7 +76,7 @@ fn live(config: &VmConfig, jail: &Jail, restore: bool, trace: Arc<Trace>, pid: u
         Err(cause) => return error(&format_args!("{cause:#}")),
     };
     trace.mark("control_bound");
-    let sink = vcpu_sink(events.clone());
+    let sink = sink(events.clone());
     let made = if restore {
         Machine::restore(config.clone(), jail, trace.clone(), sink)
     } else {
@@ -115,28 +113,31 @@ fn prepare(config: &VmConfig, jail: &Jail) -> anyhow::Result<control::Socket> {
     Ok(control::bind(&config.control)?)
 }
 
-fn vcpu_sink(events: Sender<Event>) -> EventSink {
+fn sink(events: Sender<Event>) -> EventSink {
     Arc::new(move |event| {
         // Without a receiver the monitor is ending already.
-        let _ = events.send(Event::Vcpu(event));
+        let _ = events.send(event);
     })
 }
 
 /// Carries out one event after the other, until one of them is the last.
 fn serve(machine: &mut Machine, events: &Receiver<Event>, pid: u32) -> Exit {
-    let awake_at = Instant::now() + WAKE;
     loop {
-        let event = if machine.is_waking() {
-            let left = awake_at.saturating_duration_since(Instant::now());
-            match events.recv_timeout(left) {
-                Err(RecvTimeoutError::Timeout) => {
-                    machine.settle();
-                    continue;
+        let event = match machine.wake_ends_at() {
+            Some(end) => {
+                let left = end.saturating_duration_since(Instant::now());
+                match events.recv_timeout(left) {
+                    Err(RecvTimeoutError::Timeout) => {
+                        // Nobody tells when a request moves the end away.
+                        if machine.wake_ends_at() == Some(end) {
+                            machine.settle();
+                        }
+                        continue;
+                    }
+                    event => event.map_err(|_| RecvError),
                 }
-                event => event.map_err(|_| RecvError),
             }
-        } else {
-            events.recv()
+            None => events.recv(),
         };
         match event {
             Ok(Event::Request(Request {
@@ -155,6 +156,7 @@ fn serve(machine: &mut Machine, events: &Receiver<Event>, pid: u32) -> Exit {
             Ok(Event::Vcpu(VcpuEvent::Failed(message))) => {
                 return Exit::new(Reason::Error, message);
             }
+            Ok(Event::Answered) => {} // the new end is looked at above
             Ok(Event::Terminated) => return Exit::new(Reason::Stopped, "stopped by a signal"),
             Ok(Event::ControlFailed(message)) => return Exit::new(Reason::Error, message),
             Err(_) => return Exit::new(Reason::Error, "every thread of the monitor is gone"),

@@ -1,5 +1,5 @@
-//! The working set of a wake: the pages that a guest touched in the first moments after a restore,
-//! kept in its next snapshot so that the next restore can have them ready.
+//! The working set of a wake: the pages that a guest touched from a restore until its first reply
+//! ([`crate::wake`]), kept in its next snapshot so that the next restore can have them ready.
 //!
 //! ```text
 //! working_set:  magic 8 │ format 4 │ age 4 │ memory bytes 8 │ runs 8 │ checksum 8

@@ -5,6 +5,8 @@
 //! alone until it does. A frame from the guest goes to the TAP in one `writev`, straight from guest
 //! memory. What the frames say is the business of the host's rules at the TAP.
 
+pub mod reply;
+pub mod segment;
 pub mod tap;
 
 use std::io;
@@ -18,6 +20,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
 };
 
+use self::reply::FirstReply;
 use self::tap::{Offloads, Tap, VNET_HEADER_BYTES};
 use super::chain::Chain;
 use super::limit::Limiter;
@@ -25,6 +28,7 @@ use super::metrics::NetMetrics;
 use super::worker::{FIRST_DEVICE_TOKEN, Ready};
 use super::{Context, Device, DeviceState, Kind, Metrics};
 use crate::config::{MacAddr, NetConfig};
+use crate::wake::SharedWake;
 
 /// A network card on a link to the host.
 #[derive(Debug)]
@@ -41,6 +45,7 @@ pub struct Net<L = Tap> {
     /// When the limit of each queue ends, while it holds.
     waits: [Option<Instant>; 2],
     metrics: Arc<NetMetrics>,
+    first_reply: FirstReply,
 }
 
 /// What a snapshot must hold: only what must not have changed. A frame that waited is lost, as frames
@@ -89,6 +94,7 @@ impl<L: Link> Net<L> {
             transmitting: Limiter::default(),
             waits: [None; 2],
             metrics: Arc::default(),
+            first_reply: FirstReply::default(),
         }
     }
 
@@ -97,6 +103,14 @@ impl<L: Link> Net<L> {
         Self {
             receiving: Limiter::new(config.receive_limit.as_ref()),
             transmitting: Limiter::new(config.transmit_limit.as_ref()),
+            ..self
+        }
+    }
+
+    /// The same, for a guest that wakes: the first reply is looked for.
+    pub fn waking(self, wake: Arc<SharedWake>) -> Self {
+        Self {
+            first_reply: FirstReply::of(wake),
             ..self
         }
     }
@@ -200,6 +214,7 @@ impl<L: Link> Net<L> {
         self.metrics.received_frames.add(1);
         let bytes = self.waiting - VNET_HEADER_BYTES; // `receive` takes no shorter one
         self.metrics.received_bytes.add(bytes as u64);
+        self.first_reply.received(&self.frame[..self.waiting]);
         Delivery::Done
     }
 
@@ -231,6 +246,7 @@ impl<L: Link> Net<L> {
                         self.metrics.sent_frames.add(1);
                         let bytes = len - VNET_HEADER_BYTES; // as `send` has checked
                         self.metrics.sent_bytes.add(bytes as u64);
+                        self.first_reply.sent(&chain.readable);
                     }
                     // A frame the kernel does not take (a header that makes no sense, a device that is
                     // down) is lost, as on any cable.

@@ -1,8 +1,12 @@
+use super::segment::HEAD_BYTES;
+use super::segment::tests::Frame;
 use super::*;
 use crate::config::RateLimit;
-use crate::virtio::testing::{Descriptor, Driver, READ, Rings, WRITE};
+use crate::trace::Trace;
+use crate::virtio::testing::{Descriptor, Driver, READ, Rings, WRITE, trace};
 use proptest::prelude::*;
 use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicU32, Ordering};
 use vm_memory::{Bytes, GuestAddress};
 
 /// A cable of datagrams: like a TAP, one read or write is one frame.
@@ -173,6 +177,124 @@ fn a_frame_too_long_for_its_buffer_is_dropped() {
     assert_eq!(card.net.metrics.dropped_frames.get(), 1);
 }
 
+const CLIENT: &str = "192.0.2.1:50000";
+const SERVER: &str = "192.0.2.2:80";
+
+/// A card of a guest that wakes.
+struct WakingCard {
+    card: Card,
+    wake: Arc<SharedWake>,
+    trace: Arc<Trace>,
+    /// How often main has been told of an earlier end.
+    told: Arc<AtomicU32>,
+}
+
+impl WakingCard {
+    fn new() -> Self {
+        let (mut card, trace, told) = (card(0), trace(), Arc::new(AtomicU32::new(0)));
+        let count = told.clone();
+        let sooner = move || {
+            count.fetch_add(1, Ordering::SeqCst);
+        };
+        let wake = Arc::new(SharedWake::new(trace.clone(), Box::new(sooner)));
+        card.net = card.net.waking(wake.clone());
+        Self {
+            card,
+            wake,
+            trace,
+            told,
+        }
+    }
+
+    fn give(&mut self, frame: &Frame) {
+        let frame = [vec![0; VNET_HEADER_BYTES], frame.bytes()].concat();
+        let card = &mut self.card;
+        card.receive.offer(&[Descriptor::at(0x8000, 2048, WRITE)]);
+        card.host.send(&frame).unwrap();
+        card.net.on_io(&mut card.cx, LINK, Ready::default());
+        assert_eq!(card.receive.take_used().len(), 1);
+    }
+
+    /// The guest sends a frame out of buffers of `each` bytes.
+    fn take(&mut self, frame: &Frame, each: usize) {
+        let frame = [vec![0; VNET_HEADER_BYTES], frame.bytes()].concat();
+        let card = &mut self.card;
+        card.cx
+            .ram
+            .write_slice(&frame, GuestAddress(0x9000))
+            .unwrap();
+        let buffers: Vec<_> = (0..frame.len())
+            .step_by(each)
+            .map(|at| {
+                let len = each.min(frame.len() - at);
+                Descriptor::at(0x9000 + at as u64, len as u32, READ)
+            })
+            .collect();
+        card.transmit.offer(&buffers);
+        card.net.on_queue(&mut card.cx, TRANSMIT);
+        assert_eq!(card.transmit.take_used().len(), 1);
+        assert_eq!(card.host.recv(&mut [0; 4096]).unwrap(), frame.len());
+    }
+
+    fn marks(&self) -> Vec<&'static str> {
+        self.trace.phases().iter().map(|phase| phase.0).collect()
+    }
+}
+
+#[test]
+fn a_waking_guests_first_reply_is_seen_and_the_card_looks_no_further() {
+    for each in [VNET_HEADER_BYTES, 30, HEAD_BYTES, 2000] {
+        let mut waking = WakingCard::new();
+        waking.give(&Frame::new(CLIENT, SERVER, 0));
+        waking.take(&Frame::new(SERVER, CLIENT, 0), each);
+        assert!(waking.marks().is_empty());
+        waking.give(&Frame::new(CLIENT, SERVER, 80));
+        assert_eq!(waking.marks(), ["first_request_in"]);
+        assert_eq!(waking.told.load(Ordering::SeqCst), 0);
+        waking.take(&Frame::new(SERVER, CLIENT, 0), each);
+        waking.take(&Frame::new(SERVER, CLIENT, 100), each);
+        assert_eq!(waking.marks(), ["first_request_in", "first_reply_out"]);
+        assert_eq!(waking.told.load(Ordering::SeqCst), 1);
+        assert!(!waking.card.net.first_reply.is_looked_for());
+        // What comes next passes as before.
+        waking.give(&Frame::new(CLIENT, SERVER, 80));
+        waking.take(&Frame::new(SERVER, CLIENT, 100), each);
+        assert_eq!(waking.told.load(Ordering::SeqCst), 1);
+    }
+}
+
+#[test]
+fn a_frame_that_was_dropped_is_no_reply() {
+    let mut waking = WakingCard::new();
+    waking.give(&Frame::new(CLIENT, SERVER, 80));
+    let card = &mut waking.card;
+    // Longer than the cable takes: like a TAP's refusal.
+    let frame = Frame::new(SERVER, CLIENT, 100).bytes();
+    card.cx
+        .ram
+        .write_slice(&frame, GuestAddress(0x900c))
+        .unwrap();
+    card.transmit
+        .offer(&[Descriptor::at(0x9000, 0x2_0000, READ)]);
+    card.net.on_queue(&mut card.cx, TRANSMIT);
+    assert_eq!(card.transmit.take_used().len(), 1);
+    assert_eq!(card.net.metrics.dropped_frames.get(), 1);
+    assert_eq!(waking.marks(), ["first_request_in"]);
+    waking.take(&Frame::new(SERVER, CLIENT, 100), 2000);
+    assert_eq!(waking.marks(), ["first_request_in", "first_reply_out"]);
+}
+
+#[test]
+fn a_wake_that_is_over_has_no_reply() {
+    let mut waking = WakingCard::new();
+    waking.give(&Frame::new(CLIENT, SERVER, 80));
+    waking.wake.end();
+    assert!(waking.card.net.first_reply.is_looked_for());
+    waking.take(&Frame::new(SERVER, CLIENT, 100), 2000);
+    assert_eq!(waking.marks(), ["first_request_in"]);
+    assert!(!waking.card.net.first_reply.is_looked_for());
+}
+
 #[test]
 fn a_snapshot_of_another_address_is_refused() {
     let card = card(0);
@@ -206,6 +328,7 @@ proptest! {
         len in 13..4000_usize,
     ) {
         let mut card = card(if merge { 1 << VIRTIO_NET_F_MRG_RXBUF } else { 0 });
+        card.net = card.net.waking(Arc::new(SharedWake::new(trace(), Box::new(|| ()))));
         card.host.send(&frame(len)).unwrap();
         card.receive.offer_raw(&table);
         card.transmit.offer_raw(&table);
