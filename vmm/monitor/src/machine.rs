@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use crate::boot::{self, BootError, Entry, cpu, generation, layout, template};
 use crate::bus::Bus;
-use crate::config::{MIN_MEMORY_MIB, VmConfig};
+use crate::config::{MIN_MEMORY_MIB, NetConfig, VmConfig};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::jail::{Jail, JailError, threads};
 use crate::kvm::{KvmError, Vm, call};
@@ -32,7 +32,7 @@ use crate::vcpu::state::extra_xsave_words;
 use crate::vcpu::{Vcpu, VcpuContext, VcpuError, VcpuEvent};
 use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::block::Block;
-use crate::virtio::net::{Net, tap::Tap};
+use crate::virtio::net::{Net, tap::Tap, vhost::VhostNet};
 use crate::virtio::rng::Rng;
 use crate::virtio::transport::{Transport, TransportState};
 use crate::virtio::vsock::Vsock;
@@ -561,8 +561,7 @@ fn new_devices(config: &VmConfig) -> Result<Vec<Box<dyn Device>>, MachineError> 
         devices.push(Box::new(block));
     }
     for nic in &config.net {
-        let tap = Tap::open(&nic.tap).map_err(device_error(&format!("TAP device {}", nic.tap)))?;
-        devices.push(Box::new(Net::new(tap, nic.mac).limited(nic)));
+        devices.push(open_nic(nic)?);
     }
     if let Some(vsock) = &config.vsock {
         let device =
@@ -572,6 +571,17 @@ fn new_devices(config: &VmConfig) -> Result<Vec<Box<dyn Device>>, MachineError> 
     devices.push(Box::new(Rng::default()));
     devices.push(Box::new(Balloon::default()));
     Ok(devices)
+}
+
+/// A network card by whichever moves its frames. A snapshot does not know which it was.
+fn open_nic(nic: &NetConfig) -> Result<Box<dyn Device>, MachineError> {
+    let failed = || device_error(&format!("TAP device {}", nic.tap));
+    let tap = Tap::open(&nic.tap).map_err(failed())?;
+    if !nic.vhost {
+        return Ok(Box::new(Net::new(tap, nic.mac).limited(nic)));
+    }
+    let card = VhostNet::open(tap, nic.mac).map_err(failed())?;
+    Ok(Box::new(card))
 }
 
 /// The same devices, each checked against what the guest knew of it.
@@ -605,11 +615,8 @@ fn restored_devices(
             }
             DeviceState::Net(state) => {
                 let nic = nics.next().ok_or_else(gone)?;
-                let tap = Tap::open(&nic.tap)
-                    .map_err(device_error(&format!("TAP device {}", nic.tap)))?;
-                let net = Net::new(tap, nic.mac).limited(nic);
-                net.check(state).map_err(refused)?;
-                Box::new(net)
+                state.check(nic.mac).map_err(refused)?;
+                open_nic(nic)?
             }
             DeviceState::Vsock(state) => {
                 let vsock = config.vsock.as_ref().ok_or_else(gone)?;
@@ -633,7 +640,7 @@ fn refused_device(index: usize, kind: Kind, source: io::Error) -> Refused {
     }
 }
 
-fn device_error(what: &str) -> impl FnOnce(io::Error) -> MachineError {
+fn device_error(what: &str) -> impl FnOnce(io::Error) -> MachineError + use<> {
     let what = what.to_owned();
     move |source| MachineError::Device { what, source }
 }
