@@ -156,6 +156,7 @@ pub(crate) fn vm_config(
             mac: slot.guest_mac().to_string(),
             receive_limit: network,
             transmit_limit: network,
+            vhost: host.vhost_net,
         }],
         vsock: Vsock {
             cid: slot.cid(),
@@ -315,6 +316,9 @@ pub(crate) mod tests {
         let unlimited = vm(&host);
         assert_eq!(keys(&unlimited["disks"][1]), ["path", "read_only"]);
         assert_eq!(keys(&unlimited["net"][0]), ["mac", "tap"]);
+        host.vhost_net = true;
+        assert_eq!(vm(&host)["net"][0]["vhost"], true);
+        host.vhost_net = false;
         host.rate_limits.disk_operations = Some(500);
         assert_eq!(
             vm(&host)["disks"][0]["rate_limit"],

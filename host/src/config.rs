@@ -39,6 +39,9 @@ pub struct HostConfig {
     pub disk_size: u64,
     /// What each Machine may take of the host's disks and network.
     pub rate_limits: RateLimits,
+    /// Whether the host's kernel moves the frames of Machines, by `/dev/vhost-net`, from their next cold start
+    /// on. Not together with a limit of `rate_limits.network_bytes`, which the kernel would not keep.
+    pub vhost_net: bool,
     /// Whether the memory of a suspended Machine stays in the host's page cache.
     pub snapshot_cache: SnapshotCache,
     /// How long a cold start may take, from the monitor's start to the app's.
@@ -104,6 +107,7 @@ impl HostConfig {
             nat: true,
             disk_size: DISK_SIZE,
             rate_limits: RateLimits::default(),
+            vhost_net: false,
             snapshot_cache: SnapshotCache::default(),
             boot_timeout: BOOT_TIMEOUT,
             wake_timeout: WAKE_TIMEOUT,

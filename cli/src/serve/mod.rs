@@ -34,6 +34,7 @@ use bootstrap::ThisHost;
 /// Longest that requests under way may take once the server is told to end.
 const DRAIN: Duration = Duration::from_secs(20);
 const TUN: &str = "tern0";
+const VHOST_NET: &str = "/dev/vhost-net";
 
 /// Runs the server until a signal ends it.
 pub fn run(args: Serve) -> Result<ExitCode> {
@@ -60,6 +61,9 @@ async fn serve(args: Serve) -> Result<()> {
     let files = Files::find(&args)?;
     make_private_dir(&args.data_dir)?;
     probe(&files.vmm, args.cpu_template).await?;
+    if args.machine_vhost_net {
+        probe_vhost_net(Path::new(VHOST_NET))?;
+    }
 
     let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&args.data_dir.join("catalog.db"))?);
     let catalog = Catalog::new(Arc::clone(&store));
@@ -189,6 +193,21 @@ async fn probe(vmm: &Path, template: CpuTemplate) -> Result<()> {
     Ok(())
 }
 
+/// The same for `--machine-vhost-net`: by opening it, which loads the module where the kernel finds it.
+fn probe_vhost_net(device: &Path) -> Result<()> {
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(device)
+        .map(drop)
+        .with_context(|| {
+            format!(
+                "--machine-vhost-net needs {}: load its module (modprobe vhost_net), or leave the flag out",
+                device.display()
+            )
+        })
+}
+
 fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) -> HostConfig {
     let mut config = HostConfig::new(host, &args.data_dir);
     config.vmm_binary.clone_from(&files.vmm);
@@ -201,6 +220,7 @@ fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) 
         CpuTemplate::X86_64V2 => tern_host::CpuTemplate::X86_64V2,
         CpuTemplate::X86_64V3 => tern_host::CpuTemplate::X86_64V3,
     };
+    config.vhost_net = args.machine_vhost_net;
     config.snapshot_cache = args.snapshot_cache;
     config.rate_limits = RateLimits {
         disk_bytes: args.machine_disk_bandwidth,
@@ -262,4 +282,17 @@ fn log(json: bool) {
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     if json { log.json().init() } else { log.init() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_without_vhost_net_says_what_to_do() {
+        let error = probe_vhost_net(Path::new("/dev/nothing-like-it")).unwrap_err();
+        let error = format!("{error:#}");
+        assert!(error.contains("modprobe vhost_net"), "{error}");
+        probe_vhost_net(Path::new("/dev/null")).unwrap();
+    }
 }

@@ -11,6 +11,11 @@ use crate::world::{HOST, World};
 
 const NEVER: Duration = Duration::from_secs(3600);
 
+/// Does it, unless it takes so long that something else went wrong: the assertion that follows tells what.
+async fn in_time(what: impl Future<Output = ()>) {
+    let _ = tokio::time::timeout(Duration::from_secs(40), what).await;
+}
+
 /// One plain request on a connection of its own.
 async fn request(world: &World, path: &str) -> String {
     let mut stream = TcpStream::connect(world.http).await.unwrap();
@@ -151,7 +156,7 @@ async fn a_request_lost_with_its_machine_is_sent_again_if_that_may_be_done() {
         hold.held.notified().await;
         world.agent.crash().await;
     };
-    let (reply, ()) = tokio::join!(request(&world, "/again"), crash);
+    let (reply, ()) = tokio::join!(request(&world, "/again"), in_time(crash));
     assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
     assert_eq!(world.agent.starts.load(Ordering::SeqCst), 2);
 
@@ -163,7 +168,7 @@ async fn a_request_lost_with_its_machine_is_sent_again_if_that_may_be_done() {
     };
     // Debian 12's curl (7.88) loses an HTTP/2 reply that comes before its request is complete.
     let post = world.text("/once", &["--http1.1", "--data", "x"]);
-    let (reply, ()) = tokio::join!(post, crash);
+    let (reply, ()) = tokio::join!(post, in_time(crash));
     assert!(
         reply.contains("closed the connection without an answer"),
         "{reply}"

@@ -23,7 +23,7 @@ use tern_catalog::{
     MachineNumber, MachineState, MachineStatus, NetworkId, SqliteStore, Store, View,
 };
 use tern_edge::{Edge, EdgeConfig, MachineControl, StartError};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 pub const HOST: &str = "shop.tern.test";
 
@@ -51,6 +51,7 @@ pub struct Agent {
     pub early: AtomicBool,
     pub reached: tokio::sync::Notify,
     app: OnceLock<SocketAddr>,
+    _place: TcpSocket,
     server: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
     pub hold: Arc<Hold>,
 }
@@ -84,12 +85,12 @@ impl World {
             Arc::new(SqliteStore::open(&files.path().join("catalog.db")).unwrap());
         let catalog = Catalog::new(Arc::clone(&store));
         let view = View::follow(store).await.unwrap();
-        // The port of an app that is not there yet: bound once to be free.
-        let free = TcpListener::bind("[::1]:0")
-            .await
-            .unwrap()
-            .local_addr()
-            .unwrap();
+        // The port of an app that is not there yet: bound, and never listened at, so that no other process of
+        // this machine gets it meanwhile.
+        let place = TcpSocket::new_v6().unwrap();
+        place.set_reuseaddr(true).unwrap();
+        place.bind("[::1]:0".parse().unwrap()).unwrap();
+        let free = place.local_addr().unwrap();
         let config = format!(
             r#"{{"image": "x", "services": [{{"internal_port": {port}, {service}
                 "ports": [{{"port": 80, "handlers": ["http"]}}, {{"port": 443, "handlers": ["tls", "http"]}}]}}]}}"#,
@@ -113,6 +114,7 @@ impl World {
             early: AtomicBool::new(false),
             reached: tokio::sync::Notify::new(),
             app: OnceLock::from(free),
+            _place: place,
             server: tokio::sync::Mutex::new(None),
             hold: Arc::default(),
         });

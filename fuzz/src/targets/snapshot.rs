@@ -141,9 +141,8 @@ impl Place {
                 Box::new(disk)
             }
             DeviceState::Net(state) => {
-                let card = card();
-                card.check(state).ok()?;
-                Box::new(card)
+                state.check(MAC).ok()?;
+                Box::new(card())
             }
             DeviceState::Vsock(state) => {
                 let config = VsockConfig {

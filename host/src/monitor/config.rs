@@ -54,6 +54,8 @@ pub(crate) struct Net {
     pub(crate) receive_limit: Option<RateLimit>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) transmit_limit: Option<RateLimit>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) vhost: bool,
 }
 
 /// How much a device may do. How much of that at once is left to the monitor.

@@ -267,3 +267,34 @@ fn a_host_with_limits_gives_its_machines_no_more() -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn a_host_with_vhost_net_serves_and_wakes_its_machines() -> Result<()> {
+    let validity = Duration::from_secs(90 * 24 * 3600);
+    let world = World::with_dir(
+        Path::new("/var/lib/tern/vhost"),
+        validity,
+        &["--machine-vhost-net"],
+    )?;
+    let app = world.launch("hello", "personal")?;
+    app.wait_for_https()?;
+    // The monitor's worker for the card is one that only waits.
+    let by_kernel = || -> Result<bool> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", app.monitor()?))?;
+        let mut names =
+            tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+        Ok(names.any(|name| name.trim() == "vhost-net"))
+    };
+    assert!(by_kernel()?);
+    let reply = app.get(&format!("/bytes?n={}", 3 << 20))?;
+    assert_eq!((reply.status, reply.body.len()), (200, 3 << 20));
+    for _ in 0..2 {
+        app.machine("suspend")?;
+        assert_eq!(app.get("/")?.status, 200);
+        assert!(by_kernel()?);
+    }
+    let starts = app.events("start")?;
+    let last = starts.last().context("no start")?;
+    assert_ne!(last["request"]["cold"], true, "no resume: {last:#}");
+    Ok(())
+}

@@ -132,6 +132,10 @@ pub struct NetConfig {
     /// How much it may send.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transmit_limit: Option<RateLimit>,
+    /// Whether the host's kernel moves its frames (`/dev/vhost-net`) rather than a thread of the monitor. It
+    /// keeps no limit.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vhost: bool,
 }
 
 /// The vsock device.
@@ -289,6 +293,12 @@ impl VmConfig {
                         .all(|b| b.is_ascii_graphic() && b != b'/' && b != b'%'),
                 &|| format!("{name:?} is not a network device name"),
             )?;
+            let limited = nic.receive_limit.is_some() || nic.transmit_limit.is_some();
+            require(!(nic.vhost && limited), &|| {
+                format!(
+                    "net {name}: vhost keeps neither receive_limit nor transmit_limit; leave out either it or them"
+                )
+            })?;
             require(nic.mac.0[0] & 1 == 0, &|| {
                 format!("{} is a multicast address", String::from(nic.mac))
             })?;
@@ -425,6 +435,24 @@ mod tests {
     }
 
     #[test]
+    fn vhost_is_for_a_card_without_limits() {
+        let mut value = sample();
+        let nic = value["net"][0].as_object_mut().unwrap();
+        nic.retain(|key, _| !key.ends_with("_limit"));
+        assert!(!parse(&value).unwrap().net[0].vhost);
+        value["net"][0]["vhost"] = json!(true);
+        let config = parse(&value).unwrap();
+        assert!(config.net[0].vhost);
+        assert_eq!(serde_json::to_value(&config).unwrap(), value);
+        for limit in ["receive_limit", "transmit_limit"] {
+            let mut limited = value.clone();
+            limited["net"][0][limit] = json!({"bytes_per_second": 1});
+            let error = parse(&limited).unwrap_err();
+            assert!(error.contains("tn0") && error.contains("vhost"), "{error}");
+        }
+    }
+
+    #[test]
     fn a_template_is_one_of_those_there_are() {
         let with = |name: &str| {
             let mut value = sample();
@@ -476,6 +504,8 @@ mod tests {
             ("/net/0/tap", json!("tn%d"), "name"),
             ("/net/0/mac", json!("02:00:00:00:00"), "Ethernet"),
             ("/net/0/mac", json!("01:00:00:00:00:00"), "multicast"),
+            ("/net/0/vhost", json!(true), "receive_limit"),
+            ("/net/0/vhost", json!("yes"), "boolean"),
             ("/vsock/cid", json!(2), "cid"),
             ("/control", json!("x".repeat(200)), "control"),
             ("/disks/1/rate_limit", json!({}), "neither"),
@@ -502,7 +532,8 @@ mod tests {
         ];
         for (pointer, bad, word) in cases {
             let mut value = sample();
-            *value.pointer_mut(pointer).unwrap() = bad.clone();
+            let (table, key) = pointer.rsplit_once('/').unwrap();
+            value.pointer_mut(table).unwrap()[key] = bad.clone();
             let error = parse(&value).unwrap_err();
             assert!(error.contains(word), "{pointer} = {bad}: {error}");
         }

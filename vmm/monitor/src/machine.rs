@@ -21,7 +21,7 @@ use serde::Serialize;
 
 use crate::boot::{self, BootError, Entry, cpu, generation, layout, template};
 use crate::bus::Bus;
-use crate::config::{MIN_MEMORY_MIB, VmConfig};
+use crate::config::{MIN_MEMORY_MIB, NetConfig, VmConfig};
 use crate::jail::seccomp::{self, ThreadKind};
 use crate::jail::{Jail, JailError, threads};
 use crate::kvm::{KvmError, Vm, call, pre_fault};
@@ -34,7 +34,7 @@ use crate::vcpu::state::extra_xsave_words;
 use crate::vcpu::{Vcpu, VcpuContext, VcpuError};
 use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::block::Block;
-use crate::virtio::net::{Net, tap::Tap};
+use crate::virtio::net::{Net, tap::Tap, vhost::VhostNet};
 use crate::virtio::rng::Rng;
 use crate::virtio::transport::{Transport, TransportState};
 use crate::virtio::vsock::Vsock;
@@ -605,8 +605,7 @@ fn new_devices(config: &VmConfig) -> Result<Vec<Box<dyn Device>>, MachineError> 
         devices.push(Box::new(block));
     }
     for nic in &config.net {
-        let tap = Tap::open(&nic.tap).map_err(device_error(&format!("TAP device {}", nic.tap)))?;
-        devices.push(Box::new(Net::new(tap, nic.mac).limited(nic)));
+        devices.push(open_nic(nic, None)?);
     }
     if let Some(vsock) = &config.vsock {
         let device =
@@ -616,6 +615,25 @@ fn new_devices(config: &VmConfig) -> Result<Vec<Box<dyn Device>>, MachineError> 
     devices.push(Box::new(Rng::default()));
     devices.push(Box::new(Balloon::default()));
     Ok(devices)
+}
+
+/// A network card by whichever moves its frames. A snapshot does not know which it was. Of a guest that wakes the
+/// frames are looked at, where they can be.
+fn open_nic(
+    nic: &NetConfig,
+    wake: Option<&Arc<SharedWake>>,
+) -> Result<Box<dyn Device>, MachineError> {
+    let failed = || device_error(&format!("TAP device {}", nic.tap));
+    let tap = Tap::open(&nic.tap).map_err(failed())?;
+    if !nic.vhost {
+        let net = Net::new(tap, nic.mac).limited(nic);
+        return Ok(Box::new(match wake {
+            Some(wake) => net.waking(wake.clone()),
+            None => net,
+        }));
+    }
+    let card = VhostNet::open(tap, nic.mac).map_err(failed())?;
+    Ok(Box::new(card))
 }
 
 /// The same devices, each checked against what the guest knew of it.
@@ -650,11 +668,8 @@ fn restored_devices(
             }
             DeviceState::Net(state) => {
                 let nic = nics.next().ok_or_else(gone)?;
-                let tap = Tap::open(&nic.tap)
-                    .map_err(device_error(&format!("TAP device {}", nic.tap)))?;
-                let net = Net::new(tap, nic.mac).limited(nic).waking(wake.clone());
-                net.check(state).map_err(refused)?;
-                Box::new(net)
+                state.check(nic.mac).map_err(refused)?;
+                open_nic(nic, Some(wake))?
             }
             DeviceState::Vsock(state) => {
                 let vsock = config.vsock.as_ref().ok_or_else(gone)?;
@@ -678,7 +693,7 @@ fn refused_device(index: usize, kind: Kind, source: io::Error) -> Refused {
     }
 }
 
-fn device_error(what: &str) -> impl FnOnce(io::Error) -> MachineError {
+fn device_error(what: &str) -> impl FnOnce(io::Error) -> MachineError + use<> {
     let what = what.to_owned();
     move |source| MachineError::Device { what, source }
 }

@@ -90,7 +90,15 @@ fn a_probe_says_what_to_do() {
 fn a_call_outside_its_filter_kills_the_monitor_whichever_thread_makes_it() {
     use std::os::unix::process::ExitStatusExt;
     for thread in [
-        "main", "control", "vcpu", "starter", "net", "block", "rng", "vsock",
+        "main",
+        "control",
+        "vcpu",
+        "starter",
+        "net",
+        "vhost-net",
+        "block",
+        "rng",
+        "vsock",
     ] {
         let output = vmm(&["forbidden", "--thread", thread]);
         assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{thread}");

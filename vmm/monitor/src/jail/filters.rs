@@ -285,6 +285,27 @@ const NET: &[Call] = &[
     ),
 ];
 
+/// No frame passes through it.
+const VHOST_NET: &[Call] = &[one_of(
+    libc::SYS_ioctl,
+    "the kernel takes the queues and gives them back; what the guest's driver can do",
+    1,
+    &[
+        TUNSETOFFLOAD,
+        vhost::SET_OWNER,
+        vhost::SET_MEM_TABLE,
+        vhost::SET_FEATURES,
+        vhost::SET_VRING_NUM,
+        vhost::SET_VRING_ADDR,
+        vhost::SET_VRING_BASE,
+        vhost::GET_VRING_BASE,
+        vhost::SET_VRING_KICK,
+        vhost::SET_VRING_CALL,
+        vhost::SET_VRING_ERR,
+        vhost::NET_SET_BACKEND,
+    ],
+)];
+
 const VSOCK: &[Call] = &[
     call(libc::SYS_accept4, "a program of the host"),
     one_of(
@@ -319,9 +340,10 @@ pub fn calls(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
         ThreadKind::Main => &[EVERY, WORKERS, MAIN],
         ThreadKind::Control => &[EVERY, EPOLL, CONTROL],
         ThreadKind::Vcpu => &[EVERY, WORKERS, VCPU],
-        ThreadKind::Starter => &[EVERY, EPOLL, WORKER, BLOCK, NET, VSOCK, STARTER],
+        ThreadKind::Starter => &[EVERY, EPOLL, WORKER, BLOCK, NET, VHOST_NET, VSOCK, STARTER],
         ThreadKind::Device(Kind::Block) => &[EVERY, EPOLL, WORKER, BLOCK],
         ThreadKind::Device(Kind::Net) => &[EVERY, EPOLL, WORKER, NET],
+        ThreadKind::VhostNet => &[EVERY, EPOLL, WORKER, VHOST_NET],
         ThreadKind::Device(Kind::Vsock) => &[EVERY, EPOLL, WORKER, VSOCK],
         // Its work is `madvise`, and so is a balloon's.
         ThreadKind::Prefetch => &[EVERY],
@@ -355,6 +377,27 @@ const READ: u32 = 2;
 /// `asm-generic/ioctl.h`.
 const fn ioctl(direction: u32, group: u8, number: u8, size: usize) -> u32 {
     direction << 30 | (size as u32) << 16 | (group as u32) << 8 | number as u32
+}
+
+/// `linux/vhost.h`.
+mod vhost {
+    use super::{READ, WRITE, ioctl};
+
+    const VHOST_VIRTIO: u8 = 0xaf;
+    /// `struct vhost_vring_state` and `struct vhost_vring_file`.
+    const RING: usize = 8;
+
+    pub const SET_FEATURES: u32 = ioctl(WRITE, VHOST_VIRTIO, 0x00, 8);
+    pub const SET_OWNER: u32 = ioctl(0, VHOST_VIRTIO, 0x01, 0);
+    pub const SET_MEM_TABLE: u32 = ioctl(WRITE, VHOST_VIRTIO, 0x03, 8);
+    pub const SET_VRING_NUM: u32 = ioctl(WRITE, VHOST_VIRTIO, 0x10, RING);
+    pub const SET_VRING_ADDR: u32 = ioctl(WRITE, VHOST_VIRTIO, 0x11, 40);
+    pub const SET_VRING_BASE: u32 = ioctl(WRITE, VHOST_VIRTIO, 0x12, RING);
+    pub const GET_VRING_BASE: u32 = ioctl(READ | WRITE, VHOST_VIRTIO, 0x12, RING);
+    pub const SET_VRING_KICK: u32 = ioctl(WRITE, VHOST_VIRTIO, 0x20, RING);
+    pub const SET_VRING_CALL: u32 = ioctl(WRITE, VHOST_VIRTIO, 0x21, RING);
+    pub const SET_VRING_ERR: u32 = ioctl(WRITE, VHOST_VIRTIO, 0x22, RING);
+    pub const NET_SET_BACKEND: u32 = ioctl(WRITE, VHOST_VIRTIO, 0x30, RING);
 }
 
 /// `linux/kvm.h`.

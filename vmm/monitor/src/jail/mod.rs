@@ -7,8 +7,8 @@
 //!          own user, no capabilities ──► threads start, each under its system call filter ──► guest runs
 //! ```
 //!
-//! What a monitor needs of its host it opens first: `/dev/kvm`, the TAP device, disks, kernel, logs, its
-//! sockets. Then [`Jail::isolate`] leaves it without a network, without the host's files (its root is
+//! What a monitor needs of its host it opens first: `/dev/kvm`, the TAP device, `/dev/vhost-net` for a card that
+//! is to use it, disks, kernel, logs, its sockets. Then [`Jail::isolate`] leaves it without a network, without the host's files (its root is
 //! [`JailConfig::root`], where it writes its snapshot and `exit.json`), without the host's names and
 //! IPC objects; [`Jail::drop_privileges`] makes it a user of its own without any capability, and without
 //! a way to get one. Both happen while the process has one thread, before a guest instruction runs or a

@@ -27,11 +27,13 @@ pub enum ThreadKind {
     Prefetch,
     /// Serves one device.
     Device(Kind),
+    /// Serves a network card whose frames the kernel moves.
+    VhostNet,
 }
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Main,
         Self::Control,
         Self::Vcpu,
@@ -42,6 +44,7 @@ impl ThreadKind {
         Self::Device(Kind::Rng),
         Self::Device(Kind::Vsock),
         Self::Device(Kind::Balloon),
+        Self::VhostNet,
     ];
 
     /// As threads are named.
@@ -53,6 +56,7 @@ impl ThreadKind {
             Self::Starter => "starter",
             Self::Prefetch => "prefetch",
             Self::Device(kind) => kind.name(),
+            Self::VhostNet => "vhost-net",
         }
     }
 }

@@ -7,7 +7,8 @@
 //!
 //! KVM's dirty log would tell the second too, and pays for it while the guest runs: it write-protects
 //! pages and takes a fault for each, does not see what devices write, and knows nothing of what was
-//! mapped beforehand or given back. These bits are there anyway, exact to the page, whoever wrote it.
+//! mapped beforehand or given back. These bits are there anyway, exact to the page, whoever wrote it: the
+//! kernel's vhost-net too, whose thread writes through this process's mapping.
 
 use std::fs::File;
 use std::io;

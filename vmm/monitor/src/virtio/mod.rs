@@ -33,6 +33,8 @@ use serde::{Deserialize, Serialize};
 pub use metrics::Metrics;
 pub use worker::Context;
 
+use crate::jail::seccomp::ThreadKind;
+
 /// Whether one more line may be logged about something the guest brought about.
 ///
 /// A guest can make mistakes a million times a second; the first hundred say what there is to say, and
@@ -101,6 +103,11 @@ impl Kind {
 pub trait Device: Send + std::fmt::Debug {
     /// What it is.
     fn kind(&self) -> Kind;
+
+    /// Whose filter its worker's thread is under.
+    fn thread(&self) -> ThreadKind {
+        ThreadKind::Device(self.kind())
+    }
 
     /// The features of its kind that it offers; those all devices offer are added.
     fn features(&self) -> u64;

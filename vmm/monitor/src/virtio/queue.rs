@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
@@ -19,6 +20,24 @@ pub struct VirtQueue {
     kick: EventFd,
     broken: bool,
 }
+
+/// Where in this process a queue's rings are, for a kernel that works on them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostRings {
+    /// The descriptor table.
+    pub desc_table: u64,
+    /// The available ring.
+    pub avail_ring: u64,
+    /// The used ring.
+    pub used_ring: u64,
+}
+
+/// Bytes of a descriptor, and of an entry of each ring (virtio 1.2, 2.7).
+const DESCRIPTOR_BYTES: usize = 16;
+const AVAIL_BYTES: usize = 2;
+const USED_BYTES: usize = 8;
+/// Flags, index and event of either ring.
+const RING_HEAD_BYTES: usize = 6;
 
 /// A queue's part of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,6 +116,46 @@ impl VirtQueue {
     /// never holds anything.
     pub fn is_usable(&self, ram: &GuestRam) -> bool {
         !self.queue.ready() || self.queue.is_valid(ram)
+    }
+
+    /// Whether the driver has set it up.
+    pub fn is_ready(&self) -> bool {
+        self.queue.ready()
+    }
+
+    /// The number of chains taken so far, modulo 2^16.
+    pub fn next_avail(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
+    /// Its rings, each whole in one range of `ram`.
+    pub fn host_rings(&self, ram: &GuestRam) -> io::Result<HostRings> {
+        let size = usize::from(self.queue.size());
+        let at = |address: u64, bytes: usize| {
+            let slice = ram.get_slice(GuestAddress(address), bytes);
+            let slice = slice.map_err(io::Error::other)?;
+            Ok::<_, io::Error>(slice.ptr_guard().as_ptr() as u64)
+        };
+        Ok(HostRings {
+            desc_table: at(self.queue.desc_table(), DESCRIPTOR_BYTES * size)?,
+            avail_ring: at(
+                self.queue.avail_ring(),
+                RING_HEAD_BYTES + AVAIL_BYTES * size,
+            )?,
+            used_ring: at(self.queue.used_ring(), RING_HEAD_BYTES + USED_BYTES * size)?,
+        })
+    }
+
+    /// Goes on after somebody else who worked on the rings, has taken `next_avail` chains and given all of
+    /// them back.
+    pub fn go_on_at(&mut self, ram: &GuestRam, next_avail: u16) {
+        match self.queue.used_idx(ram, Ordering::Acquire) {
+            Ok(used) => {
+                self.queue.set_next_avail(next_avail);
+                self.queue.set_next_used(used.0);
+            }
+            Err(error) => self.fail(&error),
+        }
     }
 
     /// Takes the next chain the driver offers.

@@ -527,6 +527,7 @@ impl Drop for Transport {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::Context;
     use crate::virtio::balloon::Balloon;
     use crate::virtio::rng::Rng;
     use crate::virtio::testing::{self, Driver};
@@ -646,6 +647,85 @@ mod tests {
         set_up(&mut transport, &driver);
         assert_eq!(get(&mut transport, STATUS), ALL);
         transport.pause();
+    }
+
+    /// A device whose queues the kernel has while it runs.
+    #[derive(Debug, Default)]
+    struct Lender(Rng);
+
+    impl Device for Lender {
+        fn kind(&self) -> Kind {
+            self.0.kind()
+        }
+
+        fn features(&self) -> u64 {
+            self.0.features()
+        }
+
+        fn queue_sizes(&self) -> &'static [u16] {
+            self.0.queue_sizes()
+        }
+
+        fn config(&self) -> Vec<u8> {
+            self.0.config()
+        }
+
+        fn start(&mut self, cx: &mut Context) -> io::Result<()> {
+            cx.lend_queues();
+            Ok(())
+        }
+
+        fn on_queue(&mut self, cx: &mut Context, index: usize) {
+            // Whoever asks for the registers knows now that it has started.
+            self.0.on_queue(cx, index);
+        }
+
+        fn stop(&mut self, cx: &mut Context) {
+            cx.take_queues_back();
+        }
+
+        fn metrics(&self) -> Metrics {
+            self.0.metrics()
+        }
+
+        fn save(&self) -> DeviceState {
+            self.0.save()
+        }
+    }
+
+    #[test]
+    fn with_its_queues_at_the_kernel_an_interrupt_always_has_a_reason() {
+        let mut driver = Driver::new(16);
+        let make = || Box::new(Lender::default());
+        let (ram, trace) = (driver.ram.clone(), testing::trace());
+        let mut first = Transport::new(make(), ram.clone(), trace.clone()).unwrap();
+        driver.offer(&[testing::Descriptor::at(0x8000, 8, testing::WRITE)]);
+        set_up(&mut first, &driver);
+        assert_eq!(driver.wait_used(1), [(0, 8)]);
+        let status = reg::VIRTIO_MMIO_INTERRUPT_STATUS;
+        let acknowledge = reg::VIRTIO_MMIO_INTERRUPT_ACK;
+        for _ in 0..2 {
+            assert_eq!(get(&mut first, status), 1);
+            set(&mut first, acknowledge, 1);
+        }
+        // Others are as ever.
+        first.interrupt.raise_config();
+        assert_eq!(get(&mut first, status), 3);
+        set(&mut first, acknowledge, 3);
+        assert_eq!(get(&mut first, status), 1);
+        // At rest it is one like all others, that nobody has acknowledged.
+        first.pause();
+        let state = first.save().unwrap();
+        let _ = first.interrupt.line().read();
+        first.resume();
+        assert!(first.interrupt.line().read().is_ok(), "told once more");
+        set(&mut first, STATUS, 0);
+        assert_eq!(get(&mut first, status), 0, "after a reset");
+        let plain = Box::new(Rng::default());
+        let mut second = Transport::restore(plain, &state, ram, trace).unwrap();
+        assert_eq!(get(&mut second, status), 1);
+        set(&mut second, acknowledge, 1);
+        assert_eq!(get(&mut second, status), 0);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Device;
 use super::queue::VirtQueue;
-use crate::jail::seccomp::{self, ThreadKind};
+use crate::jail::seccomp;
 use crate::jail::threads;
 use crate::memory::GuestRam;
 use crate::trace::Trace;
@@ -64,6 +64,8 @@ pub struct Ready {
 #[derive(Debug)]
 pub struct Interrupt {
     status: AtomicU32,
+    /// Reasons that cannot be acknowledged, while somebody else than this process raises it.
+    standing: AtomicU32,
     line: EventFd,
 }
 
@@ -86,7 +88,7 @@ impl Worker {
         interrupt: Arc<Interrupt>,
         trace: Arc<Trace>,
     ) -> Result<Self, (io::Error, Box<Parked>)> {
-        let kind = parked.device.kind();
+        let kind = parked.device.thread();
         let prepared = (|| {
             let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
             let epoll = Epoll::new()?;
@@ -126,7 +128,7 @@ impl Worker {
         // The thread cannot give the device back if it does not start, so it is handed over inside.
         let (send, receive) = std::sync::mpsc::sync_channel(1);
         let thread = threads::start(kind.name(), move || {
-            seccomp::confine(ThreadKind::Device(kind));
+            seccomp::confine(kind);
             let (device, context): (Box<dyn Device>, Context) = receive
                 .recv()
                 .expect("the sender sends before it is dropped");
@@ -167,7 +169,10 @@ fn run(mut device: Box<dyn Device>, mut cx: Context, stop: &EventFd) -> Parked {
             serve(&mut device, &mut cx);
         }
         Err(error) => {
-            tracing::error!(device = kind, %error, "cannot start; the guest sees it as hung");
+            // A driver can try this as often as it likes.
+            if super::may_log() {
+                tracing::error!(device = kind, %error, "cannot start; the guest sees it as hung");
+            }
             wait_readable(stop);
         }
     }
@@ -293,6 +298,28 @@ impl Context {
         }
     }
 
+    /// Leaves the queues to the kernel: notifications are not heard here any more, and the kernel writes to
+    /// the line returned when there is something for the driver. Until [`Context::take_queues_back`].
+    pub fn lend_queues(&self) -> &EventFd {
+        for queue in &self.queues {
+            // Fails only where nothing is watched, outside a worker.
+            let _ = watch(
+                &self.epoll,
+                ControlOperation::Delete,
+                queue.kick().as_raw_fd(),
+                EventSet::empty(),
+                0,
+            );
+        }
+        self.interrupt.lend();
+        self.interrupt.line()
+    }
+
+    /// The kernel has stopped. Only for a worker that ends: it still hears nothing.
+    pub fn take_queues_back(&self) {
+        self.interrupt.take_back();
+    }
+
     /// Has queue `index` looked at once more, after everything else that waits.
     pub fn again(&self, index: usize) {
         let _ = self.queues[index].kick().write(1);
@@ -357,6 +384,7 @@ impl Interrupt {
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             status: AtomicU32::new(0),
+            standing: AtomicU32::new(0),
             line: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
         })
     }
@@ -368,7 +396,23 @@ impl Interrupt {
 
     /// The reasons not yet acknowledged.
     pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+        self.status.load(Ordering::SeqCst) | self.standing.load(Ordering::SeqCst)
+    }
+
+    /// From now on the kernel writes to the line for the queues, without a word to this process.
+    ///
+    /// So the register says "a queue has something" at any time. That is as good as the truth: by virtio's
+    /// rules a driver looks into its rings upon it, and may find them empty. The alternative, a thread that
+    /// is told first, sets the reason and writes to the line itself, costs every interrupt a thread's wake-up.
+    pub fn lend(&self) {
+        self.standing.store(REASON_QUEUE, Ordering::SeqCst);
+    }
+
+    /// The kernel has stopped writing. Whether the driver has heard of everything nobody knows, so it is told
+    /// once more, with the next interrupt or upon a resume.
+    pub fn take_back(&self) {
+        let standing = self.standing.swap(0, Ordering::SeqCst);
+        self.status.fetch_or(standing, Ordering::SeqCst);
     }
 
     /// Sets the reasons, from a snapshot or at a reset.

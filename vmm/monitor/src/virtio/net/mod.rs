@@ -4,10 +4,13 @@
 //! buffers as it needs (`VIRTIO_NET_F_MRG_RXBUF`); one that does not fit yet waits, and the TAP is left
 //! alone until it does. A frame from the guest goes to the TAP in one `writev`, straight from guest
 //! memory. What the frames say is the business of the host's rules at the TAP.
+//!
+//! That is [`Net`]. With [`vhost`] the host's kernel does all of it for a card that is the same to its guest.
 
 pub mod reply;
 pub mod segment;
 pub mod tap;
+pub mod vhost;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -55,6 +58,20 @@ pub struct NetState {
     mac: MacAddr,
 }
 
+impl NetState {
+    /// Checks that a card with the address `mac` is the one that the snapshot's guest knew.
+    pub fn check(&self, mac: MacAddr) -> io::Result<()> {
+        if self.mac == mac {
+            return Ok(());
+        }
+        Err(io::Error::other(format!(
+            "the network card had address {} when the snapshot was taken, and now has {}",
+            String::from(self.mac),
+            String::from(mac)
+        )))
+    }
+}
+
 /// The host's end of the cable. One read or write is one frame, with its header.
 pub trait Link: AsFd + Send + std::fmt::Debug {
     /// Says what the guest's driver can do.
@@ -70,6 +87,14 @@ impl Link for Tap {
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const QUEUE_SIZE: u16 = 256;
+const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
+    | 1 << VIRTIO_NET_F_MRG_RXBUF
+    | 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO6
+    | 1 << VIRTIO_NET_F_GUEST_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_TSO4
+    | 1 << VIRTIO_NET_F_GUEST_TSO6;
 const LINK: u64 = FIRST_DEVICE_TOKEN;
 /// The longest IP packet, its Ethernet header with a VLAN tag, and the virtio header.
 const FRAME_BYTES: usize = 65535 + 18 + VNET_HEADER_BYTES;
@@ -113,18 +138,6 @@ impl<L: Link> Net<L> {
             first_reply: FirstReply::of(wake),
             ..self
         }
-    }
-
-    /// Checks that a snapshot's guest finds the card it knew.
-    pub fn check(&self, state: &NetState) -> io::Result<()> {
-        if state.mac == self.mac {
-            return Ok(());
-        }
-        Err(io::Error::other(format!(
-            "the network card had address {} when the snapshot was taken, and now has {}",
-            String::from(state.mac),
-            String::from(self.mac)
-        )))
     }
 
     /// Moves frames from the link to the guest, until one of them has no more.
@@ -292,18 +305,7 @@ impl<L: Link> Device for Net<L> {
     }
 
     fn features(&self) -> u64 {
-        [
-            VIRTIO_NET_F_MAC,
-            VIRTIO_NET_F_MRG_RXBUF,
-            VIRTIO_NET_F_CSUM,
-            VIRTIO_NET_F_HOST_TSO4,
-            VIRTIO_NET_F_HOST_TSO6,
-            VIRTIO_NET_F_GUEST_CSUM,
-            VIRTIO_NET_F_GUEST_TSO4,
-            VIRTIO_NET_F_GUEST_TSO6,
-        ]
-        .iter()
-        .fold(0, |features, bit| features | 1 << bit)
+        FEATURES
     }
 
     fn queue_sizes(&self) -> &'static [u16] {
@@ -316,11 +318,7 @@ impl<L: Link> Device for Net<L> {
     }
 
     fn start(&mut self, cx: &mut Context) -> io::Result<()> {
-        self.link.set_offloads(Offloads {
-            checksum: cx.accepted(VIRTIO_NET_F_GUEST_CSUM),
-            tso4: cx.accepted(VIRTIO_NET_F_GUEST_TSO4),
-            tso6: cx.accepted(VIRTIO_NET_F_GUEST_TSO6),
-        })?;
+        self.link.set_offloads(offloads(cx))?;
         cx.watch(&self.link, LINK, true, false)?;
         self.watching = true;
         Ok(())
@@ -365,6 +363,15 @@ impl<L: Link> Device for Net<L> {
 
     fn save(&self) -> DeviceState {
         DeviceState::Net(NetState { mac: self.mac })
+    }
+}
+
+/// What the driver has accepted, for the TAP device.
+fn offloads(cx: &Context) -> Offloads {
+    Offloads {
+        checksum: cx.accepted(VIRTIO_NET_F_GUEST_CSUM),
+        tso4: cx.accepted(VIRTIO_NET_F_GUEST_TSO4),
+        tso6: cx.accepted(VIRTIO_NET_F_GUEST_TSO6),
     }
 }
 
