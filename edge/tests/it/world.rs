@@ -51,7 +51,7 @@ pub struct Agent {
     pub early: AtomicBool,
     pub reached: tokio::sync::Notify,
     app: OnceLock<SocketAddr>,
-    _place: TcpSocket,
+    _place: [TcpSocket; 2],
     server: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
     pub hold: Arc<Hold>,
 }
@@ -85,12 +85,8 @@ impl World {
             Arc::new(SqliteStore::open(&files.path().join("catalog.db")).unwrap());
         let catalog = Catalog::new(Arc::clone(&store));
         let view = View::follow(store).await.unwrap();
-        // The port of an app that is not there yet: bound, and never listened at, so that no other process of
-        // this machine gets it meanwhile.
-        let place = TcpSocket::new_v6().unwrap();
-        place.set_reuseaddr(true).unwrap();
-        place.bind("[::1]:0".parse().unwrap()).unwrap();
-        let free = place.local_addr().unwrap();
+        let place = place();
+        let free = place[0].local_addr().unwrap();
         let config = format!(
             r#"{{"image": "x", "services": [{{"internal_port": {port}, {service}
                 "ports": [{{"port": 80, "handlers": ["http"]}}, {{"port": 443, "handlers": ["tls", "http"]}}]}}]}}"#,
@@ -259,6 +255,22 @@ impl MachineControl for Agent {
 
     async fn stop(&self, id: &MachineId) -> Result<(), String> {
         self.suspend(id).await
+    }
+}
+
+/// The port of an app that is not there yet, of both families: bound, and never listened at, so that no other test
+/// listens there meanwhile, and not the edge itself.
+fn place() -> [TcpSocket; 2] {
+    loop {
+        let place = [TcpSocket::new_v6().unwrap(), TcpSocket::new_v4().unwrap()];
+        for socket in &place {
+            socket.set_reuseaddr(true).unwrap();
+        }
+        place[0].bind("[::1]:0".parse().unwrap()).unwrap();
+        let port = place[0].local_addr().unwrap().port();
+        if place[1].bind((Ipv4Addr::LOCALHOST, port).into()).is_ok() {
+            return place;
+        }
     }
 }
 
