@@ -10,14 +10,13 @@ use thiserror::Error;
 #[async_trait]
 pub trait MachineControl: Send + Sync + 'static {
     /// Makes a Machine run: resumes or boots it, and answers when its app's process runs. Idempotent: a
-    /// Machine that runs is left alone; one that is being put to sleep is woken when it is.
+    /// Machine that runs is left alone; one that is being put to sleep is woken when it is. Once begun it goes on, also
+    /// when nobody waits for it any more.
     async fn start(&self, machine: &MachineId) -> Result<(), StartError>;
 
     /// Answers when a connection to a Machine that is being started is worth a try: it is held until the guest runs,
     /// and answered sooner than the start is done. May never answer.
-    async fn reachable(&self, _machine: &MachineId) {
-        std::future::pending().await
-    }
+    async fn reachable(&self, machine: &MachineId);
 
     /// The IPv4 address at which this host reaches the Machine, for apps that listen on no other.
     fn ipv4(&self, machine: &MachineId) -> Option<Ipv4Addr>;

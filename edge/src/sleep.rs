@@ -51,6 +51,10 @@ fn look(gate: &Gate, host: tern_catalog::HostId, idle: Duration) {
         let Some(status) = snapshot.machine_status.get(&machine.id) else {
             continue;
         };
+        // Its start is not over, though it may have answered already: there is nothing to put to sleep yet.
+        if status.state == MachineState::Starting {
+            continue;
+        }
         let least = services
             .iter()
             .map(|s| s.min_machines_running)

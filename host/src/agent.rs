@@ -213,7 +213,7 @@ impl AgentHandle {
 
     /// Sends the app of a started Machine a signal.
     pub async fn signal(&self, id: &MachineId, signo: i32) -> Result<(), CommandError> {
-        let vm = self.started(id)?;
+        let vm = self.started(id).await?;
         let outcome = vm.guest.ask(&Request::Signal { signo }, QUICK).await;
         outcome
             .map(drop)
@@ -222,33 +222,33 @@ impl AgentHandle {
 
     /// Runs a command in a started Machine, beside its app.
     pub async fn exec(&self, id: &MachineId, request: ExecRequest) -> Result<Exec, CommandError> {
-        let vm = self.started(id)?;
+        let vm = self.started(id).await?;
         let outcome = vm.guest.exec(request).await;
         outcome.map_err(|e| CommandError::Failed(e.to_string()))
     }
 
     /// How the guest of a started Machine is doing.
     pub async fn guest_status(&self, id: &MachineId) -> Result<Status, CommandError> {
-        let vm = self.started(id)?;
+        let vm = self.started(id).await?;
         let outcome = vm.guest.status().await;
         outcome.map_err(|e| CommandError::Failed(e.to_string()))
     }
 
     /// Where the time of a started Machine's last start went.
     pub async fn start_trace(&self, id: &MachineId) -> Result<StartTrace, CommandError> {
-        let vm = self.started(id)?;
+        let vm = self.started(id).await?;
         vm.start_trace().await.map_err(CommandError::Failed)
     }
 
     /// The memory that a started Machine may use, and what of it is left.
     pub async fn memory(&self, id: &MachineId) -> Result<MemoryUse, CommandError> {
-        let vm = self.started(id)?;
+        let vm = self.started(id).await?;
         vm.memory().await.map_err(CommandError::Failed)
     }
 
     /// Asks a started Machine to use no more than `mib` of its memory, until its next cold start.
     pub async fn limit_memory(&self, id: &MachineId, mib: u32) -> Result<(), CommandError> {
-        let vm = self.started(id)?;
+        let vm = self.started(id).await?;
         vm.limit_memory(mib).await.map_err(CommandError::Failed)
     }
 
@@ -272,10 +272,13 @@ impl AgentHandle {
     /// Waits until a Machine that is being woken takes frames: they are held until its guest runs, which is sooner than
     /// [`Self::start`] returns. Never returns for one that is not.
     pub async fn reachable(&self, id: &MachineId) {
-        match self.vm(id) {
-            Ok(vm) => vm.reachable().await,
-            Err(_) => std::future::pending().await,
+        let reachable = self.vm(id).map(|vm| vm.reachable());
+        if let Ok(mut reachable) = reachable
+            && reachable.wait_for(|is| *is).await.is_ok()
+        {
+            return;
         }
+        std::future::pending().await
     }
 
     /// The address that a Machine has for IPv4. Only its own host can reach it there.
@@ -335,8 +338,13 @@ impl AgentHandle {
         Ok(Arc::clone(&entry.vm))
     }
 
-    fn started(&self, id: &MachineId) -> Result<Arc<Vm>, CommandError> {
-        let state = *self.state(id)?.borrow();
+    /// The hands of a started Machine. One that is starting is waited for a little: it may have answered requests
+    /// already.
+    async fn started(&self, id: &MachineId) -> Result<Arc<Vm>, CommandError> {
+        let mut states = self.state(id)?;
+        let settled = states.wait_for(|state| *state != MachineState::Starting);
+        let _ = tokio::time::timeout(QUICK, settled).await;
+        let state = *states.borrow();
         if state != MachineState::Started {
             return Err(CommandError::Refused(format!(
                 "the Machine is {state}: start it first"

@@ -128,19 +128,25 @@ impl Guest {
     }
 
     /// Asks again until there is an answer. Only being refused is final. What is asked is decided anew each
-    /// time, when the guest listens. `monitor_is_up` is called as soon as the monitor takes connections for the guest,
-    /// which it does once all its devices are open.
+    /// time, when the guest listens. `monitor_is_up` is called once, as soon as the monitor takes connections for the
+    /// guest, which it does when all its devices are open.
     pub(crate) async fn insist(
         &self,
         request: impl Fn() -> Request,
         limit: Duration,
-        monitor_is_up: impl Fn(),
+        monitor_is_up: impl FnOnce(),
     ) -> Result<Reply, GuestError> {
+        let mut monitor_is_up = Some(monitor_is_up);
         let until = tokio::time::Instant::now() + limit;
         let mut pause = FIRST_PAUSE;
         loop {
             let left = until.saturating_duration_since(tokio::time::Instant::now());
-            match self.ask_then(&request, left, &monitor_is_up).await {
+            let connected = || {
+                if let Some(told) = monitor_is_up.take() {
+                    told();
+                }
+            };
+            match self.ask_then(&request, left, connected).await {
                 Err(GuestError::Connect(_) | GuestError::Broken(_) | GuestError::NoAnswer)
                     if left > pause =>
                 {
@@ -293,7 +299,7 @@ const READ: usize = 4 * 1024;
 const MAX_OK: usize = 32;
 /// What init answers at once, in a host that may be busy and emulated.
 pub(crate) const QUICK: Duration = Duration::from_secs(10);
-/// Between two attempts to reach a guest that does not listen yet: short at first, for a guest that
-/// resumes is there in milliseconds; longer later, for one that boots.
+/// Between two attempts to reach a guest that does not listen yet: short, for one that resumes is there in
+/// milliseconds, and whoever woke it waits.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(5);

@@ -1,6 +1,6 @@
 //! Where the time of a start went, as the agent, the monitor and the guest each saw it.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use tern_guest::message::GuestPhase;
@@ -68,9 +68,19 @@ impl Marks {
         self.cold
     }
 
+    /// Since the start began.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.began.elapsed()
+    }
+
     /// The phase `name` has just ended.
     pub(crate) fn mark(&mut self, name: &'static str) {
-        let micros = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.mark_at(name, self.elapsed());
+    }
+
+    /// The phase `name` ended `at` this time after the start began.
+    pub(crate) fn mark_at(&mut self, name: &'static str, at: Duration) {
+        let micros = u64::try_from(at.as_micros()).unwrap_or(u64::MAX);
         self.phases.push((name, micros));
     }
 }

@@ -5,7 +5,7 @@
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use tern_catalog::{Machine, MachineId};
 use tern_guest::message::{ExitStatus, Request};
 use tern_guest::run_archive;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use crate::bundle;
 use crate::dir::{Durability, MachineDir, Memo, Seal, absent_is_fine, write_whole};
@@ -49,8 +49,8 @@ pub(crate) struct Vm {
     seals: Arc<Mutex<u64>>,
     /// The frame that called the Machine while it slept.
     calling: Mutex<Option<bell::Frame>>,
-    /// Counts wakes that have come as far as taking frames for the guest.
-    reachable: watch::Sender<u64>,
+    /// Whether a monitor that woke takes frames for its guest.
+    reachable: watch::Sender<bool>,
 }
 
 /// The memory of a Machine that runs, in MiB.
@@ -89,7 +89,7 @@ impl Vm {
             files: Arc::default(),
             seals: Arc::default(),
             calling: Mutex::default(),
-            reachable: watch::channel(0).0,
+            reachable: watch::channel(false).0,
             host,
             dir,
         });
@@ -296,6 +296,7 @@ impl Vm {
             return Err("it is of another config".to_owned());
         }
         let mut marks = Marks::new(false);
+        self.reachable.send_replace(false);
         self.break_seal().map_err(told)?;
         self.dir.prepare_for_monitor(self.user()).map_err(told)?;
         let sync = tokio::task::spawn_blocking({
@@ -321,20 +322,30 @@ impl Vm {
         let running = self.spawn(epoch, true)?;
         marks.mark("spawned");
         let limit = self.host.config.wake_timeout;
-        let counted = AtomicBool::new(false);
-        let frames_are_taken = || {
-            if !counted.swap(true, Ordering::Relaxed) {
-                self.reachable.send_modify(|wakes| *wakes += 1);
+        let (up, is_up) = oneshot::channel();
+        let secured = async {
+            // Long done, as a rule: the monitor has memory to load meanwhile.
+            sync.await.map_err(|e| e.to_string())?.map_err(told)?;
+            // Not before: what a request changes must not meet the old memory after a loss of power. The guest's
+            // own word need not be waited for: who calls is held until it runs.
+            if is_up.await.is_ok() {
+                self.reachable.send_replace(true);
             }
+            Ok(marks.elapsed())
+        };
+        let spoken = async {
+            let monitor_is_up = || {
+                let _ = up.send(()); // who listens is beside this
+            };
+            let spoken = Box::pin(self.guest.insist(resumed, limit, monitor_is_up));
+            spoken.await.map_err(|e| e.to_string())?;
+            Ok::<_, String>(marks.elapsed())
         };
         let speak = async {
-            let spoken = self.guest.insist(resumed, limit, frames_are_taken);
-            let spoken = spoken.await.map(drop);
-            spoken.map_err(|e| e.to_string())?;
-            marks.mark("resumed");
-            // Long done, as a rule: the monitor had memory to load meanwhile.
-            sync.await.map_err(|e| e.to_string())?.map_err(told)?;
-            marks.mark("synced");
+            let (reachable, resumed) = tokio::try_join!(secured, spoken)?;
+            let mut marks = marks.clone();
+            marks.mark_at("reachable", reachable);
+            marks.mark_at("resumed", resumed);
             self.report(marks);
             Ok(())
         };
@@ -578,10 +589,9 @@ impl Vm {
             .map_err(|e| e.to_string())
     }
 
-    /// Waits for the next wake to come as far as taking frames for the guest. It may still be refused.
-    pub(crate) async fn reachable(&self) {
-        // The sender is this one's own.
-        let _ = self.reachable.subscribe().changed().await;
+    /// Whether a wake has come as far as taking frames for the guest. It may still be refused.
+    pub(crate) fn reachable(&self) -> watch::Receiver<bool> {
+        self.reachable.subscribe()
     }
 
     /// The guest's address for IPv4.
@@ -666,6 +676,7 @@ impl Vm {
         let mut running = self.running.lock();
         if running.as_ref().is_some_and(|r| r.epoch == epoch) {
             *running = None;
+            self.reachable.send_replace(false);
         }
     }
 

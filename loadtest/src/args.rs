@@ -55,10 +55,10 @@ pub struct Arguments {
 pub enum Command {
     /// Measure the first request to a suspended, a running and a stopped Machine.
     ///
-    /// Each round suspends the Machine and sends it a request; sends another one now that it is
-    /// awake; and, if there is a --stop-cmd, stops it and sends a third. So all three kinds of
-    /// request meet the same conditions of the surrounding machine. Every request has a new
-    /// connection, made before its time starts.
+    /// Each round suspends the Machine and sends it a request, twice over if there is a --stop-cmd;
+    /// sends another one now that it is awake; and, with a --stop-cmd, stops it and sends the last.
+    /// So all kinds of request meet the same conditions of the surrounding machine. Every request
+    /// has a new connection, made before its time starts.
     Wake(Wake),
     /// Send many requests at the same moment, round after round, and demand that all are answered.
     Storm(Storm),
@@ -135,8 +135,10 @@ pub struct Wake {
     #[arg(long, value_name = "COMMAND")]
     pub suspend_cmd: String,
 
-    /// A shell command that stops the Machine and returns when it is stopped. Without it, no cold
-    /// starts are measured.
+    /// A shell command that stops the Machine and returns when it is stopped.
+    ///
+    /// It runs once before the first round, too: the first wake after a cold start is told apart
+    /// from later ones. Without it, no cold starts are measured, and all wakes count alike.
     #[arg(long, value_name = "COMMAND")]
     pub stop_cmd: Option<String>,
 

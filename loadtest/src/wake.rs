@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -12,6 +13,10 @@ use crate::herd::herd;
 use crate::tally::{Summary, Tally};
 use crate::target::Target;
 use crate::{hook, plot, report};
+
+/// From the first wake's reply to the next suspend. A monitor takes the working set of a wake 100 ms after its first
+/// reply; one suspended before that wakes the next time as for the first.
+const UNTIL_KNOWN: Duration = Duration::from_millis(200);
 
 /// What the Machine is doing when the request arrives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -76,10 +81,17 @@ async fn measure(arguments: &args::Wake) -> Result<Report> {
     let target = Arc::new(Target::new(&arguments.common)?);
     let expected = Expectation::new(&arguments.common);
     let ask = |count| herd(&target, &expected, count, Barrier::Request);
+    let must_answer = async || match ask(1).await.summary().failures.first() {
+        Some(reason) => bail!("{} does not answer: {}", target.url(), reason.detail),
+        None => Ok(()),
+    };
 
     // Whether it works at all is better known before anything is suspended.
-    if let Some(reason) = ask(1).await.summary().failures.first() {
-        bail!("{} does not answer: {}", target.url(), reason.detail);
+    must_answer().await?;
+    if let Some(command) = &arguments.stop_cmd {
+        // As each round ends with a cold start, so the first one is to follow one.
+        hook::run(command, 0, arguments.common.command_timeout).await?;
+        must_answer().await?;
     }
     let states = match arguments.stop_cmd {
         Some(_) => vec![
@@ -114,6 +126,9 @@ async fn measure(arguments: &args::Wake) -> Result<Report> {
                 line += &format!(" ({} failed)", summary.failed);
             }
             tally.merge(outcome);
+            if *state == State::FirstSuspended {
+                tokio::time::sleep(UNTIL_KNOWN).await;
+            }
         }
         eprintln!("{line}");
     }
@@ -235,6 +250,10 @@ mod tests {
 
         let text = std::fs::read_to_string(out.join("wake.json")).unwrap();
         let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let states = report["states"].as_array().unwrap();
+        let states: Vec<_> = states.iter().map(|s| s["state"].as_str()).collect();
+        let order = ["first_suspended", "suspended", "warm", "cold"];
+        assert_eq!(states, order.map(Some));
         let median = |n: usize| {
             report["states"][n]["summary"]["first_byte"]["median"]
                 .as_f64()
@@ -249,7 +268,8 @@ mod tests {
             report["states"][0]["samples_ms"].as_array().unwrap().len(),
             6
         );
-        assert_eq!(server.requests(), 1 + 3 * 4 * 2);
+        // One to see that it answers, one to start it cold before the rounds.
+        assert_eq!(server.requests(), 2 + 3 * 4 * 2);
 
         let table = std::fs::read_to_string(out.join("wake.md")).unwrap();
         assert!(table.contains("| suspended             |"), "{table}");

@@ -147,12 +147,11 @@ pub struct HostArgs {
     /// Processor of a virtual host, as QEMU names it [default: EPYC-Rome,+svm,+invtsc]
     #[arg(long, value_name = "MODEL")]
     pub cpu: Option<String>,
-    /// Which kernel it runs.
     #[command(flatten)]
     pub kernel: KernelArgs,
 }
 
-/// Which kernel.
+/// Which kernel a virtual host runs, and so which root disk it has.
 #[derive(Debug, Args)]
 pub struct KernelArgs {
     /// Which Linux a virtual host runs

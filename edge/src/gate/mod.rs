@@ -5,13 +5,14 @@
 //! ```text
 //!            view says started          wake asked for
 //!   Unknown ◄──────────────── Asleep ◄──────┐ ┌──────────► Waking
-//!      │  view says it sleeps    ▲          │ │               │ done
+//!      │  view says it sleeps    ▲          │ │               │ accepts
 //!      └─────────────────────────┘    put to sleep,           ▼
 //!                                   or a connection failed ─ Ready
 //! ```
 //!
 //! Being wrong is cheap on purpose: a Machine wrongly believed asleep is asked to start, which it answers
-//! at once; one wrongly believed awake fails to connect, and is asked to start then.
+//! at once; one wrongly believed awake fails to connect, and is asked to start then. A Machine that wakes may
+//! accept, and be Ready, before its host calls it started.
 
 mod choose;
 mod ready;
@@ -313,7 +314,8 @@ impl Gate {
     }
 
     /// Starts a Machine, and tells where its app accepts connections. Whoever connects early need not wait until its
-    /// host has heard from the guest: only the guest itself can accept.
+    /// host has heard from the guest: only the guest itself can accept. Should the start fail after that, the view
+    /// tells, or a connection that fails.
     async fn started(&self, id: &MachineId, address: SocketAddr) -> Result<SocketAddr, StartError> {
         let control = &self.0.control;
         let done = Notify::new();
@@ -332,7 +334,7 @@ impl Gate {
             at = &mut accepted => return Ok(at),
             started = control.start(id) => started?,
         }
-        done.notify_one();
+        done.notify_one(); // kept for it, should it not listen yet
         Ok(accepted.await)
     }
 

@@ -23,8 +23,11 @@ pub async fn accepts(addresses: &[SocketAddr]) -> SocketAddr {
         let attempts = addresses.iter().map(|&address| {
             Box::pin(async move { TcpStream::connect(address).await.map(|_| address) })
         });
-        if let Ok(Ok((address, _others))) = timeout(ATTEMPT, select_ok(attempts)).await {
-            return address;
+        match timeout(ATTEMPT, select_ok(attempts)).await {
+            Ok(Ok((address, _others))) => return address,
+            Ok(Err(_)) => {}
+            // Not refused: the next should be there when its guest runs.
+            Err(_) => continue,
         }
         sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);

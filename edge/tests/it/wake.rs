@@ -7,7 +7,7 @@ use futures::future::join_all;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::world::{HOST, World};
+use crate::world::{HOST, WAKE_TIMEOUT, World};
 
 const NEVER: Duration = Duration::from_secs(3600);
 
@@ -75,8 +75,11 @@ async fn an_app_that_accepts_is_not_kept_waiting_for_its_hosts_word() {
     // One that fails is told of all the same, and the next is waited for.
     world.agent.crash().await;
     world.agent.broken.store(true, Ordering::SeqCst);
+    let begun = std::time::Instant::now();
     let reply = request(&world, "/third").await;
     assert!(reply.starts_with("HTTP/1.1 503"), "{reply}");
+    let waited = begun.elapsed();
+    assert!(waited < WAKE_TIMEOUT / 2, "{waited:?}: not by its own word");
     world.agent.broken.store(false, Ordering::SeqCst);
     let reply = request(&world, "/fourth").await;
     assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");

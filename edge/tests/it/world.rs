@@ -37,6 +37,9 @@ pub struct World {
     files: tempfile::TempDir,
 }
 
+/// How long a start may take.
+pub const WAKE_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// Starts and stops the one Machine: a server on loopback that is there or not.
 pub struct Agent {
     catalog: Catalog,
@@ -129,7 +132,7 @@ impl World {
             region: "ams".into(),
             host: HostId(1),
             autostop_after: idle,
-            wake_timeout: Duration::from_secs(20),
+            wake_timeout: WAKE_TIMEOUT,
         };
         let resolver = Arc::new(OneCertificate(certificate));
         let edge = Edge::start(config, view.clone(), resolver, agent.clone())
@@ -215,6 +218,9 @@ impl MachineControl for Agent {
         }
         self.starts.fetch_add(1, Ordering::SeqCst);
         if self.broken.load(Ordering::SeqCst) {
+            // Its frames were taken, and then its snapshot was not.
+            self.reached.notify_one();
+            tokio::task::yield_now().await;
             return Err(StartError {
                 text: "out of order".into(),
             });

@@ -188,6 +188,8 @@ enum Phase {
     Rest(Rest),
     Starting {
         source: Source,
+        /// From its snapshot: it may serve requests before it counts as started.
+        wakes: bool,
     },
     Started {
         /// How the app ended, and when the monitor must have followed it.
@@ -232,6 +234,17 @@ enum Target {
     Suspended,
     Stopped(StopRequest),
     Destroyed { force: bool },
+}
+
+impl Target {
+    /// Whether an end is wanted whatever the app says to it.
+    fn is_forced(&self) -> bool {
+        match self {
+            Self::Restarted { force, .. } | Self::Destroyed { force } => *force,
+            Self::Stopped(request) => request.signal == Some(SIGKILL),
+            Self::Started { .. } | Self::Suspended => false,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -593,7 +606,8 @@ impl Core {
                 }
             }
             Order::Stop(request) => {
-                if source == Source::Proxy && self.goal.is_some() {
+                let starting = matches!(self.phase, Phase::Starting { .. });
+                if source == Source::Proxy && (starting || self.goal.is_some()) {
                     refuse(out, "the Machine is wanted again".to_owned());
                     return;
                 }
@@ -649,14 +663,22 @@ impl Core {
     /// Something is told of the monitor at hand.
     fn monitor(&mut self, input: Input, now: Instant, out: &mut Vec<Action>) {
         match (&mut self.phase, input) {
-            (&mut Phase::Starting { source }, Input::Up { digest, took, .. }) => {
+            (&mut Phase::Starting { source, .. }, Input::Up { digest, took, .. }) => {
                 self.digest = Some(digest);
                 self.started(source, json!({"cold": true, "took_ms": millis(took)}), out);
             }
-            (&mut Phase::Starting { source }, Input::Woken { took, .. }) => {
+            (&mut Phase::Starting { source, .. }, Input::Woken { took, .. }) => {
                 self.started(source, json!({"cold": false, "took_ms": millis(took)}), out);
             }
-            (&mut Phase::Starting { source }, Input::WakeRefused { reason, .. }) => {
+            (Phase::Starting { source, wakes }, Input::WakeRefused { reason, .. }) => {
+                *wakes = false;
+                let source = *source;
+                // A wish for its end that has waited for the wake needs no start from the disk.
+                self.break_off(out);
+                if matches!(self.phase, Phase::Stopping { .. }) {
+                    self.stopped(now, out);
+                    return;
+                }
                 let reason = format!("the snapshot could not be used: {reason}");
                 self.boot(false, out);
                 self.record(out, "start", source, json!({"cold_because": reason}));
@@ -727,7 +749,7 @@ impl Core {
     fn started(&mut self, source: Source, detail: Value, out: &mut Vec<Action>) {
         self.phase = Phase::Started { exit: None };
         self.reason = None;
-        // The requests that wait for this come before anybody's bookkeeping.
+        // The requests that wait for this, which are those of a cold start, come before anybody's bookkeeping.
         self.answer_wants(out, Want::Started, || Ok(()));
         self.record(out, "start", source, detail);
     }
@@ -940,9 +962,10 @@ impl Core {
         let same = self.instance == self.wanted.instance_id;
         let asleep = rest.state == MachineState::Suspended;
         let keep_disk = same && (rest.keep_disk || asleep);
-        self.phase = Phase::Starting { source };
+        let wakes = asleep && same;
+        self.phase = Phase::Starting { source, wakes };
         self.reason = None;
-        if asleep && same {
+        if wakes {
             self.epoch += 1;
             out.push(Action::Wake { epoch: self.epoch });
         } else {
@@ -1052,12 +1075,17 @@ impl Core {
         }
     }
 
-    /// A start that is under way is broken off by a wish for its opposite.
+    /// A start that is under way is broken off by a wish for its opposite. Not so a wake, unless by force: its guest
+    /// may have requests already, and is asked to end once it counts as started.
     fn break_off(&mut self, out: &mut Vec<Action>) {
         let Some(goal) = &self.goal else {
             return;
         };
         let source = goal.source;
+        let wakes = matches!(self.phase, Phase::Starting { wakes: true, .. });
+        if wakes && !goal.to.is_forced() && !matches!(goal.to, Target::Started { .. }) {
+            return;
+        }
         self.goal = match goal.to.clone() {
             Target::Started { .. } => None,
             Target::Suspended => return,

@@ -16,7 +16,8 @@ impl Artefacts {
     /// Finds them; the error says which make target builds them.
     pub fn find() -> Result<Self> {
         let own = std::env::current_exe().context("this test does not know where it is")?;
-        // Tests are in `debug/deps`, the demo in `debug`.
+        // Tests are in `debug/deps`, the demo in `debug`, and what `.ci/bench` runs in `bench`: `images` is
+        // beside both.
         let bin = own
             .ancestors()
             .skip(1)

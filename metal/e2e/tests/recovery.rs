@@ -85,6 +85,8 @@ fn a_killed_monitor_is_told_and_the_next_request_is_answered() -> Result<()> {
     let reply = app.get("/")?;
     assert_eq!(reply.status, 200, "{reply:?}");
     assert_ne!(app.monitor()?, first);
+    // What a request has started may answer before its host tells of it.
+    app.wait_for_state("started")?;
     let told = app.status()?["events"].to_string();
     assert!(told.contains("monitor"), "no event tells why: {told}");
     Ok(())
@@ -123,6 +125,8 @@ fn a_damaged_snapshot_is_refused_and_the_machine_starts_cold() -> Result<()> {
         )?;
         let cold_before = told(&app)?;
         assert_eq!(app.get("/")?.status, 200);
+        // What a request has started may answer before its host tells of it.
+        app.wait_for_state("started")?;
         assert!(
             told(&app)? > cold_before,
             "no event tells of the cold start: {:#}",

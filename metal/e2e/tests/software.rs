@@ -51,7 +51,7 @@ fn assert_woken(app: &App<'_>, starts_before: usize) -> Result<()> {
     ensure!(starts.len() == starts_before + 1, "{starts:#?}");
     let last = starts.last().context("no start")?;
     ensure!(last["source"] == "proxy", "{last:#}");
-    ensure!(last["request"]["cold"] != true, "no resume: {last:#}");
+    ensure!(last["request"]["cold"] == false, "no resume: {last:#}");
     Ok(())
 }
 

@@ -50,13 +50,15 @@ fn two_hundred_requests_at_once_wake_it_once_and_all_are_answered() -> Result<()
         String::from_utf8_lossy(&storm.stdout),
         String::from_utf8_lossy(&storm.stderr)
     );
+    // The last round may be answered before its host tells of the start.
+    app.wait_for_state("started")?;
     // Starts that requests caused; twenty rounds stay below the number of events that are kept. Each round
     // began asleep and was answered, so each had one at least: as many as rounds means one each.
     let mut starts: Vec<Value> = app.events("start")?;
     starts.retain(|start| start["source"] == "proxy");
     assert_eq!(starts.len(), ROUNDS, "{starts:#?}");
     for start in &starts {
-        assert_ne!(start["request"]["cold"], true, "no resume: {start:#}");
+        assert_eq!(start["request"]["cold"], false, "no resume: {start:#}");
     }
     Ok(())
 }
@@ -84,8 +86,10 @@ fn dropped_from_the_page_cache_its_memory_comes_back_from_the_disk() -> Result<(
         Ok((cached(&memory)? < 1 << 20).then_some(()))
     })?;
     assert_eq!(count()?, Some(before + 1), "it forgot");
+    // What a request has woken may answer before its host tells of it.
+    app.wait_for_state("started")?;
     let starts = app.events("start")?;
     let last = starts.last().unwrap();
-    assert_ne!(last["request"]["cold"], true, "no resume: {last:#}");
+    assert_eq!(last["request"]["cold"], false, "no resume: {last:#}");
     Ok(())
 }

@@ -92,6 +92,8 @@ mod tests {
     use std::fs;
     use std::time::Instant;
 
+    use nix::sys::socket::getsockname;
+
     use super::*;
 
     #[test]
@@ -110,8 +112,10 @@ mod tests {
     }
 
     #[test]
-    fn changes_of_network_devices_can_be_listened_to() {
+    fn changes_of_network_devices_are_listened_to() {
         let told = Told::of_links().unwrap();
         told.wait(Duration::ZERO).unwrap();
+        let bound: NetlinkAddr = getsockname(told.as_fd().as_raw_fd()).unwrap();
+        assert_eq!(bound.groups(), nix::libc::RTMGRP_LINK.cast_unsigned());
     }
 }

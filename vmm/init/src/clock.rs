@@ -1,6 +1,7 @@
 //! What a guest has to mend after it was asleep: its clock, and its random numbers.
 //!
-//! While the guest sleeps its wall clock stands still, which breaks TLS and every token with a date.
+//! While the guest sleeps its wall clock stands still, which breaks TLS and every token with a date. The monitor sets
+//! it on before the guest runs, by KVM's clock; here it is mended where a guest goes by another.
 //! And two guests restored from one snapshot would draw the same random numbers, unless something
 //! that only one of them knows is stirred in.
 
@@ -10,10 +11,10 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use nix::sys::time::TimeSpec;
-use nix::time::{ClockId, clock_settime};
+use nix::time::{ClockId, clock_gettime, clock_settime};
 use tern_guest::message::MIN_ENTROPY;
 
-/// Sets the clock to `unix_nanos` and reseeds the kernel's random number generator.
+/// Sets the clock to `unix_nanos`, unless it is about right, and reseeds the kernel's random number generator.
 pub fn resumed(unix_nanos: u64, entropy: &[u8]) -> io::Result<()> {
     if !(MIN_ENTROPY..=MAX_ENTROPY).contains(&entropy.len()) {
         let message = format!(
@@ -22,10 +23,12 @@ pub fn resumed(unix_nanos: u64, entropy: &[u8]) -> io::Result<()> {
         );
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    clock_settime(
-        ClockId::CLOCK_REALTIME,
-        TimeSpec::from_duration(Duration::from_nanos(unix_nanos)),
-    )?;
+    let right = Duration::from_nanos(unix_nanos);
+    let own = Duration::from(clock_gettime(ClockId::CLOCK_REALTIME)?);
+    // A step under an app that is at work already costs more than it mends.
+    if right.abs_diff(own) >= TOLERANCE {
+        clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(right))?;
+    }
     let random = OpenOptions::new().write(true).open("/dev/urandom")?;
     add_entropy(&random, entropy)
 }
@@ -53,6 +56,8 @@ fn add_entropy(random: &File, entropy: &[u8]) -> io::Result<()> {
     }
 }
 
+/// What a guest's clock may be off: the host's word for it takes some milliseconds, too.
+const TOLERANCE: Duration = Duration::from_millis(10);
 /// `_IOW('R', 0x03, int[2])` of `linux/random.h`.
 const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
 /// `_IO('R', 0x07)`.

@@ -303,7 +303,7 @@ pub fn pre_fault(vcpu: &VcpuFd, start: u64, len: u64) -> io::Result<()> {
         match unsafe { ioctl::pre_fault_memory(vcpu.as_raw_fd(), &mut range) } {
             Ok(_) if range.size < before => {}
             Ok(_) => return Err(io::Error::other("KVM has mapped nothing")),
-            Err(Errno::EINTR | Errno::EAGAIN) => {}
+            Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
     }

@@ -13,6 +13,7 @@
 //! | `vcpu<n>` | runs the guest ([`vcpu`]) and answers its exits ([`bus`]) |
 //! | `block`, `net`, `vsock`, `rng`, `balloon` | one per device, from its driver's "ready" on ([`virtio::worker`]) |
 //! | `control` | the API and SIGTERM; hands commands to main |
+//! | `vhost-net` | in place of `net` where the kernel moves a card's frames: sets it up, and sleeps ([`virtio::net::vhost`]) |
 //! | `block-io` | four per disk that has no `io_uring` ([`virtio::block`]) |
 //! | `prefetch` | maps the pages of the last wake, in a restored guest's first moments ([`snapshot`]) |
 //! | `starter` | starts the devices' threads, which a vCPU's filter forbids ([`jail::threads`]) |

@@ -41,8 +41,8 @@ use crate::virtio::vsock::Vsock;
 use crate::virtio::{Device, DeviceState, Kind, Metrics};
 use crate::wake::SharedWake;
 
-/// How long a guest waits for its working set before it runs: what some thousand pages of a page cache take, and
-/// less than a slow disk's answer is noticed.
+/// A guest waits for its working set before it runs; after this time nothing more of it is begun. Some thousand pages of
+/// a page cache take less, and it is less than a slow disk's answer is noticed.
 const MAP_AHEAD: Duration = Duration::from_millis(25);
 
 /// A guest.
@@ -623,8 +623,7 @@ fn open_nic(
     nic: &NetConfig,
     wake: Option<&Arc<SharedWake>>,
 ) -> Result<Box<dyn Device>, MachineError> {
-    let failed = || device_error(&format!("TAP device {}", nic.tap));
-    let tap = Tap::open(&nic.tap).map_err(failed())?;
+    let tap = Tap::open(&nic.tap).map_err(device_error(&format!("TAP device {}", nic.tap)))?;
     if !nic.vhost {
         let net = Net::new(tap, nic.mac).limited(nic);
         return Ok(Box::new(match wake {
@@ -632,7 +631,10 @@ fn open_nic(
             None => net,
         }));
     }
-    let card = VhostNet::open(tap, nic.mac).map_err(failed())?;
+    let card = VhostNet::open(tap, nic.mac).map_err(device_error(&format!(
+        "vhost-net of TAP device {}",
+        nic.tap
+    )))?;
     Ok(Box::new(card))
 }
 
@@ -728,12 +730,18 @@ fn map_ahead(
     };
     let deadline = Instant::now() + MAP_AHEAD;
     let done = set.map_ahead(memory, deadline, |start, len| pre_fault(vcpu, start, len));
-    trace.mark("working_set_mapped");
-    done.unwrap_or_else(|error| {
-        // Without nested paging, say. It only takes longer.
-        tracing::debug!(%error, "the working set is not mapped ahead");
-        0
-    })
+    match done {
+        Ok(done) => {
+            tracing::debug!(done, of = set.runs(), "runs of the working set are mapped");
+            trace.mark("working_set_mapped");
+            done
+        }
+        Err(error) => {
+            // It only takes longer.
+            tracing::debug!(%error, "the working set is not mapped ahead");
+            0
+        }
+    }
 }
 
 fn create_vcpus(vm: &Vm, count: u8) -> Result<Vec<VcpuFd>, KvmError> {

@@ -402,6 +402,45 @@ fn a_stop_breaks_a_start_off() {
 }
 
 #[test]
+fn a_stop_lets_a_wake_end_because_its_guest_may_have_requests() {
+    let stop = || Order::Stop(StopRequest::default());
+    let kills = |bench: &Bench| bench.does(|a| matches!(a, Action::Kill { .. }));
+    let mut bench = Bench::suspended();
+    bench.start(1);
+    bench.order(2, Source::User, stop());
+    assert!(!kills(&bench), "it is asked, when it can be");
+    bench.is(MachineState::Starting);
+    bench.woken();
+    assert!(bench.does(|a| matches!(a, Action::Ask { .. })));
+    bench.is(MachineState::Stopping);
+
+    // One that is refused need not start cold for that.
+    let mut bench = Bench::suspended();
+    bench.start(1);
+    bench.order(2, Source::User, stop());
+    let epoch = bench.core.epoch;
+    let reason = "bit flip".to_owned();
+    bench.tell(Input::WakeRefused { epoch, reason });
+    assert!(bench.boots().is_empty());
+    bench.is(MachineState::Stopped);
+    assert_eq!(bench.answers()[&2], Ok(()));
+
+    // By force at once; and the proxy, whose requests they are, does not stop what starts.
+    let mut bench = Bench::suspended();
+    bench.start(1);
+    bench.order(2, Source::Proxy, stop());
+    assert!(matches!(bench.answers()[&2], Err(CommandError::Refused(_))));
+    let signal = Some(SIGKILL);
+    let timeout = None;
+    bench.order(
+        3,
+        Source::User,
+        Order::Stop(StopRequest { signal, timeout }),
+    );
+    assert!(kills(&bench));
+}
+
+#[test]
 fn a_start_during_a_suspend_wakes_it_right_after() {
     let mut bench = Bench::started();
     bench.order(1, Source::Proxy, Order::Suspend);

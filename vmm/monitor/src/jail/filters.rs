@@ -286,25 +286,20 @@ const NET: &[Call] = &[
 ];
 
 /// No frame passes through it.
-const VHOST_NET: &[Call] = &[one_of(
-    libc::SYS_ioctl,
-    "the kernel takes the queues and gives them back; what the guest's driver can do",
-    1,
-    &[
-        TUNSETOFFLOAD,
-        vhost::SET_OWNER,
-        vhost::SET_MEM_TABLE,
-        vhost::SET_FEATURES,
-        vhost::SET_VRING_NUM,
-        vhost::SET_VRING_ADDR,
-        vhost::SET_VRING_BASE,
-        vhost::GET_VRING_BASE,
-        vhost::SET_VRING_KICK,
-        vhost::SET_VRING_CALL,
-        vhost::SET_VRING_ERR,
-        vhost::NET_SET_BACKEND,
-    ],
-)];
+const VHOST_NET: &[Call] = &[
+    one_of(
+        libc::SYS_ioctl,
+        "the kernel takes the queues and gives them back",
+        1,
+        VHOST_CALLS,
+    ),
+    one_of(
+        libc::SYS_ioctl,
+        "what the guest's driver can do",
+        1,
+        &[TUNSETOFFLOAD],
+    ),
+];
 
 const VSOCK: &[Call] = &[
     call(libc::SYS_accept4, "a program of the host"),
@@ -378,6 +373,21 @@ const READ: u32 = 2;
 const fn ioctl(direction: u32, group: u8, number: u8, size: usize) -> u32 {
     direction << 30 | (size as u32) << 16 | (group as u32) << 8 | number as u32
 }
+
+/// What is asked of vhost-net once a monitor is confined, in the order of the numbers.
+pub(crate) const VHOST_CALLS: &[u32] = &[
+    vhost::SET_FEATURES,
+    vhost::SET_OWNER,
+    vhost::SET_MEM_TABLE,
+    vhost::SET_VRING_NUM,
+    vhost::SET_VRING_ADDR,
+    vhost::SET_VRING_BASE,
+    vhost::GET_VRING_BASE,
+    vhost::SET_VRING_KICK,
+    vhost::SET_VRING_CALL,
+    vhost::SET_VRING_ERR,
+    vhost::NET_SET_BACKEND,
+];
 
 /// `linux/vhost.h`.
 mod vhost {

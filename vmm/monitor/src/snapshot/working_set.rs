@@ -17,7 +17,7 @@
 //! This is advice. It holds nothing of the guest's memory, a wrong one costs a little time, and one
 //! that is damaged, foreign or too long is ignored.
 //!
-//! A page that was mapped beforehand looks written ever after, so these can only grow; therefore each
+//! A page that was mapped beforehand looks touched ever after, so these can only grow; therefore each
 //! [`MAX_AGE`]th wake goes without and takes stock anew.
 
 use std::io::{self, Read};
@@ -73,7 +73,7 @@ const HEADER_BYTES: usize = 40;
 const RUN_BYTES: usize = 8;
 const WRITTEN: u32 = 1 << 31;
 /// After so many wakes a set is taken anew.
-const MAX_AGE: u32 = 16;
+const MAX_AGE: u32 = 8;
 /// A guest that has touched more than this when it woke did something else than wake.
 const MAX_PREFETCH: u64 = 64 << 20;
 /// Bytes between two looks whether to leave off: some milliseconds from a slow disk.
@@ -132,8 +132,8 @@ impl WorkingSet {
         self.age >= MAX_AGE
     }
 
-    /// Puts its pages of `memory` into the guest's own page tables with `map`, in file order, until `deadline`: how
-    /// many of its runs are there. From a page cache that has them it is a matter of microseconds a page; a disk's
+    /// Puts its pages of `memory` into the guest's own page tables with `map`, in file order and no more than 64 MiB,
+    /// until `deadline`: how many of its runs are there. From a page cache that has them it is a matter of microseconds a page; a disk's
     /// time is [`Self::prefetch`]'s, beside the guest.
     pub fn map_ahead(
         &self,
@@ -141,8 +141,13 @@ impl WorkingSet {
         deadline: Instant,
         mut map: impl FnMut(u64, u64) -> io::Result<()>,
     ) -> io::Result<usize> {
+        let mut left = MAX_PREFETCH;
         for (done, run) in self.runs.iter().enumerate() {
             let (offset, len) = run.bytes();
+            if len > left {
+                return Ok(done);
+            }
+            left -= len;
             for at in (0..len).step_by(AHEAD_STEP) {
                 if Instant::now() >= deadline {
                     return Ok(done);
@@ -167,7 +172,8 @@ impl WorkingSet {
     /// Makes its pages of `memory` ready but for the first `done` runs, in file order and no more than 64 MiB, until
     /// that is `enough`. Stops where the host says no: the guest then takes its own faults.
     pub fn prefetch(&self, memory: &Memory, done: usize, enough: &AtomicBool) -> io::Result<()> {
-        let mut left = MAX_PREFETCH;
+        let before = self.runs.iter().take(done).map(|run| run.bytes().1);
+        let mut left = MAX_PREFETCH.saturating_sub(before.sum());
         for run in self.runs.iter().skip(done) {
             let (start, bytes) = run.bytes();
             let bytes = bytes.min(left);
@@ -284,6 +290,14 @@ mod tests {
         WorkingSet::observe(&memory, None).unwrap()
     }
 
+    fn run(first: u32, pages: u32) -> Run {
+        Run {
+            first,
+            pages,
+            written: true,
+        }
+    }
+
     fn written(set: &WorkingSet) -> Vec<(u32, u32)> {
         let runs = set.runs.iter().filter(|run| run.written);
         runs.map(|run| (run.first, run.pages)).collect()
@@ -332,6 +346,26 @@ mod tests {
             written(&set),
             "copies are there before they are mapped"
         );
+        // One that comes in the middle of a run: that one is done again, as a whole.
+        let (long, first) = (
+            WorkingSet {
+                runs: vec![set.runs[0], run(64, 64)],
+                ..set.clone()
+            },
+            1,
+        );
+        let soon = Instant::now() + std::time::Duration::from_millis(20);
+        let done = long.map_ahead(&memory, soon, |start, _| {
+            if start == 64 * page {
+                std::thread::sleep(std::time::Duration::from_millis(25));
+            }
+            Ok(())
+        });
+        assert_eq!(done.unwrap(), first);
+        long.prefetch(&memory, first, &AtomicBool::new(false))
+            .unwrap();
+        let after = WorkingSet::observe(&memory, None).unwrap();
+        assert_eq!(written(&after), [(3, 2), (64, 64), (700, 1)]);
         let refused = |_, _| Err(io::ErrorKind::Unsupported.into());
         assert!(set.map_ahead(&memory, later, refused).is_err());
     }

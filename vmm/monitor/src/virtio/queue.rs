@@ -146,8 +146,8 @@ impl VirtQueue {
         })
     }
 
-    /// Goes on after somebody else who worked on the rings, has taken `next_avail` chains and given all of
-    /// them back.
+    /// Goes on after somebody else who worked on the rings and has come to `next_avail`; what was given back
+    /// says the used ring.
     pub fn go_on_at(&mut self, ram: &GuestRam, next_avail: u16) {
         match self.queue.used_idx(ram, Ordering::Acquire) {
             Ok(used) => {

@@ -161,27 +161,31 @@ impl Worker {
 
 fn run(mut device: Box<dyn Device>, mut cx: Context, stop: &EventFd) -> Parked {
     let kind = device.kind().name();
-    match device.start(&mut cx) {
-        Ok(()) => {
-            for index in 0..cx.queues.len() {
-                device.on_queue(&mut cx, index);
-            }
-            serve(&mut device, &mut cx);
+    let started = device.start(&mut cx);
+    if started.is_ok() {
+        for index in 0..cx.queues.len() {
+            device.on_queue(&mut cx, index);
         }
-        Err(error) => {
-            // A driver can try this as often as it likes.
-            if super::may_log() {
-                tracing::error!(device = kind, %error, "cannot start; the guest sees it as hung");
-            }
-            wait_readable(stop);
-        }
+        serve(&mut device, &mut cx);
     }
+    // Also after a start that came half-way: what it has begun must not go on.
     device.stop(&mut cx);
+    if let Err(error) = started {
+        // A driver can repeat this without end; it must not be silent because the guest has said other things.
+        if FAILED_STARTS.fetch_add(1, Ordering::Relaxed) < MOST_TOLD {
+            tracing::error!(device = kind, %error, "cannot start; the guest sees it as hung");
+        }
+        wait_readable(stop);
+    }
     Parked {
         device,
         queues: cx.queues,
     }
 }
+
+/// Starts that failed, and how many of them are told.
+static FAILED_STARTS: AtomicU32 = AtomicU32::new(0);
+const MOST_TOLD: u32 = 32;
 
 fn serve(device: &mut Box<dyn Device>, cx: &mut Context) {
     let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];

@@ -120,10 +120,14 @@ impl Vhost {
             .custom_flags(libc::O_CLOEXEC)
             .open(DEVICE)
             .map_err(|error| {
-                io::Error::new(
-                    error.kind(),
-                    format!("cannot open {DEVICE}: {error} (as root: modprobe vhost_net)"),
-                )
+                let missing = [libc::ENOENT, libc::ENODEV, libc::ENXIO];
+                let is_missing = error.raw_os_error().is_some_and(|e| missing.contains(&e));
+                let hint = if is_missing {
+                    " (as root: modprobe vhost_net)"
+                } else {
+                    ""
+                };
+                io::Error::new(error.kind(), format!("cannot open {DEVICE}: {error}{hint}"))
             })?;
         Ok(Self { file, ram: None })
     }
@@ -259,6 +263,27 @@ mod tests {
             let told = (told.guest_address, told.bytes, told.host_address);
             assert_eq!(told, expected);
         }
+    }
+
+    #[test]
+    fn the_filter_allows_the_calls_that_are_made() {
+        use std::mem::size_of;
+        const VHOST: u8 = 0xaf;
+        let made = [
+            nix::request_code_write!(VHOST, 0x00, size_of::<u64>()),
+            nix::request_code_none!(VHOST, 0x01),
+            nix::request_code_write!(VHOST, 0x03, 8),
+            nix::request_code_write!(VHOST, 0x10, size_of::<RingState>()),
+            nix::request_code_write!(VHOST, 0x11, size_of::<RingAddresses>()),
+            nix::request_code_write!(VHOST, 0x12, size_of::<RingState>()),
+            nix::request_code_readwrite!(VHOST, 0x12, size_of::<RingState>()),
+            nix::request_code_write!(VHOST, 0x20, size_of::<RingFile>()),
+            nix::request_code_write!(VHOST, 0x21, size_of::<RingFile>()),
+            nix::request_code_write!(VHOST, 0x22, size_of::<RingFile>()),
+            nix::request_code_write!(VHOST, 0x30, size_of::<RingFile>()),
+        ];
+        let allowed = crate::jail::filters::VHOST_CALLS;
+        assert_eq!(made.map(|call| call as u32).as_slice(), allowed);
     }
 
     #[test]

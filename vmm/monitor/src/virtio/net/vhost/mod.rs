@@ -11,9 +11,10 @@
 //! snapshot too, which may be taken with one and restored with the other.
 //!
 //! What the guest writes into its rings the kernel checks against the table of its memory, as it does for
-//! every user of vhost; where the rings are has been checked here before. What the kernel cannot use stops that
-//! queue and costs a line in the log; the driver may reset the card. The kernel writes through this process's
-//! mapping of the guest's memory, so a snapshot finds those pages like all others.
+//! every user of vhost; where the rings are has been checked here before. What the kernel cannot use costs a line in
+//! the log: it goes on at the next notification, and a chain that made no sense may never come back, which is
+//! its driver's loss; the driver may reset the card. The kernel writes through this process's mapping of the guest's
+//! memory, so a snapshot finds those pages like all others.
 //!
 //! Frames are not counted and not limited here: `vm.json` with a limit and vhost for one card is refused.
 
@@ -139,16 +140,20 @@ impl Device for VhostNet {
         cx.unwatch(&self.errors);
     }
 
+    /// # Panics
+    ///
+    /// Where the kernel keeps a queue or does not say how far it came, which no kernel does: it would write
+    /// to memory that a snapshot is taken of, or what it has done would be done again.
     fn stop(&mut self, cx: &mut Context) {
         for index in lent(&self.lent) {
             if let Err(error) = self.kernel.set_backend(index as u32, None) {
-                tracing::error!(%error, index, "vhost-net does not let go of a queue");
+                panic!("vhost-net does not let go of queue {index}: {error}");
             }
         }
         for index in lent(&std::mem::take(&mut self.lent)) {
             match self.kernel.position(index as u32) {
                 Ok(position) => cx.queues[index].go_on_at(&cx.ram, position),
-                Err(error) => tracing::error!(%error, index, "vhost-net has lost a queue"),
+                Err(error) => panic!("vhost-net has lost queue {index}: {error}"),
             }
         }
         cx.take_queues_back();
