@@ -3,8 +3,8 @@
 //!
 //! What it does differently from a well-behaved Machine is told by the app's environment:
 //! `FAKE_EXIT=<code>` ends the app at once; `FAKE_NEVER_START` never starts it; `FAKE_IGNORE_STOP`
-//! does not stop; `FAKE_NO_SNAPSHOT` refuses to be suspended; `FAKE_KILL_AGENT_AT=<step>` kills the
-//! agent, once, at `boot`, `pause`, `snapshot`, `stop`, `restore` or `resumed`.
+//! does not stop; `FAKE_NO_SNAPSHOT` refuses to be suspended; `FAKE_RESUMED_WAITS=<named pipe>` answers that
+//! it has resumed when somebody has written to that pipe; `FAKE_KILL_AGENT_AT=<step>` kills the agent, once, at `boot`, `pause`, `snapshot`, `stop`, `restore` or `resumed`.
 
 // A stand-in that cannot go on may panic.
 #![allow(clippy::unwrap_used)]
@@ -297,6 +297,9 @@ impl Vmm {
                 entropy,
             } => {
                 self.kill_agent_at("resumed");
+                if let Some(pipe) = self.env.get("FAKE_RESUMED_WAITS") {
+                    fs::read(pipe)?;
+                }
                 let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos();
                 let late = now.abs_diff(u128::from(unix_nanos)) / 1_000_000_000;
                 let line = format!("resumed {late} s late with {} bytes", entropy.len());

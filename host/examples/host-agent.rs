@@ -183,6 +183,7 @@ impl Agency {
                 Ok(json!(matches!(written, Ok(Some(_)))))
             }
             "start" => Ok(json!(self.handle.start(&id()?, source).await?)),
+            "reachable" => Ok(json!(self.handle.reachable(&id()?).await)),
             "suspend" => Ok(json!(self.handle.suspend(&id()?, source).await?)),
             "stop" => {
                 let millis = request["timeout_ms"].as_u64();

@@ -680,7 +680,8 @@ impl Core {
                     return;
                 }
                 let reason = format!("the snapshot could not be used: {reason}");
-                self.boot(false, out);
+                let same = self.instance == self.wanted.instance_id;
+                self.boot(!same, out);
                 self.record(out, "start", source, json!({"cold_because": reason}));
             }
             (&mut Phase::Starting { .. }, Input::BootFailed { failure, .. }) => {
@@ -1083,6 +1084,16 @@ impl Core {
         };
         let source = goal.source;
         let wakes = matches!(self.phase, Phase::Starting { wakes: true, .. });
+        let outdated = self.instance != self.wanted.instance_id;
+        if wakes && outdated && matches!(goal.to, Target::Started { .. }) {
+            // Of the config that is wanted now, which what wakes is not.
+            let to = Target::Restarted {
+                kind: "update",
+                force: false,
+            };
+            self.goal = Some(Goal { to, source });
+            return;
+        }
         if wakes && !goal.to.is_forced() && !matches!(goal.to, Target::Started { .. }) {
             return;
         }

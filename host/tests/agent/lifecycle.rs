@@ -85,6 +85,42 @@ fn two_hundred_starts_at_once_are_one_wake() {
 }
 
 #[test]
+fn a_waking_machine_is_reachable_before_its_guest_has_answered() {
+    let pipes = tempfile::tempdir().unwrap();
+    let pipe = pipes.path().join("resumed");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut world = World::new();
+    let machine = world.launch(&[("FAKE_RESUMED_WAITS", pipe.to_str().unwrap())]);
+    world.suspend(&machine);
+    let reachable = world.say("reachable", &machine.id, json!({}));
+    let start = world.say("start", &machine.id, json!({"source": "proxy"}));
+    world.answer(reachable).unwrap();
+    until("it starts", || {
+        world.status(&machine)["state"] == "starting"
+    });
+    let seal = world.machine_dir(&machine).join("suspended.json");
+    assert!(!seal.exists(), "the seal is broken before anybody calls");
+    // A stop waits for the guest's answer, and is asked of its app then.
+    let stop = world.say("stop", &machine.id, json!({}));
+    std::fs::write(&pipe, "").unwrap();
+    world.answer(stop).unwrap();
+    world.answer(start).unwrap();
+    let lines = world.logs(&machine);
+    assert!(
+        lines.iter().any(|line| line.starts_with("asked to stop")),
+        "{lines:?}"
+    );
+    // One that starts cold is reachable only when it has.
+    let reachable = world.say("reachable", &machine.id, json!({}));
+    world.start(&machine);
+    world.suspend(&machine);
+    let start = world.say("start", &machine.id, json!({"source": "proxy"}));
+    world.answer(reachable).unwrap();
+    std::fs::write(&pipe, "").unwrap();
+    world.answer(start).unwrap();
+}
+
+#[test]
 fn the_guest_is_told_the_time_and_its_output_is_kept() {
     let mut world = World::new();
     let machine = world.launch(&[]);

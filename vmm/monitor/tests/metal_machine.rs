@@ -13,6 +13,8 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use kvm_bindings::KVM_CAP_PRE_FAULT_MEMORY;
+use kvm_ioctls::Kvm;
 use serde_json::json;
 use support::{ECHO_PORT, Guest, PATIENCE, SHELL_PORT};
 
@@ -491,15 +493,23 @@ fn metal_a_wake_is_prefetched_and_a_damaged_working_set_is_ignored() {
     guest.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null");
     let sum = guest.sh("md5sum < /tmp/data");
     let set = guest.path("snapshot/working_set");
-    let prefetched = |guest: &Guest| guest.describe()["boot"]["prefetched_us"].is_u64();
+    let marked = |guest: &Guest, phase: &str| guest.describe()["boot"][phase].is_u64();
+    let prefetched = |guest: &Guest| marked(guest, "prefetched_us");
+    let mapped = |guest: &Guest| marked(guest, "working_set_mapped_us");
+    // Linux 6.11 and later.
+    let can_map = Kvm::new()
+        .unwrap()
+        .check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into())
+        > 0;
     guest.suspend();
     assert!(!set.exists(), "it has never woken");
     guest.restore();
     assert_eq!(guest.sh("echo awake"), "awake");
-    assert!(!prefetched(&guest));
+    assert!(!prefetched(&guest) && !mapped(&guest));
     guest.suspend();
     guest.restore();
     guest.until("the prefetch", || prefetched(&guest).then_some(()));
+    assert_eq!(mapped(&guest), can_map);
     assert_eq!(guest.sh("md5sum < /tmp/data"), sum);
     guest.suspend();
     let mut bytes = fs::read(&set).unwrap();
@@ -508,7 +518,7 @@ fn metal_a_wake_is_prefetched_and_a_damaged_working_set_is_ignored() {
     fs::write(&set, bytes).unwrap();
     guest.restore();
     assert_eq!(guest.sh("md5sum < /tmp/data"), sum);
-    assert!(!prefetched(&guest));
+    assert!(!prefetched(&guest) && !mapped(&guest));
     assert!(
         guest.logs().contains("the working set is ignored"),
         "{}",
