@@ -414,6 +414,8 @@ impl Vm {
         let instance_id = instance_id.ok_or_else(|| alive("its config is not known".to_owned()))?;
         let socket = self.dir.control();
         running.sleeps.store(true, Ordering::Release);
+        // Who calls from now on waits for the wake.
+        self.reachable.send_replace(false);
         let write = async {
             control::pause(&socket).await.map_err(|e| e.to_string())?;
             control::snapshot(&socket)
