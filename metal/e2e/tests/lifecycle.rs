@@ -75,11 +75,12 @@ fn a_cold_start_ends_in_an_https_reply() -> Result<()> {
     in_order(
         &names,
         &[
-            "agent resumed",
+            "agent reachable",
             "monitor first_request_in",
             "monitor first_reply_out",
         ],
     );
+    in_order(&names, &["agent reachable", "agent resumed"]);
     assert!(!names.iter().any(|n| n.starts_with("guest")), "{names:?}");
     Ok(())
 }
