@@ -750,7 +750,7 @@ impl Core {
     fn started(&mut self, source: Source, detail: Value, out: &mut Vec<Action>) {
         self.phase = Phase::Started { exit: None };
         self.reason = None;
-        // The requests that wait for this, which are those of a cold start, come before anybody's bookkeeping.
+        // The requests that wait for this come before anybody's bookkeeping.
         self.answer_wants(out, Want::Started, || Ok(()));
         self.record(out, "start", source, detail);
     }

@@ -729,7 +729,8 @@ fn map_ahead(
         return 0;
     };
     let deadline = Instant::now() + MAP_AHEAD;
-    let done = set.map_ahead(memory, deadline, |start, len| pre_fault(vcpu, start, len));
+    let is_late = || Instant::now() >= deadline;
+    let done = set.map_ahead(memory, is_late, |start, len| pre_fault(vcpu, start, len));
     match done {
         Ok(done) => {
             tracing::debug!(done, of = set.runs(), "runs of the working set are mapped");
