@@ -147,6 +147,8 @@ struct Ready {
     conn: bool,
     stdin: bool,
     outputs: Vec<bool>,
+    /// All outputs were asked, and none has anything.
+    silent: bool,
     ended: bool,
 }
 
@@ -170,7 +172,7 @@ impl Session<'_> {
             }
             // All that the command has written was in its pipes when it ended; what others that it
             // left behind write later is not its output.
-            let dry = !ready.outputs.contains(&true) && self.to_host.wire().is_empty();
+            let dry = ready.silent && self.to_host.wire().is_empty();
             let all_told = self.outputs.is_empty() || self.last_words == 0;
             if ready.ended && all_told || ended && dry {
                 break;
@@ -218,16 +220,18 @@ impl Session<'_> {
             Err(error) => return Err(error.into()),
         }
         let any = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+        let ready: Vec<bool> = fds[first_output..][..outputs.len()]
+            .iter()
+            .map(any)
+            .collect();
         Ok(Ready {
             conn: fds[0]
                 .revents()
                 .is_some_and(|r| r.intersects(!PollFlags::POLLOUT)),
             ended: ended || any(&fds[1]),
-            outputs: fds[first_output..][..outputs.len()]
-                .iter()
-                .map(any)
-                .collect(),
             stdin: fds[first_output + outputs.len()..].iter().any(any),
+            silent: has_room && !ready.contains(&true),
+            outputs: ready,
         })
     }
 
