@@ -3,10 +3,13 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use tern_catalog::{MachineEvent, RestartPolicy};
+use serde_json::json;
+use tern_catalog::{DesiredState, MachineEvent, RestartPolicy};
+use tern_guest::signal::SIGKILL;
 
 use super::*;
 use crate::bundle::tests::machine;
+use crate::machine::StopRequest;
 
 const TOOK: Duration = Duration::from_millis(3);
 

@@ -1,0 +1,145 @@
+//! What is told of the monitor, and what the clock makes due, in each phase.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tern_catalog::MachineState;
+
+use super::goal::Target;
+use super::order::Want;
+use super::steps::FLUSH_TIME;
+use super::{Action, Core, End, Input, Phase, Rest};
+use crate::machine::{CommandError, Source};
+
+impl Core {
+    /// Something is told of the monitor at hand.
+    pub(super) fn monitor(&mut self, input: Input, now: Instant, out: &mut Vec<Action>) {
+        match (&mut self.phase, input) {
+            (&mut Phase::Starting { source, .. }, Input::Up { digest, took, .. }) => {
+                self.digest = Some(digest);
+                self.started(source, json!({"cold": true, "took_ms": millis(took)}), out);
+            }
+            (&mut Phase::Starting { source, .. }, Input::Woken { took, .. }) => {
+                self.started(source, json!({"cold": false, "took_ms": millis(took)}), out);
+            }
+            (Phase::Starting { source, wakes }, Input::WakeRefused { reason, .. }) => {
+                *wakes = false;
+                let source = *source;
+                // A wish for its end that has waited for the wake needs no start from the disk.
+                self.break_off(out);
+                if matches!(self.phase, Phase::Stopping { .. }) {
+                    self.stopped(now, out);
+                    return;
+                }
+                let reason = format!("the snapshot could not be used: {reason}");
+                let same = self.instance == self.wanted.instance_id;
+                self.boot(!same, out);
+                self.record(out, "start", source, json!({"cold_because": reason}));
+            }
+            (&mut Phase::Starting { .. }, Input::BootFailed { failure, .. }) => {
+                self.boot_failed(failure, now, out);
+            }
+            (Phase::Started { exit }, Input::AppExited { exit: status, .. }) => {
+                *exit = Some((status, now + FLUSH_TIME));
+            }
+            (Phase::Started { exit }, Input::MonitorExited { end, .. }) => {
+                let status = exit.map(|(status, _)| status);
+                self.ended(status, Some(end), now, out);
+            }
+            (Phase::Stopping { exit, .. }, Input::AppExited { exit: status, .. }) => {
+                *exit = Some(status);
+            }
+            (Phase::Stopping { kill_at, .. }, Input::AskFailed { .. }) if kill_at.is_some() => {
+                *kill_at = None;
+                out.push(Action::Kill { epoch: self.epoch });
+            }
+            (
+                Phase::Stopping { .. },
+                Input::MonitorExited { .. }
+                | Input::BootFailed { .. }
+                | Input::WakeRefused { .. }
+                | Input::Slept { .. }
+                | Input::SleepFailed { alive: false, .. },
+            ) => self.stopped(now, out),
+            (&mut Phase::Suspending { source, .. }, Input::Slept { took, .. }) => {
+                self.rest(Rest::at(MachineState::Suspended));
+                self.reason = None;
+                self.record(out, "suspend", source, json!({"took_ms": millis(took)}));
+            }
+            (
+                Phase::Suspending { lost, exit, source },
+                Input::SleepFailed { reason, alive, .. },
+            ) => {
+                let (exit, source) = (*exit, *source);
+                let lost = lost.take().or_else(|| {
+                    (!alive).then(|| End {
+                        by_guest: false,
+                        reason: format!("the Machine was lost while it was suspended: {reason}"),
+                    })
+                });
+                if let Some(end) = lost {
+                    self.ended(exit, Some(end), now, out);
+                } else {
+                    self.phase = Phase::Started {
+                        exit: exit.map(|status| (status, now + FLUSH_TIME)),
+                    };
+                    self.record(out, "suspend", source, json!({"error": reason}));
+                    self.answer_wants(out, Want::Suspended, || {
+                        Err(CommandError::Failed(reason.clone()))
+                    });
+                }
+            }
+            (Phase::Suspending { exit, .. }, Input::AppExited { exit: status, .. }) => {
+                *exit = Some(status);
+            }
+            (Phase::Suspending { lost, .. }, Input::MonitorExited { end, .. }) => {
+                *lost = Some(end);
+            }
+            _ => {}
+        }
+    }
+
+    fn started(&mut self, source: Source, detail: Value, out: &mut Vec<Action>) {
+        self.phase = Phase::Started { exit: None };
+        self.reason = None;
+        // The requests that wait for this come before anybody's bookkeeping.
+        self.answer_wants(out, Want::Started, || Ok(()));
+        self.record(out, "start", source, detail);
+    }
+
+    pub(super) fn tick(&mut self, now: Instant, out: &mut Vec<Action>) {
+        let due = |at: &Option<Instant>| at.is_some_and(|at| at <= now);
+        let epoch = self.epoch;
+        match &mut self.phase {
+            Phase::Rest(rest) if due(&rest.restart_at) => {
+                rest.restart_at = None;
+                self.set_goal(Target::Started { kind: "restart" }, Source::Host);
+            }
+            Phase::Started {
+                exit: Some((status, by)),
+            } if *by <= now => {
+                // The app has ended, and its Machine has not.
+                let (source, exit) = (Source::Machine, Some(*status));
+                self.phase = Phase::Stopping {
+                    source,
+                    kill_at: None,
+                    exit,
+                };
+                out.push(Action::Kill { epoch });
+            }
+            Phase::Stopping { kill_at, .. } if due(kill_at) => {
+                *kill_at = None;
+                out.push(Action::Kill { epoch });
+            }
+            Phase::Destroying { retry_at } if due(retry_at) => {
+                *retry_at = None;
+                out.push(Action::Remove);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}

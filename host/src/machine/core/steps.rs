@@ -1,0 +1,125 @@
+//! How a start and a stop begin: from the snapshot or the disk, by asking or by force.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tern_catalog::{Machine, MachineState};
+use tern_guest::message::ExitStatus;
+use tern_guest::signal::SIGKILL;
+
+use super::{Action, Core, Phase};
+use crate::machine::{Source, StopRequest};
+
+/// How long init may take, after the app's end, to flush the disks and reset the Machine.
+pub(super) const FLUSH_TIME: Duration = Duration::from_secs(10);
+/// As on Fly.io.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// No app may take longer to stop, or a typing error would hold a deploy for ever.
+const MAX_STOP_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+
+impl Core {
+    pub(super) fn start(&mut self, kind: &'static str, source: Source, out: &mut Vec<Action>) {
+        let Phase::Rest(rest) = &self.phase else {
+            return;
+        };
+        let same = self.instance == self.wanted.instance_id;
+        let asleep = rest.state == MachineState::Suspended;
+        let keep_disk = same && (rest.keep_disk || asleep);
+        let wakes = asleep && same;
+        self.phase = Phase::Starting { source, wakes };
+        self.reason = None;
+        if wakes {
+            self.epoch += 1;
+            out.push(Action::Wake { epoch: self.epoch });
+        } else {
+            self.boot(!keep_disk, out);
+        }
+        if kind == "start" {
+            // Its event comes when it has started, with the time it took.
+            out.push(Action::Record(None));
+        } else {
+            self.record(out, kind, source, Value::Null);
+        }
+    }
+
+    pub(super) fn boot(&mut self, reset_disk: bool, out: &mut Vec<Action>) {
+        self.epoch += 1;
+        self.instance = self.wanted.instance_id.clone();
+        out.push(Action::Boot {
+            epoch: self.epoch,
+            machine: Arc::clone(&self.wanted),
+            reset_disk,
+        });
+    }
+
+    pub(super) fn stop_for(
+        &mut self,
+        force: bool,
+        source: Source,
+        exit: Option<ExitStatus>,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) {
+        let (signal, timeout) = if force {
+            (Some(SIGKILL), Duration::ZERO)
+        } else {
+            stop_terms(&self.wanted, &StopRequest::default())
+        };
+        self.stop(source, signal, timeout, exit, now, out);
+    }
+
+    pub(super) fn stop(
+        &mut self,
+        source: Source,
+        signal: Option<i32>,
+        timeout: Duration,
+        exit: Option<ExitStatus>,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) {
+        // A Machine whose app has ended is about to end; nobody is left to be asked.
+        let source = if source == Source::Machine {
+            Source::Host
+        } else {
+            source
+        };
+        self.phase = Phase::Stopping {
+            source,
+            kill_at: Some(now + timeout + FLUSH_TIME),
+            exit,
+        };
+        if exit.is_none() {
+            out.push(Action::Ask {
+                epoch: self.epoch,
+                signal,
+                timeout,
+            });
+        }
+    }
+
+    pub(super) fn stopping_start(&mut self, source: Source, out: &mut Vec<Action>) {
+        let source = if source == Source::Machine {
+            Source::Host
+        } else {
+            source
+        };
+        self.phase = Phase::Stopping {
+            source,
+            kill_at: None,
+            exit: None,
+        };
+        out.push(Action::Kill { epoch: self.epoch });
+        out.push(Action::Record(None));
+    }
+}
+
+/// The signal, where one was asked for (the guest knows the configured one), and the time allowed:
+/// what was asked for, else what is configured, else a default.
+pub(super) fn stop_terms(machine: &Machine, request: &StopRequest) -> (Option<i32>, Duration) {
+    let timeout = request
+        .timeout
+        .or_else(|| machine.config.stop_config.timeout.map(|t| t.0))
+        .unwrap_or(STOP_TIMEOUT);
+    (request.signal, timeout.min(MAX_STOP_TIMEOUT))
+}
