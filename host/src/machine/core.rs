@@ -263,6 +263,11 @@ impl Core {
         }
     }
 
+    /// Another config is wanted than the one that the Machine last ran, and that its disk belongs to.
+    fn is_outdated(&self) -> bool {
+        self.instance != self.wanted.instance_id
+    }
+
     fn rest(&mut self, rest: Rest) {
         self.phase = Phase::Rest(rest);
     }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tern_catalog::MachineState;
 use tern_guest::message::ExitStatus;
 
@@ -64,11 +64,9 @@ impl Core {
             "error": reason,
         });
         if let Some(exit) = &exit {
-            event["exit_code"] = exit.code.into();
+            add_exit(&mut event, exit);
             event["guest_exit_code"] = exit.code.into();
             event["guest_signal"] = exit.signal.into();
-            event["signal"] = exit.signal.into();
-            event["oom_killed"] = exit.oom_killed.into();
         }
         self.fall(state, reason, verdict, now);
         let source = if by_app {
@@ -120,12 +118,17 @@ impl Core {
         });
         let mut event = json!({"requested_stop": true, "restarting": again});
         if let Some(exit) = exit {
-            event["exit_code"] = exit.code.into();
-            event["signal"] = exit.signal.into();
-            event["oom_killed"] = exit.oom_killed.into();
+            add_exit(&mut event, &exit);
         }
         self.record(out, "stop", source, json!({"exit_event": event}));
     }
+}
+
+/// How the app ended, in an `exit_event`.
+fn add_exit(event: &mut Value, exit: &ExitStatus) {
+    event["exit_code"] = exit.code.into();
+    event["signal"] = exit.signal.into();
+    event["oom_killed"] = exit.oom_killed.into();
 }
 
 fn told(exit: &ExitStatus) -> String {

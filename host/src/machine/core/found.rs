@@ -95,14 +95,13 @@ impl Core {
             return; // that is a new wish
         }
         let stopping = status.is_some_and(|s| s.state == MachineState::Stopping);
-        let outdated = self.instance != self.wanted.instance_id;
         let to = match *state {
             DesiredState::Destroyed { force } => Target::Destroyed { force },
             DesiredState::Restarted { force } if stopping => Target::Restarted {
                 kind: "restart",
                 force,
             },
-            DesiredState::Started if stopping && outdated => Target::Restarted {
+            DesiredState::Started if stopping && self.is_outdated() => Target::Restarted {
                 kind: "update",
                 force: false,
             },

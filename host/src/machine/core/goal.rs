@@ -52,12 +52,10 @@ impl Core {
                 out.push(Action::Record(None));
                 return;
             }
-            DesiredState::Started if self.instance != self.wanted.instance_id && lives => {
-                Target::Restarted {
-                    kind: "update",
-                    force: false,
-                }
-            }
+            DesiredState::Started if self.is_outdated() && lives => Target::Restarted {
+                kind: "update",
+                force: false,
+            },
             DesiredState::Started => Target::Started { kind: "start" },
             DesiredState::Restarted { force } => Target::Restarted {
                 kind: "restart",
@@ -143,11 +141,12 @@ impl Core {
         let Phase::Rest(rest) = &mut self.phase else {
             return false;
         };
+        let was = rest.state;
         match goal.to {
             Target::Started { kind } | Target::Restarted { kind, .. } => {
-                let kind = match rest.state {
+                let kind = match was {
                     MachineState::Created => "launch",
-                    _ if self.instance != self.wanted.instance_id => "update",
+                    _ if self.is_outdated() => "update",
                     _ => kind,
                 };
                 self.start(kind, goal.source, out);
@@ -155,7 +154,6 @@ impl Core {
             }
             Target::Suspended => true,
             Target::Stopped(_) => {
-                let was = rest.state;
                 rest.restart_at = None;
                 if was == MachineState::Suspended {
                     out.push(Action::Discard);
@@ -226,8 +224,7 @@ impl Core {
         };
         let source = goal.source;
         let wakes = matches!(self.phase, Phase::Starting { wakes: true, .. });
-        let outdated = self.instance != self.wanted.instance_id;
-        if wakes && outdated && matches!(goal.to, Target::Started { .. }) {
+        if wakes && self.is_outdated() && matches!(goal.to, Target::Started { .. }) {
             // Of the config that is wanted now, which what wakes is not.
             let to = Target::Restarted {
                 kind: "update",

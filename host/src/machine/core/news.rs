@@ -32,8 +32,7 @@ impl Core {
                     return;
                 }
                 let reason = format!("the snapshot could not be used: {reason}");
-                let same = self.instance == self.wanted.instance_id;
-                self.boot(!same, out);
+                self.boot(self.is_outdated(), out);
                 self.record(out, "start", source, json!({"cold_because": reason}));
             }
             (&mut Phase::Starting { .. }, Input::BootFailed { failure, .. }) => {

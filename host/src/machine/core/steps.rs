@@ -23,7 +23,7 @@ impl Core {
         let Phase::Rest(rest) = &self.phase else {
             return;
         };
-        let same = self.instance == self.wanted.instance_id;
+        let same = !self.is_outdated();
         let asleep = rest.state == MachineState::Suspended;
         let keep_disk = same && (rest.keep_disk || asleep);
         let wakes = asleep && same;
@@ -78,17 +78,12 @@ impl Core {
         now: Instant,
         out: &mut Vec<Action>,
     ) {
-        // A Machine whose app has ended is about to end; nobody is left to be asked.
-        let source = if source == Source::Machine {
-            Source::Host
-        } else {
-            source
-        };
         self.phase = Phase::Stopping {
-            source,
+            source: asker(source),
             kill_at: Some(now + timeout + FLUSH_TIME),
             exit,
         };
+        // A Machine whose app has ended is about to end; nobody is left to be asked.
         if exit.is_none() {
             out.push(Action::Ask {
                 epoch: self.epoch,
@@ -99,18 +94,22 @@ impl Core {
     }
 
     pub(super) fn stopping_start(&mut self, source: Source, out: &mut Vec<Action>) {
-        let source = if source == Source::Machine {
-            Source::Host
-        } else {
-            source
-        };
         self.phase = Phase::Stopping {
-            source,
+            source: asker(source),
             kill_at: None,
             exit: None,
         };
         out.push(Action::Kill { epoch: self.epoch });
         out.push(Action::Record(None));
+    }
+}
+
+/// Who has asked for a stop. Stopping on the Machine's own account means that it does not follow its app's
+/// end, and nobody has asked.
+fn asker(source: Source) -> Source {
+    match source {
+        Source::Machine => Source::Host,
+        other => other,
     }
 }
 
