@@ -1,0 +1,92 @@
+//! What an agent that starts finds of a Machine: a monitor to adopt, a snapshot, or neither.
+
+use std::sync::Arc;
+
+use super::end::end_of;
+use super::wake::resumed;
+use super::{Vm, told};
+use crate::guest::QUICK;
+use crate::machine::core::{End, Epoch, Found};
+use crate::monitor::{Monitor, control};
+use crate::running::Running;
+
+/// What an adopted monitor counts as. Whatever is started after it counts higher.
+const ADOPTED: Epoch = 1;
+
+impl Vm {
+    pub(super) async fn find(&self, starting: bool) -> std::io::Result<Found> {
+        let Some(monitor) = Monitor::adopt(&self.dir.pid_file())? else {
+            let seal = self.dir.seal(&self.host.boot_id)?;
+            if seal.is_some() {
+                self.host.metrics.adopted.add(1);
+                return Ok(Found::Asleep);
+            }
+            self.remove_snapshot().await;
+            let ran = self.memo.lock().boots > 0;
+            let end = self
+                .dir
+                .exit()?
+                .map(|exit| end_of(&exit.reason, &exit.message, None));
+            return Ok(Found::Nothing {
+                end: end.filter(|_| ran),
+            });
+        };
+        let running = Running::new(ADOPTED, monitor);
+        match self.adopt(&running, starting).await {
+            Ok(()) => {
+                tracing::info!(machine = %self.id, pid = running.monitor.pid(), "adopted a monitor");
+                self.host.metrics.adopted.add(1);
+                *self.running.lock() = Some(running);
+                Ok(Found::Running { epoch: ADOPTED })
+            }
+            Err(reason) => {
+                tracing::warn!(machine = %self.id, %reason, "a monitor cannot be adopted");
+                running.monitor.kill();
+                running.monitor.ended().await;
+                self.remove_snapshot().await;
+                Ok(Found::Nothing {
+                    end: Some(End {
+                        by_guest: false,
+                        reason: format!("the monitor was found, and not fit to go on: {reason}"),
+                    }),
+                })
+            }
+        }
+    }
+
+    /// A living monitor wins over a snapshot, and must run. One that was `starting` when it was last
+    /// seen must come as far as its app.
+    async fn adopt(&self, running: &Arc<Running>, starting: bool) -> Result<(), String> {
+        self.dir
+            .break_seal()
+            .and_then(|()| self.dir.sync())
+            .map_err(told)?;
+        let socket = self.dir.control();
+        let call = async {
+            if control::describe(&socket).await?.state != "running" {
+                control::resume(&socket).await?;
+            }
+            Ok::<_, control::ControlError>(())
+        };
+        tokio::select! {
+            outcome = call => outcome.map_err(|e| e.to_string())?,
+            _ = running.monitor.ended() => return Err("it has just ended".to_owned()),
+        }
+        // It may have been paused, or woken by an agent that died before it could tell the time. A
+        // guest that still boots does not listen, and needs no telling.
+        match self.guest.ask(&resumed(), QUICK).await {
+            Ok(_) => {}
+            Err(error) => tracing::debug!(machine = %self.id, %error, "not told the time"),
+        }
+        self.attend(running);
+        if starting {
+            let limit = self.host.config.boot_timeout;
+            tokio::select! {
+                started = running.app_started() => started.map_err(|e| self.why_app_ended(&e))?,
+                _ = running.monitor.ended() => return Err("it has just ended".to_owned()),
+                () = tokio::time::sleep(limit) => return Err("its app does not start".to_owned()),
+            }
+        }
+        Ok(())
+    }
+}

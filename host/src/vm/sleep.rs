@@ -1,0 +1,158 @@
+//! A suspend, and what becomes of its snapshot: it is made to last, or void.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::{Vm, told};
+use crate::dir::{Durability, Seal};
+use crate::machine::hands::SleepFailure;
+use crate::monitor::control;
+use crate::running::Running;
+
+impl Vm {
+    pub(super) async fn suspend(&self, running: &Running) -> Result<(), SleepFailure> {
+        let alive = |reason: String| SleepFailure {
+            reason,
+            alive: true,
+        };
+        let instance_id = self.memo.lock().instance_id.clone();
+        let instance_id = instance_id.ok_or_else(|| alive("its config is not known".to_owned()))?;
+        let socket = self.dir.control();
+        running.sleeps.store(true, Ordering::Release);
+        // Who calls from now on waits for the wake.
+        self.reachable.send_replace(false);
+        let write = async {
+            control::pause(&socket).await.map_err(|e| e.to_string())?;
+            control::snapshot(&socket)
+                .await
+                .map_err(|e| e.to_string())?;
+            let seal = Seal {
+                instance_id: instance_id.clone(),
+                boot_id: Some(self.host.boot_id.clone()),
+            };
+            self.dir
+                .write_seal(&seal, Durability::Unsynced)
+                .map_err(told)
+        };
+        let written = tokio::select! {
+            written = write => written,
+            signal = running.monitor.ended() => {
+                // Without its monitor's word a snapshot is not trusted.
+                let _ = self.break_seal();
+                self.remove_snapshot().await;
+                return Err(SleepFailure { reason: self.end(running, signal).reason, alive: false });
+            }
+        };
+        if let Err(reason) = written {
+            running.sleeps.store(false, Ordering::Release);
+            let back = self.break_seal().map_err(told);
+            let back = match back {
+                Ok(()) => control::resume(&socket).await.map_err(|e| e.to_string()),
+                Err(error) => Err(error),
+            };
+            let Err(error) = back else {
+                return Err(alive(reason));
+            };
+            running.monitor.kill();
+            running.monitor.ended().await;
+            self.remove_snapshot().await;
+            let reason = format!("{reason}; and it could not go on: {error}");
+            return Err(SleepFailure {
+                reason,
+                alive: false,
+            });
+        }
+        self.end_paused(running).await;
+        self.secure_snapshot(instance_id);
+        Ok(())
+    }
+
+    /// Ends a monitor whose vCPUs stand still: however it goes, nothing is lost.
+    async fn end_paused(&self, running: &Running) {
+        let polite = async {
+            if let Err(error) = control::stop(&self.dir.control()).await {
+                tracing::warn!(machine = %self.id, %error, "a monitor does not stop");
+                return;
+            }
+            running.monitor.ended().await;
+        };
+        if tokio::time::timeout(STOP_TIME, polite).await.is_err() || !running.monitor.has_ended() {
+            running.monitor.kill();
+        }
+        running.monitor.ended().await;
+        self.forget_running(running.epoch);
+    }
+
+    /// Makes the snapshot outlast a loss of power, in the background; and has the host's memory back, where
+    /// that is its policy: what is on disk can be dropped.
+    fn secure_snapshot(&self, instance_id: String) {
+        let (dir, seals) = (self.dir.clone(), Arc::clone(&self.seals));
+        let cache = self.host.config.snapshot_cache;
+        let seal_number = *seals.lock();
+        // Beside everything else: the disk may be slow, and limited.
+        let synced = {
+            let dir = dir.clone();
+            tokio::task::spawn_blocking(move || dir.sync_snapshot())
+        };
+        let publish = self.on_disk(move || {
+            let seal = Seal {
+                instance_id,
+                boot_id: None,
+            };
+            let publish = dir.prepare_seal(&seal)?;
+            let now = seals.lock();
+            let sleeps = *now == seal_number;
+            if sleeps {
+                publish()?;
+            }
+            drop(now);
+            dir.sync()?;
+            // A wake may begin at this moment: it is only slower, see there.
+            if sleeps && cache.drops_now() {
+                dir.drop_snapshot_cache()?;
+            }
+            Ok(())
+        });
+        let id = self.id.clone();
+        tokio::spawn(async move {
+            let secured = async {
+                synced.await.map_err(|e| e.to_string())?.map_err(told)?;
+                publish.await
+            };
+            if let Err(error) = secured.await {
+                // It stays good as long as the host has power; or it was woken meanwhile.
+                tracing::debug!(machine = %id, error, "a snapshot is not secured");
+            }
+        });
+    }
+
+    pub(super) fn break_seal(&self) -> std::io::Result<()> {
+        let mut seals = self.seals.lock();
+        *seals += 1;
+        self.dir.break_seal()
+    }
+
+    /// Makes sure that no snapshot will ever be used again.
+    pub(super) async fn void_snapshot(&self) -> Result<(), String> {
+        self.break_seal().map_err(told)?;
+        let dir = self.dir.clone();
+        self.on_disk(move || {
+            dir.sync()?;
+            dir.remove_snapshot()
+        })
+        .await
+    }
+
+    /// Removes a snapshot that nobody can use any more: its seal is broken, and no monitor has it open.
+    pub(super) async fn remove_snapshot(&self) {
+        let dir = self.dir.clone();
+        let removed = self.on_disk(move || dir.remove_snapshot()).await;
+        if let Err(error) = removed {
+            tracing::warn!(machine = %self.id, error, "a snapshot cannot be removed");
+        }
+    }
+}
+
+/// How long a monitor may take to end after it was asked to, with nothing left to do.
+const STOP_TIME: Duration = Duration::from_secs(5);

@@ -1,0 +1,115 @@
+//! A wake from the snapshot, and the frame on the private network that may have caused it.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tern_guest::message::Request;
+use tokio::sync::oneshot;
+
+use super::{Vm, told};
+use crate::machine::core::Epoch;
+use crate::network::bell;
+use crate::trace::Marks;
+
+impl Vm {
+    pub(super) async fn resume(&self, epoch: Epoch) -> Result<(), String> {
+        let seal = self.dir.seal(&self.host.boot_id).map_err(told)?;
+        let seal = seal.ok_or("there is none that is good")?;
+        if Some(&seal.instance_id) != self.memo.lock().instance_id.as_ref() {
+            return Err("it is of another config".to_owned());
+        }
+        let mut marks = Marks::new(false);
+        self.reachable.send_replace(false);
+        self.break_seal().map_err(told)?;
+        self.dir.prepare_for_monitor(self.user()).map_err(told)?;
+        let sync = tokio::task::spawn_blocking({
+            let dir = self.dir.clone();
+            move || dir.sync()
+        });
+        marks.mark("prepared");
+        let machine = self.host.machine(&self.id);
+        // Who copies a volume while its Machine sleeps has it locked.
+        let mut turns = Vec::new();
+        if let Some(machine) = &machine {
+            for mount in &machine.config.mounts {
+                turns.push(self.host.volumes.turn(&mount.volume).await);
+            }
+            let guest = &machine.config.guest;
+            self.host
+                .groups
+                .make(self.id.as_str(), guest.cpus.into(), guest.memory_mb)
+                .map_err(told)?;
+            self.plug(machine).await?;
+        }
+        marks.mark("plugged");
+        let running = self.spawn(epoch, true)?;
+        marks.mark("spawned");
+        let limit = self.host.config.wake_timeout;
+        let (up, is_up) = oneshot::channel();
+        let secured = async {
+            // Long done, as a rule: the monitor has memory to load meanwhile.
+            sync.await.map_err(|e| e.to_string())?.map_err(told)?;
+            // Not before: what a request changes must not meet the old memory after a loss of power. The guest's
+            // own word need not be waited for: who calls is held until it runs.
+            if is_up.await.is_ok() {
+                self.reachable.send_replace(true);
+            }
+            Ok(marks.elapsed())
+        };
+        let spoken = async {
+            let monitor_is_up = || {
+                let _ = up.send(()); // who listens is beside this
+            };
+            let spoken = Box::pin(self.guest.insist(resumed, limit, monitor_is_up));
+            spoken.await.map_err(|e| e.to_string())?;
+            Ok::<_, String>(marks.elapsed())
+        };
+        let speak = async {
+            let (reachable, resumed) = tokio::try_join!(secured, spoken)?;
+            let mut marks = marks.clone();
+            marks.mark_at("reachable", reachable);
+            marks.mark_at("resumed", resumed);
+            self.report(marks);
+            Ok(())
+        };
+        tokio::select! {
+            outcome = speak => outcome,
+            signal = running.monitor.ended() => Err(self.end(&running, signal).reason),
+        }
+    }
+
+    /// Waits at the TAP for a frame that calls the Machine.
+    pub(super) async fn listen(&self) -> Result<(), String> {
+        *self.calling.lock() = None;
+        let Some(machine) = self.host.machine(&self.id) else {
+            return std::future::pending().await;
+        };
+        let Some(calls) = bell::Calls::of(&machine) else {
+            return std::future::pending().await;
+        };
+        self.plug(&machine).await?;
+        let frame = bell::listen(self.slot, &calls).await.map_err(told)?;
+        *self.calling.lock() = Some(frame);
+        Ok(())
+    }
+
+    /// Gives the guest the frame that woke it. One that is lost is sent again, a little later.
+    pub(super) fn pass_call_on(&self) {
+        if let Some(frame) = self.calling.lock().take()
+            && let Err(error) = bell::deliver(self.slot, &frame)
+        {
+            tracing::debug!(machine = %self.id, %error, "a frame is lost");
+        }
+    }
+}
+
+/// The news for a guest that was away.
+pub(super) fn resumed() -> Request {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let entropy: [u8; 64] = rand::random();
+    Request::Resumed {
+        unix_nanos: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        entropy: entropy.to_vec(),
+    }
+}
