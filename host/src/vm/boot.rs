@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use tern_catalog::Machine;
+use tern_guest::message::ExitStatus;
 use tern_guest::run_archive;
 
 use super::Vm;
@@ -20,23 +21,18 @@ impl Vm {
         machine: &Arc<Machine>,
         reset_disk: bool,
     ) -> Result<String, BootFailure> {
-        let lasting = |reason: String| BootFailure {
-            reason,
-            exit: None,
-            lasting: true,
-        };
-        let passing = |reason: String| BootFailure {
-            reason,
-            exit: None,
-            lasting: false,
+        let (lasting, passing) = (BootFailure::lasting, BootFailure::passing);
+        let ended = |exit: ExitStatus| BootFailure {
+            exit: Some(exit),
+            ..passing(self.why_app_ended(&exit))
         };
         let mut marks = Marks::new(true);
         // Before anything else: whatever comes, the disk may be written from here on.
-        self.void_snapshot().await.map_err(&passing)?;
+        self.void_snapshot().await.map_err(passing)?;
         let image = self.image(machine).await?;
         marks.mark("image");
         // Until the app is up: by then the monitor has locked the disks.
-        let _turns = self.volumes_ready(machine).await.map_err(&passing)?;
+        let _turns = self.volumes_ready(machine).await.map_err(passing)?;
         let run = bundle::run_config(machine, &image.config, self.slot)
             .map_err(|e| lasting(e.to_string()))?;
         let archive = run_archive(&run).map_err(|e| lasting(e.to_string()))?;
@@ -85,12 +81,12 @@ impl Vm {
             }
         })
         .await
-        .map_err(&passing)?;
+        .map_err(passing)?;
         marks.mark("prepared");
-        self.plug(machine).await.map_err(&passing)?;
+        self.plug(machine).await.map_err(passing)?;
         marks.mark("plugged");
 
-        let running = self.spawn(epoch, false).map_err(&passing)?;
+        let running = self.spawn(epoch, false).map_err(passing)?;
         marks.mark("spawned");
         let limit = self.host.config.boot_timeout;
         tokio::select! {
@@ -100,21 +96,13 @@ impl Vm {
                     self.report(marks);
                     Ok(digest)
                 }
-                Err(exit) => Err(BootFailure {
-                    reason: self.why_app_ended(&exit),
-                    exit: Some(exit),
-                    lasting: false,
-                }),
+                Err(exit) => Err(ended(exit)),
             },
             signal = running.monitor.ended() => {
                 // It follows the app, whose end may have been told just before.
                 running.news_settled().await;
                 match running.exited() {
-                    Some(exit) => Err(BootFailure {
-                        reason: self.why_app_ended(&exit),
-                        exit: Some(exit),
-                        lasting: false,
-                    }),
+                    Some(exit) => Err(ended(exit)),
                     None => Err(passing(self.end(&running, signal).reason)),
                 }
             }

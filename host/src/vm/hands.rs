@@ -25,10 +25,8 @@ impl Hands for Vm {
         reset_disk: bool,
     ) -> Result<String, BootFailure> {
         let start = self.start(epoch, &machine, reset_disk);
-        self.unless_killed(epoch, start, || BootFailure {
-            reason: "the start was broken off".to_owned(),
-            exit: None,
-            lasting: true,
+        self.unless_killed(epoch, start, || {
+            BootFailure::lasting("the start was broken off".to_owned())
         })
         .await
     }

@@ -1,7 +1,9 @@
 //! What monitor and guest of a Machine that runs say of it: where the time of its start went, and its memory.
 
+use tern_guest::message::Status;
+
 use super::Vm;
-use crate::monitor::control;
+use crate::monitor::control::{self, VmState};
 use crate::trace::{Marks, StartTrace};
 
 /// The memory of a Machine that runs, in MiB.
@@ -32,20 +34,14 @@ impl Vm {
 
     /// Where the time of the last start went.
     pub(crate) async fn start_trace(&self) -> Result<StartTrace, String> {
-        let vm = control::describe(&self.dir.control())
-            .await
-            .map_err(|e| e.to_string())?;
-        let guest = self.guest.status().await.map_err(|e| e.to_string())?;
+        let (vm, guest) = self.both_say().await?;
         let marks = self.last_start.lock().clone();
         Ok(StartTrace::new(marks.as_ref(), &vm, &guest.phases))
     }
 
     /// The memory that a started Machine may use, and what of it is left.
     pub(crate) async fn memory(&self) -> Result<MemoryUse, String> {
-        let vm = control::describe(&self.dir.control())
-            .await
-            .map_err(|e| e.to_string())?;
-        let guest = self.guest.status().await.map_err(|e| e.to_string())?;
+        let (vm, guest) = self.both_say().await?;
         let limit_mib = vm.memory_limit_mib.ok_or_else(|| {
             "its monitor is from before memory could be limited; restart the Machine".to_owned()
         })?;
@@ -62,5 +58,13 @@ impl Vm {
         control::limit_memory(&self.dir.control(), mib)
             .await
             .map_err(|e| e.to_string())
+    }
+
+    async fn both_say(&self) -> Result<(VmState, Status), String> {
+        let vm = control::describe(&self.dir.control())
+            .await
+            .map_err(|e| e.to_string())?;
+        let guest = self.guest.status().await.map_err(|e| e.to_string())?;
+        Ok((vm, guest))
     }
 }

@@ -83,6 +83,26 @@ pub(crate) struct BootFailure {
     pub(crate) lasting: bool,
 }
 
+impl BootFailure {
+    /// One that trying again cannot help.
+    pub(crate) fn lasting(reason: String) -> Self {
+        Self {
+            reason,
+            exit: None,
+            lasting: true,
+        }
+    }
+
+    /// One that may be gone the next time.
+    pub(crate) fn passing(reason: String) -> Self {
+        Self {
+            reason,
+            exit: None,
+            lasting: false,
+        }
+    }
+}
+
 /// How a monitor has ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct End {
