@@ -151,6 +151,7 @@ pub struct Serve {
     /// Less of the host's processors per frame, and sooner at the guest. Applies from a Machine's next cold
     /// start, and then as long as it sleeps and wakes: keep the module vhost_net loaded. The kernel keeps no
     /// limit, and the monitor does not count what it moves.
+    // The rule is the agent's (`tern_host::HostConfig::check`); here it is told before anything is opened.
     #[arg(long, conflicts_with = "machine_net_bandwidth")]
     pub machine_vhost_net: bool,
     /// Whether the memory of a suspended Machine stays in this host's page cache: keep (wakes read nothing from

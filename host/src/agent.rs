@@ -21,7 +21,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::cgroup::Groups;
 use crate::checks::Checks;
-use crate::config::HostConfig;
+use crate::config::{ConfigError, HostConfig};
 use crate::dir::{self, MachineDir, Memo};
 use crate::disk::Blank;
 use crate::guest::{Exec, QUICK};
@@ -88,6 +88,9 @@ struct Entry {
 /// Why an agent could not start.
 #[derive(Debug, Error)]
 pub enum AgentError {
+    /// What it was given contradicts itself.
+    #[error("configuration: {0}")]
+    Config(#[from] ConfigError),
     /// Its directory cannot be used.
     #[error("{path}: {source}")]
     Io {
@@ -130,6 +133,7 @@ impl Agent {
         catalog: Catalog,
         view: View,
     ) -> Result<Self, AgentError> {
+        config.check()?;
         let lock = prepare_dirs(&config)?;
         let snapshot = view.snapshot();
         let images = ImageStore::open(config.data_dir.join("images"), Limits::default())?;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use tern_catalog::HostId;
+use thiserror::Error;
 
 use crate::page_cache::SnapshotCache;
 
@@ -40,7 +41,7 @@ pub struct HostConfig {
     /// What each Machine may take of the host's disks and network.
     pub rate_limits: RateLimits,
     /// Whether the host's kernel moves the frames of Machines, by `/dev/vhost-net`, from their next cold start
-    /// on. Not together with a limit of `rate_limits.network_bytes`, which the kernel would not keep.
+    /// on. Refused together with `rate_limits.network_bytes`, which the kernel would not keep.
     pub vhost_net: bool,
     /// Whether the memory of a suspended Machine stays in the host's page cache.
     pub snapshot_cache: SnapshotCache,
@@ -81,6 +82,18 @@ pub struct RateLimits {
     pub network_bytes: Option<u64>,
 }
 
+/// Why an agent does not start with what it was given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum ConfigError {
+    /// [`HostConfig::vhost_net`] with a limit on the network. Each monitor would refuse it, one Machine's start
+    /// after the other.
+    #[error(
+        "vhost_net has the host's kernel move the frames of Machines, and the kernel keeps no limit: \
+         leave out either it or rate_limits.network_bytes"
+    )]
+    VhostKeepsNoLimit,
+}
+
 /// How the images of one registry are reached.
 #[derive(Clone, Default)]
 pub struct Registry {
@@ -116,6 +129,15 @@ impl HostConfig {
         }
     }
 
+    /// Says what contradicts itself, if anything. [`Agent::start`](crate::Agent::start) asks before it does
+    /// anything else.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.vhost_net && self.rate_limits.network_bytes.is_some() {
+            return Err(ConfigError::VhostKeepsNoLimit);
+        }
+        Ok(())
+    }
+
     /// Where Machines are kept.
     pub fn machines_dir(&self) -> PathBuf {
         self.data_dir.join("machines")
@@ -143,3 +165,50 @@ const DISK_SIZE: u64 = 8 << 30;
 const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 /// A wake that takes longer than a cold start is none.
 const WAKE_TIMEOUT: Duration = Duration::from_secs(20);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Agent, AgentError};
+    use std::sync::Arc;
+    use tern_catalog::{Catalog, SqliteStore, Store, View};
+
+    #[tokio::test]
+    async fn vhost_with_a_limit_on_the_network_is_refused_before_anything_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        // Too long a path: an agent that overlooked the one would end at the other, and make no network here.
+        let data = dir.path().join("x".repeat(96));
+        let mut config = HostConfig::new(HostId(1), &data);
+        config.rate_limits = RateLimits {
+            disk_bytes: Some(1),
+            disk_operations: Some(1),
+            network_bytes: Some(1),
+        };
+        config.check().unwrap();
+        config.vhost_net = true;
+        let without = RateLimits {
+            network_bytes: None,
+            ..config.rate_limits
+        };
+        let unlimited = HostConfig {
+            rate_limits: without,
+            ..config.clone()
+        };
+        unlimited.check().unwrap();
+
+        let store: Arc<dyn Store> =
+            Arc::new(SqliteStore::open(&dir.path().join("catalog.db")).unwrap());
+        let view = View::follow(Arc::clone(&store)).await.unwrap();
+        let started = Agent::start(config, Catalog::new(store), view).await;
+        let error = started.err().unwrap();
+        assert!(matches!(
+            error,
+            AgentError::Config(ConfigError::VhostKeepsNoLimit)
+        ));
+        let error = error.to_string();
+        for name in ["vhost_net", "rate_limits.network_bytes"] {
+            assert!(error.contains(name), "{error}");
+        }
+        assert!(!data.exists());
+    }
+}

@@ -42,7 +42,7 @@ mod vm;
 mod volumes;
 
 pub use agent::{Agent, AgentError, AgentHandle};
-pub use config::{CpuTemplate, HostConfig, RateLimits, Registry};
+pub use config::{ConfigError, CpuTemplate, HostConfig, RateLimits, Registry};
 pub use guest::{Exec, ExecInputs, ExecOutput, ExecOutputs, GuestError};
 pub use logs::{LogItem, LogLine, LogReader};
 pub use machine::{CommandError, Source, StopRequest};

@@ -4,11 +4,16 @@
 //! misspelt key is an error at start rather than a Machine without its disk. What passes
 //! [`VmConfig::load`] is within the limits of this module; later code does not check again.
 
+mod check;
+#[cfg(test)]
+mod tests;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::check::{MAX_VCPUS, MIN_MEMORY_MIB};
 use crate::boot::template::CpuTemplate;
 
 /// What to run, and where to leave its files.
@@ -153,26 +158,8 @@ pub struct VsockConfig {
 #[serde(try_from = "String", into = "String")]
 pub struct MacAddr(pub [u8; 6]);
 
-/// Most processors a guest can have: what the issue of a small cloud needs, and one MADT entry each.
-pub const MAX_VCPUS: u8 = 8;
-/// Less does not boot a stock kernel with its initramfs.
-pub const MIN_MEMORY_MIB: u32 = 32;
-/// A bound on what a typing error may ask of the host.
-const MAX_MEMORY_MIB: u32 = 256 * 1024;
-/// Interrupt lines 5 to 23 of the one IOAPIC, less vsock, rng and balloon.
-const MAX_DISKS: usize = 8;
-/// See [`MAX_DISKS`].
-const MAX_NICS: usize = 8;
-/// `sun_path` is 108 bytes with its NUL; leave room for `_<port>` too.
-const MAX_SOCKET_PATH: usize = 96;
-/// `IFNAMSIZ` less the NUL.
-const MAX_TAP_NAME: usize = 15;
-/// Linux on x86 takes 2048 bytes; the monitor's own words need some 300.
-const MAX_CMDLINE: usize = 1536;
 /// The configuration is a few hundred bytes; anything near this is not one.
 const MAX_CONFIG_BYTES: u64 = 256 * 1024;
-/// 0 to 2 are reserved (hypervisor, loopback, host).
-const MIN_GUEST_CID: u32 = 3;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -223,149 +210,6 @@ impl VmConfig {
     pub fn memory_bytes(&self) -> u64 {
         u64::from(self.memory_mib) << 20
     }
-
-    fn rate_limits(&self) -> impl Iterator<Item = (&'static str, &RateLimit)> {
-        let disks = self
-            .disks
-            .iter()
-            .map(|disk| ("rate_limit", &disk.rate_limit));
-        let net = self.net.iter().flat_map(|nic| {
-            [
-                ("receive_limit", &nic.receive_limit),
-                ("transmit_limit", &nic.transmit_limit),
-            ]
-        });
-        disks
-            .chain(net)
-            .filter_map(|(name, limit)| Some((name, limit.as_ref()?)))
-    }
-
-    /// Checks every limit, and says which one is broken.
-    pub fn check(&self) -> Result<(), ConfigError> {
-        let require = |ok: bool, what: &dyn Fn() -> String| {
-            if ok {
-                Ok(())
-            } else {
-                Err(ConfigError::Invalid(what()))
-            }
-        };
-        require(!self.id.is_empty() && self.id.len() <= 128, &|| {
-            "id must be 1 to 128 bytes long".into()
-        })?;
-        require((1..=MAX_VCPUS).contains(&self.vcpus), &|| {
-            format!("vcpus is {}, must be 1 to {MAX_VCPUS}", self.vcpus)
-        })?;
-        require(
-            (MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&self.memory_mib),
-            &|| {
-                format!(
-                    "memory_mib is {}, must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}",
-                    self.memory_mib
-                )
-            },
-        )?;
-        require(self.disks.len() <= MAX_DISKS, &|| {
-            format!("{} disks, at most {MAX_DISKS}", self.disks.len())
-        })?;
-        for (name, limit) in self.rate_limits() {
-            limit.check(name)?;
-        }
-        require(self.net.len() <= MAX_NICS, &|| {
-            format!("{} network devices, at most {MAX_NICS}", self.net.len())
-        })?;
-        require(self.cmdline.len() <= MAX_CMDLINE, &|| {
-            format!(
-                "cmdline is {} bytes long, at most {MAX_CMDLINE}",
-                self.cmdline.len()
-            )
-        })?;
-        require(
-            self.cmdline.bytes().all(|b| (b' '..=b'~').contains(&b)),
-            &|| "cmdline must be printable ASCII".into(),
-        )?;
-        for nic in &self.net {
-            let name = &nic.tap;
-            require(
-                !name.is_empty()
-                    && name.len() <= MAX_TAP_NAME
-                    && name
-                        .bytes()
-                        .all(|b| b.is_ascii_graphic() && b != b'/' && b != b'%'),
-                &|| format!("{name:?} is not a network device name"),
-            )?;
-            let limited = nic.receive_limit.is_some() || nic.transmit_limit.is_some();
-            require(!(nic.vhost && limited), &|| {
-                format!(
-                    "net {name}: vhost keeps neither receive_limit nor transmit_limit; leave out either it or them"
-                )
-            })?;
-            require(nic.mac.0[0] & 1 == 0, &|| {
-                format!("{} is a multicast address", String::from(nic.mac))
-            })?;
-        }
-        let mut sockets = vec![("control", &self.control)];
-        if let Some(vsock) = &self.vsock {
-            require(vsock.cid >= MIN_GUEST_CID && vsock.cid != u32::MAX, &|| {
-                format!(
-                    "vsock cid is {}, must be {MIN_GUEST_CID} or more",
-                    vsock.cid
-                )
-            })?;
-            sockets.push(("vsock path", &vsock.path));
-        }
-        if let Some(jail) = &self.jail {
-            require(jail.uid != 0 && jail.gid != 0, &|| {
-                "jail: uid and gid must not be root's".into()
-            })?;
-            require(jail.root.is_absolute(), &|| {
-                "jail: root must be an absolute path".into()
-            })?;
-            for (name, path) in [
-                ("snapshot_dir", &self.snapshot_dir),
-                ("exit_file", &self.exit_file),
-            ] {
-                let below = path.parent() == Some(&*jail.root);
-                require(below, &|| {
-                    format!("jail: {name} must be directly in its root")
-                })?;
-            }
-        }
-        for (name, path) in sockets {
-            let length = path.as_os_str().len();
-            require(length <= MAX_SOCKET_PATH, &|| {
-                format!("{name} is {length} bytes long, at most {MAX_SOCKET_PATH}")
-            })?;
-        }
-        Ok(())
-    }
-}
-
-impl RateLimit {
-    fn check(&self, name: &str) -> Result<(), ConfigError> {
-        let invalid = |what: &str| Err(ConfigError::Invalid(format!("{name}: {what}")));
-        let rates = [
-            (self.bytes_per_second, self.burst_bytes, "bytes"),
-            (
-                self.operations_per_second,
-                self.burst_operations,
-                "operations",
-            ),
-        ];
-        if rates.iter().all(|(rate, ..)| rate.is_none()) {
-            return invalid("has neither bytes_per_second nor operations_per_second");
-        }
-        for (rate, burst, what) in rates {
-            if rate == Some(0) || burst == Some(0) {
-                return invalid(&format!(
-                    "no {what} at all would be a device that hangs; leave it out for no limit"
-                ));
-            }
-            if rate.is_none() && burst.is_some() {
-                return invalid(&format!("a burst of {what} without a rate"));
-            }
-        }
-        Ok(())
-    }
 }
 
 impl TryFrom<String> for MacAddr {
@@ -390,152 +234,5 @@ impl TryFrom<String> for MacAddr {
 impl From<MacAddr> for String {
     fn from(MacAddr([a, b, c, d, e, f]): MacAddr) -> Self {
         format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::{Value, json};
-
-    fn sample() -> Value {
-        json!({
-            "id": "148e21ea7e7d89", "vcpus": 2, "memory_mib": 256, "cpu_template": "x86-64-v3",
-            "kernel": "/k/vmlinux", "initramfs": ["/k/initramfs", "/m/run.cpio"],
-            "cmdline": "tern.debug",
-            "disks": [
-                {"path": "/m/image.erofs", "read_only": true, "engine": "io_uring"},
-                {"path": "/m/disk.ext4", "read_only": false, "rate_limit": {"operations_per_second": 1000}},
-            ],
-            "net": [{
-                "tap": "tn0", "mac": "02:00:00:00:00:01",
-                "receive_limit": {"bytes_per_second": 1_000_000, "burst_bytes": 5_000_000},
-                "transmit_limit": {"bytes_per_second": 1_000_000},
-            }],
-            "vsock": {"cid": 3, "path": "/m/vsock.sock"},
-            "control": "/m/vmm.sock", "pid_file": "/m/vmm.pid", "serial_log": "/m/serial.log",
-            "snapshot_dir": "/m/snapshot", "exit_file": "/m/exit.json",
-            "jail": {"root": "/m", "uid": 1_000_000, "gid": 1_000_000, "cgroup": "/sys/fs/cgroup/tern/1"}
-        })
-    }
-
-    fn parse(value: &Value) -> Result<VmConfig, String> {
-        let config: VmConfig = serde_json::from_value(value.clone()).map_err(|e| e.to_string())?;
-        config.check().map_err(|e| e.to_string())?;
-        Ok(config)
-    }
-
-    #[test]
-    fn reads_the_documented_sample() {
-        let config = parse(&sample()).unwrap();
-        assert_eq!(config.net[0].mac, MacAddr([2, 0, 0, 0, 0, 1]));
-        assert_eq!(config.memory_bytes(), 256 << 20);
-        let again = serde_json::to_value(&config).unwrap();
-        assert_eq!(again, sample());
-    }
-
-    #[test]
-    fn vhost_is_for_a_card_without_limits() {
-        let mut value = sample();
-        let nic = value["net"][0].as_object_mut().unwrap();
-        nic.retain(|key, _| !key.ends_with("_limit"));
-        assert!(!parse(&value).unwrap().net[0].vhost);
-        value["net"][0]["vhost"] = json!(true);
-        let config = parse(&value).unwrap();
-        assert!(config.net[0].vhost);
-        assert_eq!(serde_json::to_value(&config).unwrap(), value);
-        for limit in ["receive_limit", "transmit_limit"] {
-            let mut limited = value.clone();
-            limited["net"][0][limit] = json!({"bytes_per_second": 1});
-            let error = parse(&limited).unwrap_err();
-            assert!(error.contains("tn0") && error.contains("vhost"), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_template_is_one_of_those_there_are() {
-        let with = |name: &str| {
-            let mut value = sample();
-            value["cpu_template"] = json!(name);
-            parse(&value)
-        };
-        for template in [
-            CpuTemplate::Host,
-            CpuTemplate::X86_64V2,
-            CpuTemplate::X86_64V3,
-        ] {
-            let config = with(&template.to_string()).unwrap();
-            assert_eq!(config.cpu_template, template);
-        }
-        let mut without = sample();
-        without.as_object_mut().unwrap().remove("cpu_template");
-        assert_eq!(parse(&without).unwrap().cpu_template, CpuTemplate::Host);
-        for wrong in ["X86-64-v3", "x86-64-v4", ""] {
-            assert!(with(wrong).unwrap_err().contains("x86-64-v2"), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn refuses_an_unknown_key_at_every_level() {
-        for pointer in [
-            "",
-            "/disks/0",
-            "/disks/1/rate_limit",
-            "/net/0",
-            "/vsock",
-            "/jail",
-        ] {
-            let mut value = sample();
-            let table = value.pointer_mut(pointer).unwrap().as_object_mut().unwrap();
-            table.insert("colour".into(), json!("blue"));
-            let error = parse(&value).unwrap_err();
-            assert!(error.contains("colour"), "{pointer}: {error}");
-        }
-    }
-
-    #[test]
-    fn refuses_values_outside_their_limits() {
-        let cases = [
-            ("/vcpus", json!(0), "vcpus"),
-            ("/vcpus", json!(9), "vcpus"),
-            ("/memory_mib", json!(1), "memory_mib"),
-            ("/id", json!(""), "id"),
-            ("/net/0/tap", json!("a-name-too-long-for-linux"), "name"),
-            ("/net/0/tap", json!("tn%d"), "name"),
-            ("/net/0/mac", json!("02:00:00:00:00"), "Ethernet"),
-            ("/net/0/mac", json!("01:00:00:00:00:00"), "multicast"),
-            ("/net/0/vhost", json!(true), "receive_limit"),
-            ("/net/0/vhost", json!("yes"), "boolean"),
-            ("/vsock/cid", json!(2), "cid"),
-            ("/control", json!("x".repeat(200)), "control"),
-            ("/disks/1/rate_limit", json!({}), "neither"),
-            ("/disks/0/engine", json!("magic"), "io_uring"),
-            (
-                "/disks/1/rate_limit/operations_per_second",
-                json!(0),
-                "hangs",
-            ),
-            (
-                "/net/0/receive_limit/bytes_per_second",
-                json!(null),
-                "neither",
-            ),
-            (
-                "/net/0/transmit_limit",
-                json!({"burst_bytes": 1, "operations_per_second": 1}),
-                "burst",
-            ),
-            ("/jail/uid", json!(0), "root"),
-            ("/jail/root", json!("/elsewhere"), "snapshot_dir"),
-            ("/cmdline", json!("a\nb"), "ASCII"),
-            ("/cmdline", json!("a".repeat(2000)), "cmdline"),
-        ];
-        for (pointer, bad, word) in cases {
-            let mut value = sample();
-            let (table, key) = pointer.rsplit_once('/').unwrap();
-            value.pointer_mut(table).unwrap()[key] = bad.clone();
-            let error = parse(&value).unwrap_err();
-            assert!(error.contains(word), "{pointer} = {bad}: {error}");
-        }
     }
 }
