@@ -260,7 +260,7 @@ const WEIGHT: u32 = 100;
 const CONTROL: &str = "cgroup.subtree_control";
 /// The monitor itself takes some MiB; its disk's page cache wants room too.
 const OVERHEAD_MIB: u64 = 128;
-/// Main, control, starter, and one per device of at most 8 disks, 8 network cards, vsock, randomness and
+/// Main, control, and one per device of at most 8 disks, 8 network cards, vsock, randomness and
 /// balloon, one that prefetches, with room to spare: 32. And the kernel's own threads for a disk's `io_uring`,
 /// which count too: up to 4 for each of 8 disks (of each memory node, on a host with several).
 const THREADS: u32 = 32 + 8 * 4;

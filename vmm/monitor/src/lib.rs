@@ -11,14 +11,14 @@
 //! |---|---|
 //! | main | owns the [`machine::Machine`] and carries out one command after the other; takes stock when a guest has woken ([`wake`]) |
 //! | `vcpu<n>` | runs the guest ([`vcpu`]) and answers its exits ([`bus`]) |
-//! | `block`, `net`, `vsock`, `rng`, `balloon` | one per device, from its driver's "ready" on ([`virtio::worker`]) |
+//! | `block`, `net`, `vsock`, `rng`, `balloon` | one per device, at work from its driver's "ready" on ([`virtio::worker`]) |
 //! | `control` | the API and SIGTERM; hands commands to main |
 //! | `vhost-net` | in place of `net` where the kernel moves a card's frames: sets it up, and sleeps ([`virtio::net::vhost`]) |
 //! | `block-io` | four per disk that has no `io_uring` ([`virtio::block`]) |
 //! | `prefetch` | maps the pages of the last wake, in a restored guest's first moments ([`snapshot`]) |
-//! | `starter` | starts the devices' threads, which a vCPU's filter forbids ([`jail::threads`]) |
 //!
-//! Before the guest runs the process gives up everything but what it has opened by then: see [`jail`].
+//! All are made before the guest runs, and wait for their work: nobody may make one later ([`jail::threads`]). By then
+//! the process has given up everything but what it has open: see [`jail`].
 
 pub mod boot;
 pub mod bus;

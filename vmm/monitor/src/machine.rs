@@ -12,7 +12,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::CpuId;
@@ -22,8 +22,9 @@ use serde::Serialize;
 use crate::boot::{self, BootError, Entry, cpu, generation, layout, template};
 use crate::bus::Bus;
 use crate::config::{MIN_MEMORY_MIB, NetConfig, VmConfig};
-use crate::jail::seccomp::{self, ThreadKind};
-use crate::jail::{Jail, JailError, threads};
+use crate::jail::seccomp::ThreadKind;
+use crate::jail::threads::Hand;
+use crate::jail::{Jail, JailError};
 use crate::kvm::{KvmError, Vm, call, pre_fault};
 use crate::memory::{Memory, MemoryError};
 use crate::run::Event;
@@ -59,7 +60,7 @@ pub struct Machine {
     touched: Touched,
     /// So many runs of the last wake's pages were mapped before the guest ran.
     ready: usize,
-    /// Maps the pages of the last wake, in this one's first moments.
+    /// Maps the others in its first moments.
     prefetching: Option<Prefetching>,
     state: State,
     trace: Arc<Trace>,
@@ -83,11 +84,27 @@ enum Touched {
     Observed(WorkingSet),
 }
 
-/// A thread at work, and how it is told to leave off.
+/// A thread that maps pages, and how it is told to leave off.
 #[derive(Debug)]
 struct Prefetching {
-    thread: JoinHandle<()>,
+    hand: Hand<()>,
     enough: Arc<AtomicBool>,
+}
+
+impl Prefetching {
+    fn hire() -> Result<Self, MachineError> {
+        let mut hand = Hand::new("prefetch", ThreadKind::Prefetch);
+        hand.hire().map_err(MachineError::Thread)?;
+        let enough = Arc::default();
+        Ok(Self { hand, enough })
+    }
+}
+
+impl Drop for Prefetching {
+    /// Its thread is waited for next, and from a slow disk the rest could take long.
+    fn drop(&mut self) {
+        self.enough.store(true, Ordering::Relaxed);
+    }
 }
 
 /// What the guest is doing.
@@ -178,9 +195,9 @@ pub enum MachineError {
     /// The walls around the monitor cannot be put up.
     #[error(transparent)]
     Jail(#[from] JailError),
-    /// No thread to start others.
+    /// No thread for a device, or for the prefetch.
     #[error("cannot start a thread: {0}")]
-    Starter(io::Error),
+    Thread(io::Error),
     /// The control API cannot be served.
     #[error(transparent)]
     Control(crate::control::SpawnError),
@@ -262,6 +279,7 @@ impl Machine {
         }
         confine(jail, &mut config, &trace)?;
         let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
+        hire(&bus)?;
         trace.mark("vcpus");
         let state = State::Paused;
         Ok(Self {
@@ -341,6 +359,11 @@ impl Machine {
         let ready = map_ahead(&vm, &fds, &memory, working_set.as_ref(), &trace);
         confine(jail, &mut config, &trace)?;
         let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
+        hire(&bus)?;
+        let prefetching = match &working_set {
+            Some(set) if ready < set.runs() => Some(Prefetching::hire()?),
+            _ => None,
+        };
         trace.mark("vcpus");
         let state = State::Paused;
         Ok(Self {
@@ -355,7 +378,7 @@ impl Machine {
                 before: working_set.map(Arc::new),
             },
             ready,
-            prefetching: None,
+            prefetching,
             state,
             trace,
         })
@@ -420,24 +443,17 @@ impl Machine {
         else {
             return;
         };
-        let done = self.ready;
-        if done == set.runs() {
-            self.trace.mark("prefetched");
-            return;
-        }
+        let Some(Prefetching { hand, enough }) = &mut self.prefetching else {
+            return self.trace.mark("prefetched"); // by `map_ahead`
+        };
         let (set, memory, trace) = (set.clone(), self.memory.clone(), self.trace.clone());
-        let enough = Arc::new(AtomicBool::new(false));
-        let told = enough.clone();
-        let started = threads::start("prefetch", move || {
-            seccomp::confine(ThreadKind::Prefetch);
-            match set.prefetch(&memory, done, &told) {
-                Ok(()) => trace.mark("prefetched"),
-                Err(error) => tracing::warn!(%error, "the working set is not prefetched"),
-            }
-        });
-        match started {
-            Ok(thread) => self.prefetching = Some(Prefetching { thread, enough }),
+        let (done, enough) = (self.ready, enough.clone());
+        let begun = hand.begin(move || match set.prefetch(&memory, done, &enough) {
+            Ok(()) => trace.mark("prefetched"),
             Err(error) => tracing::warn!(%error, "the working set is not prefetched"),
+        });
+        if let Err(error) = begun {
+            tracing::warn!(%error, "the working set is not prefetched");
         }
     }
 
@@ -447,11 +463,7 @@ impl Machine {
             return;
         };
         wake.end();
-        if let Some(Prefetching { thread, enough }) = self.prefetching.take() {
-            // From a slow disk it could take long, and this thread has the API to answer.
-            enough.store(true, Ordering::Relaxed);
-            let _ = thread.join(); // a panic has been reported by the process's hook
-        }
+        self.prefetching = None;
         match WorkingSet::observe(&self.memory, before.as_deref()) {
             Ok(set) => {
                 tracing::debug!(pages = set.pages(), "the working set of this wake");
@@ -563,6 +575,14 @@ impl Machine {
     pub fn flush_console(&self) {
         self.bus.serial().flush_line();
     }
+}
+
+/// Makes the devices' threads.
+fn hire(bus: &Bus) -> Result<(), MachineError> {
+    let hired = bus
+        .transports()
+        .try_for_each(|mut transport| transport.hire());
+    hired.map_err(MachineError::Thread)
 }
 
 /// The last step before there are threads: everything is open.

@@ -11,7 +11,6 @@ use crate::control::{self, Command, ControlError, Request};
 use crate::exit::{Exit, PidFile, Reason};
 use crate::jail::Jail;
 use crate::jail::seccomp::{self, ThreadKind};
-use crate::jail::threads;
 use crate::machine::{EventSink, Machine, MachineError};
 use crate::trace::Trace;
 use crate::vcpu::VcpuEvent;
@@ -82,9 +81,8 @@ fn live(config: &VmConfig, jail: &Jail, restore: bool, trace: Arc<Trace>, pid: u
     } else {
         Machine::boot(config.clone(), jail, trace.clone(), sink)
     };
-    // Threads are born with what this one has given up. Its own filter comes when they are.
+    // Threads are born with what this one has given up. Its own filter comes when all are.
     let started = made.and_then(|mut machine| {
-        threads::prepare().map_err(MachineError::Starter)?;
         if let Err(cause) = control::spawn(socket, events) {
             return Err(MachineError::Control(cause));
         }

@@ -93,12 +93,13 @@ fn a_call_outside_its_filter_kills_the_monitor_whichever_thread_makes_it() {
         "main",
         "control",
         "vcpu",
-        "starter",
         "net",
         "vhost-net",
         "block",
         "rng",
         "vsock",
+        "balloon",
+        "prefetch",
     ] {
         let output = vmm(&["forbidden", "--thread", thread]);
         assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{thread}");

@@ -80,12 +80,8 @@ const EVERY: &[Call] = &[
         1,
         &[libc::F_GETFD as u32],
     ),
-    when(libc::SYS_mmap, "malloc, thread stacks", NOT_EXECUTABLE),
-    when(
-        libc::SYS_mprotect,
-        "malloc grows an arena, stack guards",
-        NOT_EXECUTABLE,
-    ),
+    when(libc::SYS_mmap, "malloc", NOT_EXECUTABLE),
+    when(libc::SYS_mprotect, "malloc grows an arena", NOT_EXECUTABLE),
     call(libc::SYS_munmap, "free"),
     call(libc::SYS_mremap, "realloc"),
     call(libc::SYS_brk, "malloc in the main arena"),
@@ -105,7 +101,7 @@ const EVERY: &[Call] = &[
     call(libc::SYS_getpid, "raising a signal to oneself"),
     call(libc::SYS_gettid, "abort"),
     call(libc::SYS_getrandom, "hash seeds, virtio-rng"),
-    call(libc::SYS_rt_sigprocmask, "thread start and end, abort"),
+    call(libc::SYS_rt_sigprocmask, "a thread's end, abort"),
     call(libc::SYS_rt_sigreturn, "after a kick"),
     call(libc::SYS_rt_sigaction, "abort"),
     call(libc::SYS_sigaltstack, "a thread's end"),
@@ -232,37 +228,6 @@ const VCPU: &[Call] = &[one_of(
     ],
 )];
 
-/// On top of everything that a device may do: filters add up, and the tightest counts.
-const STARTER: &[Call] = &[
-    one_of(
-        libc::SYS_clone,
-        "threads, and nothing but threads",
-        0,
-        &[THREAD],
-    ),
-    // Never carried out: another filter answers ENOSYS, and glibc goes on to `clone`.
-    call(libc::SYS_clone3, "glibc tries it first since 2.34"),
-    call(libc::SYS_set_robust_list, "a thread's start"),
-    call(libc::SYS_rseq, "a thread's start"),
-    call(libc::SYS_sched_getaffinity, "a thread looks for its stack"),
-    one_of(
-        libc::SYS_prctl,
-        "a thread's name, and its filter's condition",
-        0,
-        &[
-            libc::PR_SET_NAME as u32,
-            libc::PR_SET_NO_NEW_PRIVS as u32,
-            PR_SET_VMA,
-        ],
-    ),
-    one_of(
-        libc::SYS_seccomp,
-        "a device's own filter",
-        0,
-        &[libc::SECCOMP_SET_MODE_FILTER],
-    ),
-];
-
 const BLOCK: &[Call] = &[
     call(
         libc::SYS_io_uring_enter,
@@ -335,7 +300,6 @@ pub fn calls(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
         ThreadKind::Main => &[EVERY, WORKERS, MAIN],
         ThreadKind::Control => &[EVERY, EPOLL, CONTROL],
         ThreadKind::Vcpu => &[EVERY, WORKERS, VCPU],
-        ThreadKind::Starter => &[EVERY, EPOLL, WORKER, BLOCK, NET, VHOST_NET, VSOCK, STARTER],
         ThreadKind::Device(Kind::Block) => &[EVERY, EPOLL, WORKER, BLOCK],
         ThreadKind::Device(Kind::Net) => &[EVERY, EPOLL, WORKER, NET],
         ThreadKind::VhostNet => &[EVERY, EPOLL, WORKER, VHOST_NET],
@@ -351,18 +315,6 @@ pub fn calls(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
 const NEW_FILE: u32 = (libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC | libc::O_CLOEXEC) as u32;
 /// A file keeps its length.
 const PUNCH_HOLE: u32 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as u32;
-/// What `pthread_create` asks for.
-const THREAD: u32 = (libc::CLONE_VM
-    | libc::CLONE_FS
-    | libc::CLONE_FILES
-    | libc::CLONE_SIGHAND
-    | libc::CLONE_THREAD
-    | libc::CLONE_SYSVSEM
-    | libc::CLONE_SETTLS
-    | libc::CLONE_PARENT_SETTID
-    | libc::CLONE_CHILD_CLEARTID) as u32;
-/// `linux/prctl.h`: newer glibc names its mappings.
-const PR_SET_VMA: u32 = 0x5356_4d41;
 /// `_IOW('T', 208, unsigned int)`, `linux/if_tun.h`.
 const TUNSETOFFLOAD: u32 = ioctl(WRITE, b'T', 208, 4);
 

@@ -21,8 +21,6 @@ pub enum ThreadKind {
     Control,
     /// Runs the guest.
     Vcpu,
-    /// Starts device workers and the prefetch, which inherit its filter and add their own.
-    Starter,
     /// Maps the pages of the last wake.
     Prefetch,
     /// Serves one device.
@@ -33,11 +31,10 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 10] = [
         Self::Main,
         Self::Control,
         Self::Vcpu,
-        Self::Starter,
         Self::Prefetch,
         Self::Device(Kind::Net),
         Self::Device(Kind::Block),
@@ -53,7 +50,6 @@ impl ThreadKind {
             Self::Main => "main",
             Self::Control => "control",
             Self::Vcpu => "vcpu",
-            Self::Starter => "starter",
             Self::Prefetch => "prefetch",
             Self::Device(kind) => kind.name(),
             Self::VhostNet => "vhost-net",
@@ -104,11 +100,6 @@ pub fn confine(kind: ThreadKind) {
     let Some(programs) = PROGRAMS.get() else {
         return;
     };
-    if kind == ThreadKind::Starter
-        && let Err(error) = refuse_clone3()
-    {
-        panic!("cannot confine a starter thread: {error}");
-    }
     let program = programs.iter().find(|(of, _)| *of == kind);
     let applied = program
         .ok_or_else(|| io::Error::other("no such filter"))
@@ -116,20 +107,6 @@ pub fn confine(kind: ThreadKind) {
     if let Err(error) = applied {
         panic!("cannot confine a {} thread: {error}", kind.name());
     }
-}
-
-/// The flags of `clone3` are in memory, where no filter can look. It is answered as by a kernel that does not
-/// have it, which beats the permission in the starter's own filter.
-fn refuse_clone3() -> io::Result<()> {
-    let program: BpfProgram = SeccompFilter::new(
-        BTreeMap::from([(libc::SYS_clone3, Vec::new())]),
-        SeccompAction::Allow,
-        SeccompAction::Errno(libc::ENOSYS as u32),
-        TargetArch::x86_64,
-    )
-    .and_then(TryInto::try_into)
-    .map_err(io::Error::other)?;
-    seccompiler::apply_filter(&program).map_err(io::Error::other)
 }
 
 fn compile(kind: ThreadKind, pid: u32) -> Result<BpfProgram, FilterError> {
@@ -205,6 +182,8 @@ mod tests {
                     libc::SYS_execve,
                     libc::SYS_execveat,
                     libc::SYS_fork,
+                    libc::SYS_clone,
+                    libc::SYS_clone3,
                     libc::SYS_ptrace,
                     libc::SYS_bpf,
                     libc::SYS_mount,

@@ -109,6 +109,11 @@ pub trait Device: Send + std::fmt::Debug {
         ThreadKind::Device(self.kind())
     }
 
+    /// Makes what threads it needs beside its worker's: no other moment allows it.
+    fn hire(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// The features of its kind that it offers; those all devices offer are added.
     fn features(&self) -> u64;
 

@@ -1,10 +1,9 @@
-//! The thread of one device, from its driver's "ready" to a pause or reset.
+//! What the thread of one device does, from its driver's "ready" to a pause or reset.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -12,8 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Device;
 use super::queue::VirtQueue;
-use crate::jail::seccomp;
-use crate::jail::threads;
+use crate::jail::threads::Hand;
 use crate::memory::GuestRam;
 use crate::trace::Trace;
 
@@ -21,7 +19,6 @@ use crate::trace::Trace;
 #[derive(Debug)]
 pub struct Worker {
     stop: EventFd,
-    thread: JoinHandle<Parked>,
 }
 
 /// A device at rest with its queues.
@@ -80,16 +77,17 @@ const STOP_TOKEN: u64 = FIRST_DEVICE_TOKEN - 1;
 const EVENTS_PER_WAIT: usize = 32;
 
 impl Worker {
-    /// Starts `parked` in a thread of its own.
-    pub fn spawn(
+    /// Has `hand` serve `parked`. Nothing else must be asked of it until [`Worker::stop`].
+    pub fn start(
+        hand: &mut Hand<Parked>,
         parked: Parked,
         ram: Arc<GuestRam>,
         features: u64,
         interrupt: Arc<Interrupt>,
         trace: Arc<Trace>,
     ) -> Result<Self, (io::Error, Box<Parked>)> {
-        let kind = parked.device.thread();
         let prepared = (|| {
+            hand.hire()?;
             let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
             let epoll = Epoll::new()?;
             watch(
@@ -125,37 +123,17 @@ impl Worker {
             trace,
             spoke: false,
         };
-        // The thread cannot give the device back if it does not start, so it is handed over inside.
-        let (send, receive) = std::sync::mpsc::sync_channel(1);
-        let thread = threads::start(kind.name(), move || {
-            seccomp::confine(kind);
-            let (device, context): (Box<dyn Device>, Context) = receive
-                .recv()
-                .expect("the sender sends before it is dropped");
-            run(device, context, &stopped)
-        });
-        match thread {
-            Ok(thread) => {
-                // The receiver lives in the thread that has just been started.
-                let _ = send.send((device, context));
-                Ok(Self { stop, thread })
-            }
-            Err(error) => Err((
-                error,
-                Box::new(Parked {
-                    device,
-                    queues: context.queues,
-                }),
-            )),
-        }
+        // Hired above, so that this cannot fail with the device on its way.
+        let _ = hand.begin(move || run(device, context, &stopped));
+        Ok(Self { stop })
     }
 
-    /// Has the device finish what it is doing, and ends its thread. `None` after a panic of the
+    /// Has the device finish what it is doing, and takes it back from `hand`. `None` after a panic of the
     /// device, which the process's panic hook has reported.
-    pub fn stop(self) -> Option<Parked> {
+    pub fn stop(self, hand: &Hand<Parked>) -> Option<Parked> {
         // An eventfd that nobody has written to before takes a one.
         let _ = self.stop.write(1);
-        self.thread.join().ok()
+        hand.finish()
     }
 }
 
@@ -203,7 +181,7 @@ fn serve(device: &mut Box<dyn Device>, cx: &mut Context) {
             match event.data() {
                 STOP_TOKEN => return,
                 token if token < FIRST_DEVICE_TOKEN => {
-                    let index = token as usize; // one of the queues registered in `spawn`
+                    let index = token as usize; // one of the queues registered in `start`
                     let _ = cx.queues[index].kick().read();
                     device.on_queue(cx, index);
                 }

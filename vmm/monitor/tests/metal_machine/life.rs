@@ -130,9 +130,7 @@ fn check_jail(guest: &Guest, user: u32) {
         assert_eq!(field("NoNewPrivs:"), "1");
         assert_eq!(field("Seccomp:"), "2", "{names:?}");
     }
-    for thread in [
-        "vcpu0", "block", "net", "vsock", "rng", "control", "starter",
-    ] {
+    for thread in ["vcpu0", "block", "net", "vsock", "rng", "control"] {
         assert!(names.iter().any(|n| n.trim() == thread), "{names:?}");
     }
     // Its own directory is all there is; a snapshot that has been resumed is still in it.

@@ -411,8 +411,12 @@ impl Device for Block {
         config
     }
 
+    fn hire(&mut self) -> io::Result<()> {
+        self.engine.hire()
+    }
+
     fn start(&mut self, cx: &mut Context) -> io::Result<()> {
-        self.engine.start()?;
+        self.hire()?;
         cx.watch(self.engine.event(), ENGINE, true, false)
     }
 
@@ -438,7 +442,6 @@ impl Device for Block {
             self.finish(cx);
         }
         cx.unwatch(self.engine.event());
-        self.engine.stop();
         self.deadline = None;
     }
 

@@ -32,6 +32,7 @@ use super::queue::VirtQueue;
 use super::worker::{Interrupt, Parked, Worker};
 use super::{Device, EVENT_IDX, INDIRECT_DESC, Kind, Metrics, VERSION_1};
 use crate::boot::layout;
+use crate::jail::threads::Hand;
 use crate::memory::GuestRam;
 use crate::trace::Trace;
 
@@ -44,6 +45,8 @@ pub struct Transport {
     offered: u64,
     config: ConfigSpace,
     slot: Slot,
+    /// Its thread.
+    hand: Hand<Parked>,
     ram: Arc<GuestRam>,
     trace: Arc<Trace>,
     interrupt: Arc<Interrupt>,
@@ -81,6 +84,7 @@ impl Transport {
             metrics: device.metrics(),
             offered: device.features() | VERSION_1 | INDIRECT_DESC | EVENT_IDX,
             config: ConfigSpace::new(&*device),
+            hand: Hand::new(device.thread().name(), device.thread()),
             slot: Slot::AtRest(Box::new(Parked { device, queues })),
             ram,
             trace,
@@ -138,18 +142,28 @@ impl Transport {
         self.interrupt.raise_config();
     }
 
-    /// Hands the device to a worker.
+    /// Makes the threads that the device will need: before the process is confined, after which nobody may.
+    pub fn hire(&mut self) -> io::Result<()> {
+        self.hand.hire()?;
+        match &mut self.slot {
+            Slot::AtRest(parked) => parked.device.hire(),
+            Slot::Running(_) | Slot::Lost => Ok(()),
+        }
+    }
+
+    /// Hands the device to its thread.
     fn start(&mut self) {
         match std::mem::replace(&mut self.slot, Slot::Lost) {
             Slot::AtRest(parked) => {
-                let spawned = Worker::spawn(
+                let started = Worker::start(
+                    &mut self.hand,
                     *parked,
                     self.ram.clone(),
                     self.registers.accepted,
                     self.interrupt.clone(),
                     self.trace.clone(),
                 );
-                match spawned {
+                match started {
                     Ok(worker) => self.slot = Slot::Running(worker),
                     Err((error, parked)) => {
                         tracing::error!(device = self.kind.name(), %error, "no worker");
@@ -162,10 +176,10 @@ impl Transport {
         }
     }
 
-    /// Stops the device's worker, at a point where no request is half done.
+    /// Has the device stop, at a point where no request is half done.
     pub fn pause(&mut self) {
         self.slot = match std::mem::replace(&mut self.slot, Slot::Lost) {
-            Slot::Running(worker) => match worker.stop() {
+            Slot::Running(worker) => match worker.stop(&self.hand) {
                 Some(parked) => Slot::AtRest(Box::new(parked)),
                 None => Slot::Lost,
             },
@@ -219,7 +233,7 @@ impl Transport {
 }
 
 impl Drop for Transport {
-    /// Ends the worker's thread, if there is one.
+    /// So that its thread, which is dropped next, is at rest.
     fn drop(&mut self) {
         self.pause();
     }

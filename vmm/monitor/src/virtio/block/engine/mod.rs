@@ -89,18 +89,11 @@ impl Engine {
         })
     }
 
-    /// Begins to work for the calling thread.
-    pub fn start(&mut self) -> io::Result<()> {
+    /// Makes the threads that it needs, if they are not there.
+    pub fn hire(&mut self) -> io::Result<()> {
         match self {
             Self::Ring(_) => Ok(()),
-            Self::Threads(threads) => threads.start(),
-        }
-    }
-
-    /// Ends what [`Engine::start`] began. No job may be under way.
-    pub fn stop(&mut self) {
-        if let Self::Threads(threads) = self {
-            threads.stop();
+            Self::Threads(threads) => threads.hire(),
         }
     }
 

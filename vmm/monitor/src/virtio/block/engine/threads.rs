@@ -1,17 +1,16 @@
-//! Jobs by a few threads, where the kernel has no `io_uring` for us. They live from the device's start to its stop.
+//! Jobs by a few threads, where the kernel has no `io_uring` for us.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Job;
 use crate::jail::seccomp::{self, ThreadKind};
-use crate::jail::threads;
 use crate::virtio::Kind;
 
 type Finished = (u16, io::Result<()>);
@@ -38,7 +37,7 @@ struct Running {
 }
 
 impl Threads {
-    /// `count` threads for `file`, not yet started.
+    /// `count` threads for `file`, not yet made.
     pub fn new(file: File, count: usize) -> io::Result<Self> {
         let (finisher, finished) = channel();
         Ok(Self {
@@ -53,9 +52,9 @@ impl Threads {
         })
     }
 
-    /// Starts them.
-    pub fn start(&mut self) -> io::Result<()> {
-        if self.count == 0 {
+    /// Makes them, if they are not there.
+    pub fn hire(&mut self) -> io::Result<()> {
+        if self.count == 0 || self.running.is_some() {
             return Ok(());
         }
         let (jobs, receiver) = channel();
@@ -71,24 +70,17 @@ impl Threads {
                 finisher: self.finisher.clone(),
                 event: self.event.clone(),
             };
-            let thread = threads::start("block-io", move || {
-                seccomp::confine(ThreadKind::Device(Kind::Block));
-                worker.run();
-            })?;
+            let thread = thread::Builder::new()
+                .name("block-io".into())
+                .stack_size(crate::THREAD_STACK_BYTES)
+                .spawn(move || {
+                    seccomp::confine(ThreadKind::Device(Kind::Block));
+                    worker.run();
+                })?;
             running.threads.push(thread);
         }
         self.running = Some(running);
         Ok(())
-    }
-
-    /// Ends them.
-    pub fn stop(&mut self) {
-        if let Some(Running { jobs, threads }) = self.running.take() {
-            drop(jobs); // a closed channel is the command to end
-            for thread in threads {
-                let _ = thread.join(); // a panic has been reported by the process's hook
-            }
-        }
     }
 
     /// Takes a job and begins it.
@@ -131,7 +123,12 @@ impl Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        self.stop();
+        if let Some(Running { jobs, threads }) = self.running.take() {
+            drop(jobs); // a closed channel is the command to end
+            for thread in threads {
+                let _ = thread.join(); // a panic has been reported by the process's hook
+            }
+        }
     }
 }
 
