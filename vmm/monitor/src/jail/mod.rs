@@ -22,6 +22,7 @@
 
 pub mod filters;
 pub mod seccomp;
+mod shortcut;
 pub mod threads;
 
 use std::fs;

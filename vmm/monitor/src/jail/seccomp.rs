@@ -10,6 +10,7 @@ use seccompiler::{
 };
 
 use super::filters::{self, Call, When};
+use super::shortcut;
 use crate::virtio::Kind;
 
 /// The kinds of threads; each has its own filter.
@@ -63,6 +64,9 @@ pub enum FilterError {
     /// A table makes no sense to the compiler: a bug, which the unit tests find.
     #[error("cannot compile the filter of {0} threads: {1}")]
     Compile(&'static str, seccompiler::BackendError),
+    /// It lists more calls than can be searched: a bug too, and found in the same way.
+    #[error("the filter of {0} threads lists too many calls")]
+    Shortcut(&'static str),
 }
 
 static PROGRAMS: OnceLock<Vec<(ThreadKind, BpfProgram)>> = OnceLock::new();
@@ -121,14 +125,16 @@ fn compile(kind: ThreadKind, pid: u32) -> Result<BpfProgram, FilterError> {
             rules.entry(*number).or_default().extend(more);
         }
     }
-    SeccompFilter::new(
+    let listed: Vec<_> = rules.keys().copied().collect();
+    let program: BpfProgram = SeccompFilter::new(
         rules,
         SeccompAction::KillProcess,
         SeccompAction::Allow,
         TargetArch::x86_64,
     )
     .and_then(TryInto::try_into)
-    .map_err(failed)
+    .map_err(failed)?;
+    shortcut::prepend(&listed, program).ok_or(FilterError::Shortcut(kind.name()))
 }
 
 /// One of these must hold; none means always.
