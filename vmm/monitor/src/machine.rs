@@ -29,7 +29,7 @@ use crate::kvm::{KvmError, Vm, call, pre_fault};
 use crate::memory::{Memory, MemoryError};
 use crate::run::Event;
 use crate::serial::SerialPort;
-use crate::snapshot::{self, MachineState, MemoryIndex, Opened, Refused, WorkingSet};
+use crate::snapshot::{self, MachineState, MemoryIndex, Opened, Refused, SingleFaults, WorkingSet};
 use crate::trace::Trace;
 use crate::vcpu::state::extra_xsave_words;
 use crate::vcpu::{Vcpu, VcpuContext, VcpuError};
@@ -79,6 +79,8 @@ enum Touched {
     Observing {
         wake: Arc<SharedWake>,
         before: Option<Arc<WorkingSet>>,
+        /// Where it can be known to the page, and nothing was known before.
+        _singly: Option<SingleFaults>,
     },
     /// These were all.
     Observed(WorkingSet),
@@ -356,6 +358,10 @@ impl Machine {
         trace.mark("state_restored");
         // One that is old is dropped, to be taken anew.
         let working_set = working_set.filter(|set| !set.is_old());
+        let singly = match &working_set {
+            None if vm.can_pre_fault() => fault_singly(&memory),
+            _ => None,
+        };
         let ready = map_ahead(&vm, &fds, &memory, working_set.as_ref(), &trace);
         confine(jail, &mut config, &trace)?;
         let vcpus = spawn_vcpus(&vm, &bus, fds, &trace, &events)?;
@@ -376,6 +382,7 @@ impl Machine {
             touched: Touched::Observing {
                 wake,
                 before: working_set.map(Arc::new),
+                _singly: singly,
             },
             ready,
             prefetching,
@@ -459,12 +466,17 @@ impl Machine {
 
     /// Takes down what a restored guest has touched until now, once: its wake is over.
     pub fn settle(&mut self) {
-        let Touched::Observing { wake, before } = &self.touched else {
+        let Touched::Observing { wake, before, .. } = &self.touched else {
             return;
         };
         wake.end();
         self.prefetching = None;
-        match WorkingSet::observe(&self.memory, before.as_deref()) {
+        let set = match before {
+            // Mapped beforehand it looks touched, with pages around it: it tells no more than it did.
+            Some(set) if self.vm.can_pre_fault() => Ok(set.aged()),
+            before => WorkingSet::observe(&self.memory, before.as_deref()),
+        };
+        match set {
             Ok(set) => {
                 tracing::debug!(pages = set.pages(), "the working set of this wake");
                 self.trace.mark("working_set_taken");
@@ -735,6 +747,15 @@ fn connect(
             .map_err(device_error("virtio device"))?;
     }
     Ok(Arc::new(Bus::new(serial, transports)))
+}
+
+/// So that what the guest touches can be told to the page. If not it is too many.
+fn fault_singly(memory: &Memory) -> Option<SingleFaults> {
+    let singly = SingleFaults::of(memory);
+    if let Err(error) = &singly {
+        tracing::debug!(%error, "faults map the pages around them too");
+    }
+    singly.ok()
 }
 
 /// Puts the pages of the last wake into the guest's page tables, where KVM can: how many runs of `set` are there.

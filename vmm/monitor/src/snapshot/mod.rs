@@ -38,6 +38,7 @@
 mod memory_file;
 mod pagemap;
 mod seal;
+mod single_faults;
 mod working_set;
 mod writer;
 
@@ -61,6 +62,7 @@ use crate::virtio::transport::TransportState;
 use writer::Target;
 
 pub use memory_file::{CHUNK_BYTES, MemoryIndex};
+pub use single_faults::SingleFaults;
 pub use working_set::WorkingSet;
 
 /// Everything of a Machine but its memory.
