@@ -27,10 +27,10 @@ pub const USE_METAL: &str =
 /// KVM's side of one Machine.
 #[derive(Debug)]
 pub struct Vm {
-    kvm: Kvm,
     fd: VmFd,
     supported: Supported,
     msrs_to_save: Vec<u32>,
+    can_pre_fault: bool,
     /// Keeps the mappings alive that the memory slots point to. `None` until memory is attached.
     memory: Option<Memory>,
 }
@@ -182,11 +182,12 @@ impl Vm {
             .map_err(call("KVM_GET_MSR_INDEX_LIST"))?
             .as_slice()
             .to_vec();
+        let can_pre_fault = kvm.check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into()) > 0;
         Ok(Self {
-            kvm,
             fd,
             supported,
             msrs_to_save,
+            can_pre_fault,
             memory: None,
         })
     }
@@ -215,11 +216,6 @@ impl Vm {
         &self.fd
     }
 
-    /// The system-wide descriptor.
-    pub fn kvm(&self) -> &Kvm {
-        &self.kvm
-    }
-
     /// What this host's KVM can show to a guest.
     pub fn supported_cpuid(&self) -> &Supported {
         &self.supported
@@ -227,9 +223,7 @@ impl Vm {
 
     /// Whether [`pre_fault`] works on it.
     pub fn can_pre_fault(&self) -> bool {
-        self.kvm
-            .check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into())
-            > 0
+        self.can_pre_fault
     }
 
     /// The model-specific registers a snapshot must hold.
