@@ -3,7 +3,11 @@
 //! ```text
 //!  host connects ─► Requested ──RESPONSE──► Open ──SHUTDOWN both ways──► Closing ──RST──► gone
 //!  guest connects ────────────────────────► Open            any ──RST, time out──► gone
+//!        Open, the guest's last bytes not passed on yet ──RST──► Draining ──passed on──► gone
 //! ```
+//!
+//! A guest that has said "send no more" and then resets, as Linux does 8 seconds after a close that nobody
+//! confirmed, is done with the connection; what it sent before belongs to the host program all the same.
 //!
 //! Both directions have a window (virtio 1.2, 5.10.6.3). Towards the guest, no more is read from the
 //! host's socket than the guest has room for; from the guest, what the host's socket does not take yet
@@ -58,6 +62,8 @@ enum State {
     Open,
     /// Both directions have ended; the guest's RST is awaited.
     Closing,
+    /// Over for the guest; the host program still has to take what is in the outbox.
+    Draining,
     Gone,
 }
 
@@ -132,7 +138,16 @@ impl Connection {
 
     /// Whether nothing is left to be done; the muxer drops it then.
     pub fn is_gone(&self) -> bool {
-        self.state == State::Gone
+        match self.state {
+            State::Gone => true,
+            State::Draining => self.outbox.is_empty(),
+            State::Requested | State::Open | State::Closing => false,
+        }
+    }
+
+    /// Whether the guest has forgotten it: its ports are free, and no packet is about it.
+    pub fn is_over_for_guest(&self) -> bool {
+        matches!(self.state, State::Draining | State::Gone)
     }
 
     /// Whether it waits for the guest, and must not do so for ever.
@@ -170,10 +185,8 @@ impl Connection {
     pub fn on_packet(&mut self, op: Op, header: &Header, payload: &[u8]) {
         self.take_credit(header);
         match (op, self.state) {
-            (Op::Reset, _) => {
-                self.flush();
-                self.state = State::Gone;
-            }
+            (_, State::Draining | State::Gone) => {}
+            (Op::Reset, _) => self.on_reset(),
             (Op::Response, State::Requested) => {
                 self.state = State::Open;
                 let greeting = format!("OK {}\n", self.host_port);
@@ -222,6 +235,18 @@ impl Connection {
         }
     }
 
+    fn on_reset(&mut self) {
+        self.pending = Pending::default();
+        // Whoever had not finished breaks off; whoever had may rely on it that all of it arrives.
+        self.state = if self.guest_finished {
+            State::Draining
+        } else {
+            State::Gone
+        };
+        let _ = self.stream.shutdown(Shutdown::Read);
+        self.flush();
+    }
+
     /// Passes on what the host program takes now.
     pub fn flush(&mut self) {
         while !self.outbox.is_empty() && !self.host_gone {
@@ -238,6 +263,9 @@ impl Connection {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => self.on_host_gone(),
             }
+        }
+        if self.is_over_for_guest() {
+            return;
         }
         self.offer_credit();
         if self.outbox.is_empty() && self.guest_finished {
@@ -557,6 +585,61 @@ mod tests {
             shutdown(SHUTDOWN_SEND | SHUTDOWN_RECEIVE)
         );
         assert!(connection.awaits_guest());
+        connection.on_packet(Op::Reset, &header, &[]);
+        assert!(connection.is_gone());
+    }
+
+    /// Has the guest send until the window is shut; returns how much.
+    fn fill(connection: &mut Connection, header: &Header) -> usize {
+        let mut sent = 0;
+        while connection.outbox.len() < BUFFER_BYTES as usize {
+            connection.on_packet(Op::ReadWrite, header, &[7; 4096]);
+            sent += 4096;
+        }
+        sent
+    }
+
+    fn end(connection: &mut Connection, header: &Header, flags: u32) {
+        connection.on_packet(Op::Shutdown, &Header { flags, ..*header }, &[]);
+    }
+
+    #[test]
+    fn a_reset_after_the_guests_last_byte_loses_none() {
+        for flags in [SHUTDOWN_SEND, SHUTDOWN_SEND | SHUTDOWN_RECEIVE] {
+            let (mut connection, host, header) = open(1 << 16);
+            let sent = fill(&mut connection, &header);
+            end(&mut connection, &header, flags);
+            connection.on_packet(Op::Reset, &header, &[]);
+            assert!(connection.is_over_for_guest() && !connection.is_gone());
+            assert!((&host).write(b"to nobody").is_err());
+            let mut taken = 0;
+            let mut buffer = [0; 8192];
+            while !connection.is_gone() {
+                assert!(connection.wants_write() && !connection.awaits_guest());
+                taken += (&host).read(&mut buffer).unwrap();
+                connection.flush();
+                assert!(!connection.has_pending(), "the guest has forgotten it");
+                assert_eq!(next(&mut connection), None);
+            }
+            drop(connection);
+            let mut rest = Vec::new();
+            taken += (&host).read_to_end(&mut rest).unwrap();
+            assert_eq!(taken, sent);
+        }
+    }
+
+    #[test]
+    fn what_nobody_will_take_is_not_kept_behind_a_reset() {
+        let (mut connection, host, header) = open(1 << 16);
+        fill(&mut connection, &header);
+        end(&mut connection, &header, SHUTDOWN_SEND);
+        connection.on_packet(Op::Reset, &header, &[]);
+        drop(host);
+        connection.on_host_gone();
+        assert!(connection.is_gone());
+        // Nor is what a guest sent that broke off in the middle.
+        let (mut connection, _host, header) = open(1 << 16);
+        fill(&mut connection, &header);
         connection.on_packet(Op::Reset, &header, &[]);
         assert!(connection.is_gone());
     }

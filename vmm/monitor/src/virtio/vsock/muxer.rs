@@ -248,8 +248,10 @@ impl Muxer {
                 Stage::Greeting { stream, .. } => cx.unwatch(stream),
                 Stage::Connected(connection) => {
                     cx.unwatch(&connection.stream);
-                    self.by_ports
-                        .remove(&(connection.host_port, connection.guest_port));
+                    let key = (connection.host_port, connection.guest_port);
+                    if self.by_ports.get(&key) == Some(&id) {
+                        self.by_ports.remove(&key); // not a successor's
+                    }
                 }
             }
         }
@@ -375,6 +377,10 @@ impl Muxer {
                 }) = self.clients.get_mut(&id)
                 {
                     connection.on_packet(op, header, payload);
+                    if connection.is_over_for_guest() {
+                        // The guest may use the ports anew before the host program has taken everything.
+                        self.by_ports.remove(&key);
+                    }
                     self.settle(cx, id);
                 }
             }

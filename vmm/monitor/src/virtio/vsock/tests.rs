@@ -1,5 +1,6 @@
 //! The whole device between a driver's rings and host programs' sockets.
 
+use super::connection::BUFFER_BYTES;
 use super::packet::{Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
 use super::*;
 use crate::virtio::testing::{Descriptor, Driver, READ, Rings, WRITE};
@@ -284,6 +285,52 @@ fn a_guest_without_buffers_makes_everybody_wait() {
         received += got;
     }
     assert_eq!(received, sent);
+}
+
+#[test]
+fn ports_are_free_while_a_slow_host_program_takes_the_last_of_a_connection() {
+    let mut guest = Guest::new();
+    guest.offer_buffers(32);
+    let listener = UnixListener::bind(guest.dir.path().join("v_99")).unwrap();
+    let call = Header {
+        src_port: 99,
+        dst_port: 1234,
+        ..Header::default()
+    };
+    guest.send(&call, Op::Request, 0, &[]);
+    let (mut first, _) = listener.accept().unwrap();
+    first.set_nonblocking(true).unwrap();
+    let (mut sent, mut taken) = (0_u32, 0);
+    while sent - taken + 4096 <= BUFFER_BYTES {
+        guest.send(&call, Op::ReadWrite, 0, &[6; 4096]);
+        sent += 4096;
+        if let Some((last, _)) = guest.packets().last() {
+            taken = last.fwd_cnt;
+        }
+    }
+    let both = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
+    guest.send(&call, Op::Shutdown, both, &[]);
+    guest.send(&call, Op::Reset, 0, &[]);
+    guest.packets();
+    guest.send(&call, Op::Request, 0, &[]);
+    let (mut second, _) = listener.accept().unwrap();
+    second.set_nonblocking(true).unwrap();
+    assert_eq!(guest.packets()[0].0.op, Op::Response.number());
+    let mut received = 0;
+    let mut buffer = vec![0; 8192];
+    loop {
+        guest.poll();
+        match first.read(&mut buffer).unwrap() {
+            0 => break,
+            len => received += len,
+        }
+    }
+    assert_eq!(received, sent as usize);
+    guest.send(&call, Op::ReadWrite, 0, b"hello");
+    let mut text = [0; 5];
+    second.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"hello");
+    assert!(guest.packets().is_empty());
 }
 
 #[test]
