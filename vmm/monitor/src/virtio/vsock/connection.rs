@@ -233,6 +233,7 @@ impl Connection {
             self.guest_finished = true;
             self.flush();
         }
+        self.offer_shutdown();
     }
 
     fn on_reset(&mut self) {
@@ -295,8 +296,10 @@ impl Connection {
         self.outbox.clear();
         self.greeting = 0;
         if self.state == State::Requested {
-            self.reset();
+            return self.reset();
         }
+        // Its socket is not watched any more, so nothing else may ever bring this up.
+        self.offer_shutdown();
     }
 
     /// Ends the connection, and tells the guest.
@@ -642,6 +645,26 @@ mod tests {
         fill(&mut connection, &header);
         connection.on_packet(Op::Reset, &header, &[]);
         assert!(connection.is_gone());
+    }
+
+    #[test]
+    fn a_guest_that_receives_no_more_is_told_that_the_host_is_gone() {
+        let both = shutdown(SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+        let (mut connection, host, header) = open(1 << 16);
+        end(&mut connection, &header, SHUTDOWN_RECEIVE);
+        drop(host);
+        connection.on_packet(Op::ReadWrite, &header, b"more");
+        assert!(connection.has_pending());
+        assert_eq!(next(&mut connection), both);
+        // And the other way round, with something left that it has no room for.
+        let (mut connection, host, header) = open(0);
+        (&host).write_all(b"too late").unwrap();
+        drop(host);
+        connection.on_host_gone();
+        assert_eq!(next(&mut connection), None);
+        end(&mut connection, &header, SHUTDOWN_RECEIVE);
+        assert!(connection.has_pending());
+        assert_eq!(next(&mut connection), both);
     }
 
     #[test]

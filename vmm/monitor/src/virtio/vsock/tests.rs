@@ -6,6 +6,7 @@ use super::*;
 use crate::virtio::testing::{Descriptor, Driver, READ, Rings, WRITE};
 use proptest::prelude::*;
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use tempfile::TempDir;
@@ -331,6 +332,27 @@ fn ports_are_free_while_a_slow_host_program_takes_the_last_of_a_connection() {
     second.read_exact(&mut text).unwrap();
     assert_eq!(&text, b"hello");
     assert!(guest.packets().is_empty());
+}
+
+#[test]
+fn a_guest_that_only_sends_is_told_when_the_host_program_goes() {
+    let mut guest = Guest::new();
+    guest.offer_buffers(8);
+    let (host, request) = guest.connected();
+    host.shutdown(Shutdown::Write).unwrap();
+    guest.poll();
+    assert_eq!(guest.packets()[0].0.flags, SHUTDOWN_SEND);
+    drop(host);
+    // The guest's packet finds out before the hang-up has been noticed.
+    guest.send(&request, Op::ReadWrite, 0, b"more");
+    guest.poll();
+    let told: Vec<_> = guest
+        .packets()
+        .iter()
+        .map(|(h, _)| (h.op, h.flags))
+        .collect();
+    let both = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
+    assert_eq!(told, [(Op::Shutdown.number(), both)]);
 }
 
 #[test]
