@@ -217,7 +217,7 @@ impl Connection {
         }
         if self.host_gone {
             self.fwd_cnt += Wrapping(payload.len() as u32);
-            return;
+            return self.offer_credit();
         }
         self.outbox.extend(payload);
         self.flush();
@@ -265,6 +265,11 @@ impl Connection {
                 Err(_) => self.on_host_gone(),
             }
         }
+        self.follow_up();
+    }
+
+    /// What follows from an outbox that has become shorter.
+    fn follow_up(&mut self) {
         if self.is_over_for_guest() {
             return;
         }
@@ -299,6 +304,7 @@ impl Connection {
             return self.reset();
         }
         // Its socket is not watched any more, so nothing else may ever bring this up.
+        self.follow_up();
         self.offer_shutdown();
     }
 
@@ -665,6 +671,37 @@ mod tests {
         end(&mut connection, &header, SHUTDOWN_RECEIVE);
         assert!(connection.has_pending());
         assert_eq!(next(&mut connection), both);
+    }
+
+    #[test]
+    fn a_blocked_guest_has_room_again_when_the_host_is_gone() {
+        let (mut connection, host, header) = open(4);
+        fill(&mut connection, &header);
+        (&host).write_all(b"12345678").unwrap();
+        while next(&mut connection).is_some() {
+            connection.stamp(&mut Header::default());
+        }
+        drop(host);
+        connection.on_host_gone();
+        // It neither reads nor writes until it hears of this.
+        for _ in 0..3 {
+            assert_eq!(next(&mut connection).unwrap().op, Op::CreditUpdate);
+            connection.stamp(&mut Header::default());
+            assert_eq!(connection.told_fwd_cnt, connection.received);
+            for _ in 0..BUFFER_BYTES / 4096 {
+                connection.on_packet(Op::ReadWrite, &header, &[7; 4096]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_guest_that_has_closed_is_answered_when_the_host_is_gone() {
+        let (mut connection, host, header) = open(1 << 16);
+        fill(&mut connection, &header);
+        end(&mut connection, &header, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+        drop(host);
+        connection.on_host_gone();
+        assert_eq!(next(&mut connection).unwrap().op, Op::Reset);
     }
 
     #[test]
