@@ -18,6 +18,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::num::Wrapping;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use super::packet::{Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
@@ -78,6 +79,11 @@ struct Pending {
 
 /// What one connection can hold of what the guest sent.
 pub const BUFFER_BYTES: u32 = 64 << 10;
+/// For a guest to answer a request or to confirm an end, and for a host program to name its port.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// For a guest to make room for what a host program left behind. Until it does, its program cannot be told
+/// that nobody is there; but one that reads on is given everything, so this is a long time, as TCP's is.
+const ROOM_PATIENCE: Duration = Duration::from_secs(60);
 /// The most payload of one packet: what Linux's driver has buffers for.
 pub const MAX_PAYLOAD: usize = 64 << 10;
 
@@ -150,9 +156,15 @@ impl Connection {
         matches!(self.state, State::Draining | State::Gone)
     }
 
-    /// Whether it waits for the guest, and must not do so for ever.
-    pub fn awaits_guest(&self) -> bool {
-        matches!(self.state, State::Requested | State::Closing)
+    /// How long it waits for the guest to get on, if it waits.
+    pub fn patience(&self) -> Option<Duration> {
+        match self.state {
+            State::Requested | State::Closing => Some(PATIENCE),
+            State::Open => {
+                (self.host_gone && self.has_more() && self.credit() == 0).then_some(ROOM_PATIENCE)
+            }
+            State::Draining | State::Gone => None,
+        }
     }
 
     /// Whether there is a packet for the guest that needs nothing of the host program.
@@ -162,7 +174,12 @@ impl Connection {
 
     /// Whether the host's socket is worth reading: there is room in the guest.
     pub fn wants_read(&self) -> bool {
-        self.state == State::Open && !self.host_finished && !self.guest_deaf && self.credit() > 0
+        self.has_more() && self.credit() > 0
+    }
+
+    /// Whether there may be something for the guest in the host's socket.
+    fn has_more(&self) -> bool {
+        self.state == State::Open && !self.host_finished && !self.guest_deaf
     }
 
     /// Whether the host's socket is behind.
@@ -570,8 +587,10 @@ mod tests {
         (&host).write_all(b"12345678").unwrap();
         drop(host);
         connection.on_host_gone();
+        assert_eq!(connection.patience(), None);
         assert_eq!(next(&mut connection).unwrap().len, 4);
         assert_eq!(next(&mut connection), None, "the guest has no room yet");
+        assert_eq!(connection.patience(), Some(ROOM_PATIENCE));
         connection.on_packet(
             Op::CreditUpdate,
             &Header {
@@ -593,7 +612,7 @@ mod tests {
             next(&mut connection),
             shutdown(SHUTDOWN_SEND | SHUTDOWN_RECEIVE)
         );
-        assert!(connection.awaits_guest());
+        assert_eq!(connection.patience(), Some(PATIENCE));
         connection.on_packet(Op::Reset, &header, &[]);
         assert!(connection.is_gone());
     }
@@ -624,7 +643,7 @@ mod tests {
             let mut taken = 0;
             let mut buffer = [0; 8192];
             while !connection.is_gone() {
-                assert!(connection.wants_write() && !connection.awaits_guest());
+                assert!(connection.wants_write() && connection.patience().is_none());
                 taken += (&host).read(&mut buffer).unwrap();
                 connection.flush();
                 assert!(!connection.has_pending(), "the guest has forgotten it");

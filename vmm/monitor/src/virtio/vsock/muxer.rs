@@ -1,19 +1,19 @@
 //! All connections of one guest: who they belong to, who has something to say next.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket,
 };
 
-use super::connection::{Connection, MAX_PAYLOAD};
+use super::connection::{Connection, MAX_PAYLOAD, PATIENCE};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, Op, TYPE_STREAM};
 use crate::virtio::Context;
 use crate::virtio::worker::{FIRST_DEVICE_TOKEN, Ready};
@@ -32,8 +32,8 @@ pub struct Muxer {
     ready: VecDeque<u64>,
     /// Answers to packets that belong to no connection.
     resets: VecDeque<Header>,
-    /// In order, because every wait is equally long.
-    deadlines: VecDeque<(Instant, u64)>,
+    /// Those of all clients, one each at most: a guest decides how often a wait begins.
+    deadlines: BTreeSet<(Instant, u64)>,
     next_id: u64,
     next_port: u32,
     buffer: Box<[u8]>,
@@ -63,8 +63,6 @@ enum Stage {
 const MAX_CLIENTS: usize = 512;
 /// A guest that sends nonsense and takes no answers is not listened to beyond this.
 const MAX_RESETS: usize = 256;
-/// For a host program to name its port, for a guest to answer a request or to confirm an end.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// `CONNECT 4294967295\n` has 19 bytes.
 const MAX_GREETING: usize = 32;
 /// Ports for host programs start where Linux takes none for its own sockets.
@@ -92,7 +90,7 @@ impl Muxer {
             by_ports: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
-            deadlines: VecDeque::new(),
+            deadlines: BTreeSet::new(),
             next_id: LISTENER + 1,
             next_port: FIRST_PORT,
             buffer: vec![0; MAX_PAYLOAD].into_boxed_slice(),
@@ -129,7 +127,7 @@ impl Muxer {
 
     /// When somebody's patience ends.
     pub fn deadline(&self) -> Option<Instant> {
-        self.deadlines.front().map(|(at, _)| *at)
+        self.deadlines.first().map(|(at, _)| *at)
     }
 
     /// Whether there may be something for the guest.
@@ -169,17 +167,14 @@ impl Muxer {
 
     /// Ends what has waited too long.
     pub fn on_deadline(&mut self, cx: &Context, now: Instant) {
-        while let Some((at, id)) = self.deadlines.front().copied() {
+        while let Some((at, id)) = self.deadlines.first().copied() {
             if at > now {
                 break;
             }
-            self.deadlines.pop_front();
+            self.deadlines.pop_first();
             let Some(client) = self.clients.get_mut(&id) else {
                 continue;
             };
-            if client.deadline != Some(at) {
-                continue; // it has come further since
-            }
             match &mut client.stage {
                 Stage::Greeting { .. } => self.remove(cx, id),
                 Stage::Connected(connection) => {
@@ -244,6 +239,9 @@ impl Muxer {
 
     fn remove(&mut self, cx: &Context, id: u64) {
         if let Some(client) = self.clients.remove(&id) {
+            if let Some(at) = client.deadline {
+                self.deadlines.remove(&(at, id));
+            }
             match &client.stage {
                 Stage::Greeting { stream, .. } => cx.unwatch(stream),
                 Stage::Connected(connection) => {
@@ -265,8 +263,8 @@ impl Muxer {
         let Some(client) = self.clients.get_mut(&id) else {
             return;
         };
-        let (stream, wanted, waits) = match &client.stage {
-            Stage::Greeting { stream, .. } => (stream, Some((true, false)), true),
+        let (stream, wanted, patience) = match &client.stage {
+            Stage::Greeting { stream, .. } => (stream, Some((true, false)), Some(PATIENCE)),
             Stage::Connected(connection) => {
                 if connection.is_gone() {
                     return self.remove(cx, id);
@@ -275,11 +273,14 @@ impl Muxer {
                 let watch = !connection.host_is_gone();
                 let read = connection.wants_read() && !client.queued;
                 let wanted = watch.then(|| (read, connection.wants_write()));
-                (&connection.stream, wanted, connection.awaits_guest())
+                (&connection.stream, wanted, connection.patience())
             }
         };
-        if waits != client.deadline.is_some() {
-            client.deadline = waits.then(|| Instant::now() + PATIENCE);
+        if patience.is_some() != client.deadline.is_some() {
+            if let Some(at) = client.deadline {
+                self.deadlines.remove(&(at, id));
+            }
+            client.deadline = patience.map(|patience| Instant::now() + patience);
             self.deadlines.extend(client.deadline.map(|at| (at, id)));
         }
         if client.watched != wanted {
@@ -335,9 +336,13 @@ impl Muxer {
         if let Some(Client {
             stage: Stage::Greeting { stream, .. },
             watched,
+            deadline,
             ..
         }) = self.clients.remove(&id)
         {
+            if let Some(at) = deadline {
+                self.deadlines.remove(&(at, id));
+            }
             let stage = Stage::Connected(Connection::from_host(stream, host_port, port));
             let client = Client {
                 stage,

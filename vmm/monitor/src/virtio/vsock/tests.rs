@@ -129,18 +129,27 @@ impl Guest {
     /// Answers `to` with `op`.
     fn send(&mut self, to: &Header, op: Op, flags: u32, payload: &[u8]) {
         let header = Header {
+            flags,
+            len: payload.len() as u32,
+            ..Self::answer(to, op)
+        };
+        self.send_raw(&header, payload);
+    }
+
+    /// A header of an answer to `to`.
+    fn answer(to: &Header, op: Op) -> Header {
+        Header {
             src_cid: CID.into(),
             dst_cid: 2,
             src_port: to.dst_port,
             dst_port: to.src_port,
-            len: payload.len() as u32,
+            len: 0,
             kind: TYPE_STREAM,
             op: op.number(),
-            flags,
+            flags: 0,
             buf_alloc: 1 << 18,
             fwd_cnt: 0,
-        };
-        self.send_raw(&header, payload);
+        }
     }
 
     /// A host program connects, and the guest accepts.
@@ -428,6 +437,34 @@ fn a_guest_that_does_not_answer_costs_the_host_program_its_patience() {
         .map(|(header, _)| header.op)
         .collect();
     assert_eq!(ops, [Op::Request.number(), Op::Reset.number()]);
+}
+
+#[test]
+fn a_guest_that_makes_no_room_is_not_waited_for_once_the_host_is_gone() {
+    let mut guest = Guest::new();
+    guest.offer_buffers(8);
+    let (mut host, request) = guest.connected();
+    let room = |room, consumed| Header {
+        buf_alloc: room,
+        fwd_cnt: consumed,
+        ..Guest::answer(&request, Op::CreditUpdate)
+    };
+    guest.send_raw(&room(10, 0), &[]);
+    host.write_all(&[4; 35]).unwrap();
+    guest.poll();
+    assert_eq!(guest.packets()[0].1.len(), 10);
+    assert_eq!(guest.vsock.deadline(), None, "the host program waits");
+    drop(host);
+    guest.poll();
+    let first = guest.vsock.deadline().unwrap();
+    // It gets on: what it has room for, and then another wait.
+    guest.send_raw(&room(20, 10), &[]);
+    assert_eq!(guest.packets()[0].1.len(), 20);
+    let deadline = guest.vsock.deadline().unwrap();
+    assert!(deadline > first);
+    guest.vsock.on_deadline(&mut guest.cx, deadline);
+    assert_eq!(guest.packets()[0].0.op, Op::Reset.number());
+    assert_eq!(guest.vsock.deadline(), None);
 }
 
 fn any_header() -> impl Strategy<Value = Header> {
