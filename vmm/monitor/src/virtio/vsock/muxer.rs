@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -24,8 +24,7 @@ pub struct Muxer {
     guest_cid: u64,
     path: PathBuf,
     listener: UnixListener,
-    /// Whether the listener is watched; not while there are too many connections.
-    accepting: bool,
+    accepting: Accepting,
     clients: HashMap<u64, Client>,
     by_ports: HashMap<(u32, u32), u64>,
     /// Clients that may have a packet for the guest, each at most once.
@@ -37,6 +36,16 @@ pub struct Muxer {
     next_id: u64,
     next_port: u32,
     buffer: Box<[u8]>,
+}
+
+/// Whether the listener is watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Accepting {
+    Yes,
+    /// Not before [`Muxer::start`], or, with too many connections, before one ends.
+    No,
+    /// Not before this instant, or before a connection ends: the host could not give a descriptor.
+    NotBefore(Instant),
 }
 
 #[derive(Debug)]
@@ -69,6 +78,8 @@ const MAX_GREETING: usize = 32;
 const FIRST_PORT: u32 = 1 << 30;
 const LISTENER: u64 = FIRST_DEVICE_TOKEN;
 const ACCEPTS_PER_ROUND: usize = 64;
+/// A host that was short of descriptors or memory is asked again soon; until then, clients wait in the backlog.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 impl Muxer {
     /// Listens at `path`, in place of whatever was there.
@@ -85,7 +96,7 @@ impl Muxer {
             guest_cid: guest_cid.into(),
             path: path.to_owned(),
             listener,
-            accepting: false,
+            accepting: Accepting::No,
             clients: HashMap::new(),
             by_ports: HashMap::new(),
             ready: VecDeque::new(),
@@ -97,6 +108,12 @@ impl Muxer {
         })
     }
 
+    /// Exchanges what it accepts from.
+    #[cfg(test)]
+    pub fn swap_listener(&mut self, listener: &mut UnixListener) {
+        std::mem::swap(&mut self.listener, listener);
+    }
+
     /// The guest's context id.
     pub fn guest_cid(&self) -> u64 {
         self.guest_cid
@@ -105,7 +122,7 @@ impl Muxer {
     /// Begins or goes on to be told of its sockets.
     pub fn start(&mut self, cx: &Context) -> io::Result<()> {
         cx.watch(&self.listener, LISTENER, true, false)?;
-        self.accepting = true;
+        self.accepting = Accepting::Yes;
         for client in self.clients.values_mut() {
             client.watched = None;
         }
@@ -125,9 +142,13 @@ impl Muxer {
         self.deadlines.clear();
     }
 
-    /// When somebody's patience ends.
+    /// When somebody's patience ends, or there is something to try again.
     pub fn deadline(&self) -> Option<Instant> {
-        self.deadlines.first().map(|(at, _)| *at)
+        let patience = self.deadlines.first().map(|(at, _)| *at);
+        match self.accepting {
+            Accepting::NotBefore(at) => Some(patience.map_or(at, |patience| patience.min(at))),
+            Accepting::Yes | Accepting::No => patience,
+        }
     }
 
     /// Whether there may be something for the guest.
@@ -165,8 +186,11 @@ impl Muxer {
         }
     }
 
-    /// Ends what has waited too long.
+    /// Ends what has waited too long, and tries again what failed.
     pub fn on_deadline(&mut self, cx: &Context, now: Instant) {
+        if matches!(self.accepting, Accepting::NotBefore(at) if at <= now) {
+            self.accept_again(cx);
+        }
         while let Some((at, id)) = self.deadlines.first().copied() {
             if at > now {
                 break;
@@ -188,7 +212,7 @@ impl Muxer {
     fn accept(&mut self, cx: &Context) {
         for _ in 0..ACCEPTS_PER_ROUND {
             if self.clients.len() >= MAX_CLIENTS {
-                return self.stop_accepting(cx);
+                return self.stop_accepting(cx, Accepting::No);
             }
             match self.listener.accept() {
                 Ok((stream, _)) => {
@@ -205,17 +229,29 @@ impl Muxer {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept a vsock client");
-                    return self.stop_accepting(cx);
+                    if crate::virtio::may_log() {
+                        tracing::warn!(%error, "cannot accept a vsock client");
+                    }
+                    let later = Instant::now() + ACCEPT_AGAIN;
+                    return self.stop_accepting(cx, Accepting::NotBefore(later));
                 }
             }
         }
     }
 
-    /// Until a connection ends.
-    fn stop_accepting(&mut self, cx: &Context) {
+    fn stop_accepting(&mut self, cx: &Context, until: Accepting) {
         cx.unwatch(&self.listener);
-        self.accepting = false;
+        self.accepting = until;
+    }
+
+    fn accept_again(&mut self, cx: &Context) {
+        if self.accepting == Accepting::Yes {
+            return;
+        }
+        self.accepting = match cx.watch(&self.listener, LISTENER, true, false) {
+            Ok(()) => Accepting::Yes,
+            Err(_) => Accepting::NotBefore(Instant::now() + ACCEPT_AGAIN),
+        };
     }
 
     fn add(&mut self, cx: &Context, stage: Stage) {
@@ -253,9 +289,7 @@ impl Muxer {
                 }
             }
         }
-        if !self.accepting && cx.watch(&self.listener, LISTENER, true, false).is_ok() {
-            self.accepting = true;
-        }
+        self.accept_again(cx);
     }
 
     /// Brings watch, queue, deadline and table into line with what a client is now.

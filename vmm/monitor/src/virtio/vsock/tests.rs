@@ -7,6 +7,7 @@ use crate::virtio::testing::{Descriptor, Driver, READ, Rings, WRITE};
 use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use tempfile::TempDir;
@@ -465,6 +466,31 @@ fn a_guest_that_makes_no_room_is_not_waited_for_once_the_host_is_gone() {
     guest.vsock.on_deadline(&mut guest.cx, deadline);
     assert_eq!(guest.packets()[0].0.op, Op::Reset.number());
     assert_eq!(guest.vsock.deadline(), None);
+}
+
+#[test]
+fn a_host_that_could_not_accept_is_asked_again() {
+    // A socket that nobody can accept from, in the listener's place: no client comes, and none ends.
+    let (broken, other) = UnixStream::pair().unwrap();
+    let mut spare = UnixListener::from(OwnedFd::from(broken));
+    let mut guest = Guest::with(|config| {
+        let mut vsock = Vsock::new(config).unwrap();
+        vsock.muxer.swap_listener(&mut spare);
+        vsock
+    });
+    guest.offer_buffers(8);
+    drop(other); // a hang-up, so that it is asked
+    for _ in 0..3 {
+        guest.poll();
+        let deadline = guest.vsock.deadline().unwrap();
+        guest.vsock.on_deadline(&mut guest.cx, deadline);
+    }
+    guest.poll();
+    guest.vsock.muxer.swap_listener(&mut spare);
+    let deadline = guest.vsock.deadline().unwrap();
+    guest.vsock.on_deadline(&mut guest.cx, deadline);
+    assert_eq!(guest.vsock.deadline(), None);
+    guest.connected();
 }
 
 fn any_header() -> impl Strategy<Value = Header> {
