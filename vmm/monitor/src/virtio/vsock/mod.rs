@@ -206,8 +206,9 @@ impl Vsock {
         let head = descriptors.head_index();
         let written = Chain::map(&ram, descriptors)
             .map_or(0, |chain| chain.writable.write(0, &TRANSPORT_RESET));
-        cx.queues[EVENT].push(&ram, head, written as u32);
+        // Before the driver has the event: it may give the buffer back at once.
         cx.queues[EVENT].notify_of_next(&ram);
+        cx.queues[EVENT].push(&ram, head, written as u32);
         self.reset = Reset::Sent(Instant::now() + RESET_PATIENCE);
         cx.interrupt(EVENT);
     }
