@@ -200,7 +200,9 @@ impl Vsock {
     fn send_reset(&mut self, cx: &mut Context) {
         let ram = cx.ram.clone();
         let Some(descriptors) = cx.queues[EVENT].pop(&ram) else {
-            cx.queues[EVENT].unmute(&ram);
+            if cx.queues[EVENT].unmute(&ram) {
+                cx.again(EVENT);
+            }
             return;
         };
         let head = descriptors.head_index();

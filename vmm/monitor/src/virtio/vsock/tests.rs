@@ -432,6 +432,24 @@ fn a_driver_that_confirms_at_once_is_heard() {
 }
 
 #[test]
+fn an_event_buffer_offered_meanwhile_is_noticed() {
+    let mut guest = Guest::with(|config| Vsock::restore(config).unwrap());
+    // The word by which the device asks for notifications is the available ring's index: asking makes
+    // it go from 65535 to 0, so a buffer comes in that instant.
+    let registers = guest.cx.queues[EVENT].registers();
+    registers.set_avail_ring_address(Some(0x6_4002), None);
+    registers.set_used_ring_address(Some(0x6_4004), None);
+    registers.set_next_avail(u16::MAX);
+    let ram = guest.cx.ram.clone();
+    ram.write_obj(u16::MAX, GuestAddress(0x6_4004)).unwrap();
+    guest.vsock.on_queue(&mut guest.cx, EVENT);
+    assert_eq!(guest.vsock.reset, Reset::Owed);
+    assert_eq!(guest.cx.queues[EVENT].kick().read().unwrap(), 1);
+    guest.vsock.on_queue(&mut guest.cx, EVENT);
+    assert!(matches!(guest.vsock.reset, Reset::Sent(_)));
+}
+
+#[test]
 fn a_guest_that_does_not_confirm_is_not_waited_for_for_ever() {
     let mut guest = Guest::with(|config| Vsock::restore(config).unwrap());
     guest.offer_buffers(8);
