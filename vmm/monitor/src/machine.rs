@@ -402,6 +402,7 @@ impl Machine {
         // Network cards before the processors: on them is whoever woke the guest, and a frame that waits there is
         // the first that it sees. The others after them: nothing is lost meanwhile.
         self.resume_devices(|kind| kind == Kind::Net);
+        self.bus.serial().raise_pending();
         for vcpu in &self.vcpus {
             vcpu.run()?;
         }

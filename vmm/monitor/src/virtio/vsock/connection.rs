@@ -3,7 +3,11 @@
 //! ```text
 //!  host connects ─► Requested ──RESPONSE──► Open ──SHUTDOWN both ways──► Closing ──RST──► gone
 //!  guest connects ────────────────────────► Open            any ──RST, time out──► gone
+//!        Open, the guest's last bytes not passed on yet ──RST──► Draining ──passed on──► gone
 //! ```
+//!
+//! A guest that has said "send no more" and then resets, as Linux does 8 seconds after a close that nobody
+//! confirmed, is done with the connection; what it sent before belongs to the host program all the same.
 //!
 //! Both directions have a window (virtio 1.2, 5.10.6.3). Towards the guest, no more is read from the
 //! host's socket than the guest has room for; from the guest, what the host's socket does not take yet
@@ -14,6 +18,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::num::Wrapping;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use super::packet::{Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
@@ -58,6 +63,8 @@ enum State {
     Open,
     /// Both directions have ended; the guest's RST is awaited.
     Closing,
+    /// Over for the guest; the host program still has to take what is in the outbox.
+    Draining,
     Gone,
 }
 
@@ -72,6 +79,11 @@ struct Pending {
 
 /// What one connection can hold of what the guest sent.
 pub const BUFFER_BYTES: u32 = 64 << 10;
+/// For a guest to answer a request or to confirm an end, and for a host program to name its port.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// For a guest to make room for what a host program left behind. Until it does, its program cannot be told
+/// that nobody is there; but one that reads on is given everything, so this is a long time, as TCP's is.
+const ROOM_PATIENCE: Duration = Duration::from_secs(60);
 /// The most payload of one packet: what Linux's driver has buffers for.
 pub const MAX_PAYLOAD: usize = 64 << 10;
 
@@ -132,12 +144,27 @@ impl Connection {
 
     /// Whether nothing is left to be done; the muxer drops it then.
     pub fn is_gone(&self) -> bool {
-        self.state == State::Gone
+        match self.state {
+            State::Gone => true,
+            State::Draining => self.outbox.is_empty(),
+            State::Requested | State::Open | State::Closing => false,
+        }
     }
 
-    /// Whether it waits for the guest, and must not do so for ever.
-    pub fn awaits_guest(&self) -> bool {
-        matches!(self.state, State::Requested | State::Closing)
+    /// Whether the guest has forgotten it: its ports are free, and no packet is about it.
+    pub fn is_over_for_guest(&self) -> bool {
+        matches!(self.state, State::Draining | State::Gone)
+    }
+
+    /// How long it waits for the guest to get on, if it waits.
+    pub fn patience(&self) -> Option<Duration> {
+        match self.state {
+            State::Requested | State::Closing => Some(PATIENCE),
+            State::Open => {
+                (self.host_gone && self.has_more() && self.credit() == 0).then_some(ROOM_PATIENCE)
+            }
+            State::Draining | State::Gone => None,
+        }
     }
 
     /// Whether there is a packet for the guest that needs nothing of the host program.
@@ -147,7 +174,12 @@ impl Connection {
 
     /// Whether the host's socket is worth reading: there is room in the guest.
     pub fn wants_read(&self) -> bool {
-        self.state == State::Open && !self.host_finished && !self.guest_deaf && self.credit() > 0
+        self.has_more() && self.credit() > 0
+    }
+
+    /// Whether there may be something for the guest in the host's socket.
+    fn has_more(&self) -> bool {
+        self.state == State::Open && !self.host_finished && !self.guest_deaf
     }
 
     /// Whether the host's socket is behind.
@@ -170,10 +202,8 @@ impl Connection {
     pub fn on_packet(&mut self, op: Op, header: &Header, payload: &[u8]) {
         self.take_credit(header);
         match (op, self.state) {
-            (Op::Reset, _) => {
-                self.flush();
-                self.state = State::Gone;
-            }
+            (_, State::Draining | State::Gone) => {}
+            (Op::Reset, _) => self.on_reset(),
             (Op::Response, State::Requested) => {
                 self.state = State::Open;
                 let greeting = format!("OK {}\n", self.host_port);
@@ -204,7 +234,7 @@ impl Connection {
         }
         if self.host_gone {
             self.fwd_cnt += Wrapping(payload.len() as u32);
-            return;
+            return self.offer_credit();
         }
         self.outbox.extend(payload);
         self.flush();
@@ -220,6 +250,19 @@ impl Connection {
             self.guest_finished = true;
             self.flush();
         }
+        self.offer_shutdown();
+    }
+
+    fn on_reset(&mut self) {
+        self.pending = Pending::default();
+        // Whoever had not finished breaks off; whoever had may rely on it that all of it arrives.
+        self.state = if self.guest_finished {
+            State::Draining
+        } else {
+            State::Gone
+        };
+        let _ = self.stream.shutdown(Shutdown::Read);
+        self.flush();
     }
 
     /// Passes on what the host program takes now.
@@ -238,6 +281,14 @@ impl Connection {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => self.on_host_gone(),
             }
+        }
+        self.follow_up();
+    }
+
+    /// What follows from an outbox that has become shorter.
+    fn follow_up(&mut self) {
+        if self.is_over_for_guest() {
+            return;
         }
         self.offer_credit();
         if self.outbox.is_empty() && self.guest_finished {
@@ -267,8 +318,11 @@ impl Connection {
         self.outbox.clear();
         self.greeting = 0;
         if self.state == State::Requested {
-            self.reset();
+            return self.reset();
         }
+        // Its socket is not watched any more, so nothing else may ever bring this up.
+        self.follow_up();
+        self.offer_shutdown();
     }
 
     /// Ends the connection, and tells the guest.
@@ -533,8 +587,10 @@ mod tests {
         (&host).write_all(b"12345678").unwrap();
         drop(host);
         connection.on_host_gone();
+        assert_eq!(connection.patience(), None);
         assert_eq!(next(&mut connection).unwrap().len, 4);
         assert_eq!(next(&mut connection), None, "the guest has no room yet");
+        assert_eq!(connection.patience(), Some(ROOM_PATIENCE));
         connection.on_packet(
             Op::CreditUpdate,
             &Header {
@@ -556,9 +612,115 @@ mod tests {
             next(&mut connection),
             shutdown(SHUTDOWN_SEND | SHUTDOWN_RECEIVE)
         );
-        assert!(connection.awaits_guest());
+        assert_eq!(connection.patience(), Some(PATIENCE));
         connection.on_packet(Op::Reset, &header, &[]);
         assert!(connection.is_gone());
+    }
+
+    /// Has the guest send until the window is shut; returns how much.
+    fn fill(connection: &mut Connection, header: &Header) -> usize {
+        let mut sent = 0;
+        while connection.outbox.len() < BUFFER_BYTES as usize {
+            connection.on_packet(Op::ReadWrite, header, &[7; 4096]);
+            sent += 4096;
+        }
+        sent
+    }
+
+    fn end(connection: &mut Connection, header: &Header, flags: u32) {
+        connection.on_packet(Op::Shutdown, &Header { flags, ..*header }, &[]);
+    }
+
+    #[test]
+    fn a_reset_after_the_guests_last_byte_loses_none() {
+        for flags in [SHUTDOWN_SEND, SHUTDOWN_SEND | SHUTDOWN_RECEIVE] {
+            let (mut connection, host, header) = open(1 << 16);
+            let sent = fill(&mut connection, &header);
+            end(&mut connection, &header, flags);
+            connection.on_packet(Op::Reset, &header, &[]);
+            assert!(connection.is_over_for_guest() && !connection.is_gone());
+            assert!((&host).write(b"to nobody").is_err());
+            let mut taken = 0;
+            let mut buffer = [0; 8192];
+            while !connection.is_gone() {
+                assert!(connection.wants_write() && connection.patience().is_none());
+                taken += (&host).read(&mut buffer).unwrap();
+                connection.flush();
+                assert!(!connection.has_pending(), "the guest has forgotten it");
+                assert_eq!(next(&mut connection), None);
+            }
+            drop(connection);
+            let mut rest = Vec::new();
+            taken += (&host).read_to_end(&mut rest).unwrap();
+            assert_eq!(taken, sent);
+        }
+    }
+
+    #[test]
+    fn what_nobody_will_take_is_not_kept_behind_a_reset() {
+        let (mut connection, host, header) = open(1 << 16);
+        fill(&mut connection, &header);
+        end(&mut connection, &header, SHUTDOWN_SEND);
+        connection.on_packet(Op::Reset, &header, &[]);
+        drop(host);
+        connection.on_host_gone();
+        assert!(connection.is_gone());
+        // Nor is what a guest sent that broke off in the middle.
+        let (mut connection, _host, header) = open(1 << 16);
+        fill(&mut connection, &header);
+        connection.on_packet(Op::Reset, &header, &[]);
+        assert!(connection.is_gone());
+    }
+
+    #[test]
+    fn a_guest_that_receives_no_more_is_told_that_the_host_is_gone() {
+        let both = shutdown(SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+        let (mut connection, host, header) = open(1 << 16);
+        end(&mut connection, &header, SHUTDOWN_RECEIVE);
+        drop(host);
+        connection.on_packet(Op::ReadWrite, &header, b"more");
+        assert!(connection.has_pending());
+        assert_eq!(next(&mut connection), both);
+        // And the other way round, with something left that it has no room for.
+        let (mut connection, host, header) = open(0);
+        (&host).write_all(b"too late").unwrap();
+        drop(host);
+        connection.on_host_gone();
+        assert_eq!(next(&mut connection), None);
+        end(&mut connection, &header, SHUTDOWN_RECEIVE);
+        assert!(connection.has_pending());
+        assert_eq!(next(&mut connection), both);
+    }
+
+    #[test]
+    fn a_blocked_guest_has_room_again_when_the_host_is_gone() {
+        let (mut connection, host, header) = open(4);
+        fill(&mut connection, &header);
+        (&host).write_all(b"12345678").unwrap();
+        while next(&mut connection).is_some() {
+            connection.stamp(&mut Header::default());
+        }
+        drop(host);
+        connection.on_host_gone();
+        // It neither reads nor writes until it hears of this.
+        for _ in 0..3 {
+            assert_eq!(next(&mut connection).unwrap().op, Op::CreditUpdate);
+            connection.stamp(&mut Header::default());
+            assert_eq!(connection.told_fwd_cnt, connection.received);
+            for _ in 0..BUFFER_BYTES / 4096 {
+                connection.on_packet(Op::ReadWrite, &header, &[7; 4096]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_guest_that_has_closed_is_answered_when_the_host_is_gone() {
+        let (mut connection, host, header) = open(1 << 16);
+        fill(&mut connection, &header);
+        end(&mut connection, &header, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+        drop(host);
+        connection.on_host_gone();
+        assert_eq!(next(&mut connection).unwrap().op, Op::Reset);
     }
 
     #[test]

@@ -200,14 +200,17 @@ impl Vsock {
     fn send_reset(&mut self, cx: &mut Context) {
         let ram = cx.ram.clone();
         let Some(descriptors) = cx.queues[EVENT].pop(&ram) else {
-            cx.queues[EVENT].unmute(&ram);
+            if cx.queues[EVENT].unmute(&ram) {
+                cx.again(EVENT);
+            }
             return;
         };
         let head = descriptors.head_index();
         let written = Chain::map(&ram, descriptors)
             .map_or(0, |chain| chain.writable.write(0, &TRANSPORT_RESET));
-        cx.queues[EVENT].push(&ram, head, written as u32);
+        // Before the driver has the event: it may give the buffer back at once.
         cx.queues[EVENT].notify_of_next(&ram);
+        cx.queues[EVENT].push(&ram, head, written as u32);
         self.reset = Reset::Sent(Instant::now() + RESET_PATIENCE);
         cx.interrupt(EVENT);
     }

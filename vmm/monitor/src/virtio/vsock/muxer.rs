@@ -1,6 +1,6 @@
 //! All connections of one guest: who they belong to, who has something to say next.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +13,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, socket,
 };
 
-use super::connection::{Connection, MAX_PAYLOAD};
+use super::connection::{Connection, MAX_PAYLOAD, PATIENCE};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, Op, TYPE_STREAM};
 use crate::virtio::Context;
 use crate::virtio::worker::{FIRST_DEVICE_TOKEN, Ready};
@@ -24,19 +24,28 @@ pub struct Muxer {
     guest_cid: u64,
     path: PathBuf,
     listener: UnixListener,
-    /// Whether the listener is watched; not while there are too many connections.
-    accepting: bool,
+    accepting: Accepting,
     clients: HashMap<u64, Client>,
     by_ports: HashMap<(u32, u32), u64>,
     /// Clients that may have a packet for the guest, each at most once.
     ready: VecDeque<u64>,
     /// Answers to packets that belong to no connection.
     resets: VecDeque<Header>,
-    /// In order, because every wait is equally long.
-    deadlines: VecDeque<(Instant, u64)>,
+    /// Those of all clients, one each at most: a guest decides how often a wait begins.
+    deadlines: BTreeSet<(Instant, u64)>,
     next_id: u64,
     next_port: u32,
     buffer: Box<[u8]>,
+}
+
+/// Whether the listener is watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Accepting {
+    Yes,
+    /// Not before [`Muxer::start`], or, with too many connections, before one ends.
+    No,
+    /// Not before this instant, or before a connection ends: the host could not give a descriptor.
+    NotBefore(Instant),
 }
 
 #[derive(Debug)]
@@ -63,14 +72,14 @@ enum Stage {
 const MAX_CLIENTS: usize = 512;
 /// A guest that sends nonsense and takes no answers is not listened to beyond this.
 const MAX_RESETS: usize = 256;
-/// For a host program to name its port, for a guest to answer a request or to confirm an end.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// `CONNECT 4294967295\n` has 19 bytes.
 const MAX_GREETING: usize = 32;
 /// Ports for host programs start where Linux takes none for its own sockets.
 const FIRST_PORT: u32 = 1 << 30;
 const LISTENER: u64 = FIRST_DEVICE_TOKEN;
 const ACCEPTS_PER_ROUND: usize = 64;
+/// A host that was short of descriptors or memory is asked again soon; until then, clients wait in the backlog.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 impl Muxer {
     /// Listens at `path`, in place of whatever was there.
@@ -87,16 +96,22 @@ impl Muxer {
             guest_cid: guest_cid.into(),
             path: path.to_owned(),
             listener,
-            accepting: false,
+            accepting: Accepting::No,
             clients: HashMap::new(),
             by_ports: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
-            deadlines: VecDeque::new(),
+            deadlines: BTreeSet::new(),
             next_id: LISTENER + 1,
             next_port: FIRST_PORT,
             buffer: vec![0; MAX_PAYLOAD].into_boxed_slice(),
         })
+    }
+
+    /// Exchanges what it accepts from.
+    #[cfg(test)]
+    pub fn swap_listener(&mut self, listener: &mut UnixListener) {
+        std::mem::swap(&mut self.listener, listener);
     }
 
     /// The guest's context id.
@@ -107,7 +122,7 @@ impl Muxer {
     /// Begins or goes on to be told of its sockets.
     pub fn start(&mut self, cx: &Context) -> io::Result<()> {
         cx.watch(&self.listener, LISTENER, true, false)?;
-        self.accepting = true;
+        self.accepting = Accepting::Yes;
         for client in self.clients.values_mut() {
             client.watched = None;
         }
@@ -127,9 +142,13 @@ impl Muxer {
         self.deadlines.clear();
     }
 
-    /// When somebody's patience ends.
+    /// When somebody's patience ends, or there is something to try again.
     pub fn deadline(&self) -> Option<Instant> {
-        self.deadlines.front().map(|(at, _)| *at)
+        let patience = self.deadlines.first().map(|(at, _)| *at);
+        match self.accepting {
+            Accepting::NotBefore(at) => Some(patience.map_or(at, |patience| patience.min(at))),
+            Accepting::Yes | Accepting::No => patience,
+        }
     }
 
     /// Whether there may be something for the guest.
@@ -167,19 +186,19 @@ impl Muxer {
         }
     }
 
-    /// Ends what has waited too long.
+    /// Ends what has waited too long, and tries again what failed.
     pub fn on_deadline(&mut self, cx: &Context, now: Instant) {
-        while let Some((at, id)) = self.deadlines.front().copied() {
+        if matches!(self.accepting, Accepting::NotBefore(at) if at <= now) {
+            self.accept_again(cx);
+        }
+        while let Some((at, id)) = self.deadlines.first().copied() {
             if at > now {
                 break;
             }
-            self.deadlines.pop_front();
+            self.deadlines.pop_first();
             let Some(client) = self.clients.get_mut(&id) else {
                 continue;
             };
-            if client.deadline != Some(at) {
-                continue; // it has come further since
-            }
             match &mut client.stage {
                 Stage::Greeting { .. } => self.remove(cx, id),
                 Stage::Connected(connection) => {
@@ -193,7 +212,7 @@ impl Muxer {
     fn accept(&mut self, cx: &Context) {
         for _ in 0..ACCEPTS_PER_ROUND {
             if self.clients.len() >= MAX_CLIENTS {
-                return self.stop_accepting(cx);
+                return self.stop_accepting(cx, Accepting::No);
             }
             match self.listener.accept() {
                 Ok((stream, _)) => {
@@ -210,17 +229,29 @@ impl Muxer {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept a vsock client");
-                    return self.stop_accepting(cx);
+                    if crate::virtio::may_log() {
+                        tracing::warn!(%error, "cannot accept a vsock client");
+                    }
+                    let later = Instant::now() + ACCEPT_AGAIN;
+                    return self.stop_accepting(cx, Accepting::NotBefore(later));
                 }
             }
         }
     }
 
-    /// Until a connection ends.
-    fn stop_accepting(&mut self, cx: &Context) {
+    fn stop_accepting(&mut self, cx: &Context, until: Accepting) {
         cx.unwatch(&self.listener);
-        self.accepting = false;
+        self.accepting = until;
+    }
+
+    fn accept_again(&mut self, cx: &Context) {
+        if self.accepting == Accepting::Yes {
+            return;
+        }
+        self.accepting = match cx.watch(&self.listener, LISTENER, true, false) {
+            Ok(()) => Accepting::Yes,
+            Err(_) => Accepting::NotBefore(Instant::now() + ACCEPT_AGAIN),
+        };
     }
 
     fn add(&mut self, cx: &Context, stage: Stage) {
@@ -244,18 +275,21 @@ impl Muxer {
 
     fn remove(&mut self, cx: &Context, id: u64) {
         if let Some(client) = self.clients.remove(&id) {
+            if let Some(at) = client.deadline {
+                self.deadlines.remove(&(at, id));
+            }
             match &client.stage {
                 Stage::Greeting { stream, .. } => cx.unwatch(stream),
                 Stage::Connected(connection) => {
                     cx.unwatch(&connection.stream);
-                    self.by_ports
-                        .remove(&(connection.host_port, connection.guest_port));
+                    let key = (connection.host_port, connection.guest_port);
+                    if self.by_ports.get(&key) == Some(&id) {
+                        self.by_ports.remove(&key); // not a successor's
+                    }
                 }
             }
         }
-        if !self.accepting && cx.watch(&self.listener, LISTENER, true, false).is_ok() {
-            self.accepting = true;
-        }
+        self.accept_again(cx);
     }
 
     /// Brings watch, queue, deadline and table into line with what a client is now.
@@ -263,8 +297,8 @@ impl Muxer {
         let Some(client) = self.clients.get_mut(&id) else {
             return;
         };
-        let (stream, wanted, waits) = match &client.stage {
-            Stage::Greeting { stream, .. } => (stream, Some((true, false)), true),
+        let (stream, wanted, patience) = match &client.stage {
+            Stage::Greeting { stream, .. } => (stream, Some((true, false)), Some(PATIENCE)),
             Stage::Connected(connection) => {
                 if connection.is_gone() {
                     return self.remove(cx, id);
@@ -273,11 +307,14 @@ impl Muxer {
                 let watch = !connection.host_is_gone();
                 let read = connection.wants_read() && !client.queued;
                 let wanted = watch.then(|| (read, connection.wants_write()));
-                (&connection.stream, wanted, connection.awaits_guest())
+                (&connection.stream, wanted, connection.patience())
             }
         };
-        if waits != client.deadline.is_some() {
-            client.deadline = waits.then(|| Instant::now() + PATIENCE);
+        if patience.is_some() != client.deadline.is_some() {
+            if let Some(at) = client.deadline {
+                self.deadlines.remove(&(at, id));
+            }
+            client.deadline = patience.map(|patience| Instant::now() + patience);
             self.deadlines.extend(client.deadline.map(|at| (at, id)));
         }
         if client.watched != wanted {
@@ -333,9 +370,13 @@ impl Muxer {
         if let Some(Client {
             stage: Stage::Greeting { stream, .. },
             watched,
+            deadline,
             ..
         }) = self.clients.remove(&id)
         {
+            if let Some(at) = deadline {
+                self.deadlines.remove(&(at, id));
+            }
             let stage = Stage::Connected(Connection::from_host(stream, host_port, port));
             let client = Client {
                 stage,
@@ -375,6 +416,10 @@ impl Muxer {
                 }) = self.clients.get_mut(&id)
                 {
                     connection.on_packet(op, header, payload);
+                    if connection.is_over_for_guest() {
+                        // The guest may use the ports anew before the host program has taken everything.
+                        self.by_ports.remove(&key);
+                    }
                     self.settle(cx, id);
                 }
             }

@@ -1,13 +1,17 @@
 //! The whole device between a driver's rings and host programs' sockets.
 
+use super::connection::BUFFER_BYTES;
 use super::packet::{Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
 use super::*;
 use crate::virtio::testing::{Descriptor, Driver, READ, Rings, WRITE};
 use proptest::prelude::*;
 use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use tempfile::TempDir;
+use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 
 const CID: u32 = 7;
@@ -127,18 +131,27 @@ impl Guest {
     /// Answers `to` with `op`.
     fn send(&mut self, to: &Header, op: Op, flags: u32, payload: &[u8]) {
         let header = Header {
+            flags,
+            len: payload.len() as u32,
+            ..Self::answer(to, op)
+        };
+        self.send_raw(&header, payload);
+    }
+
+    /// A header of an answer to `to`.
+    fn answer(to: &Header, op: Op) -> Header {
+        Header {
             src_cid: CID.into(),
             dst_cid: 2,
             src_port: to.dst_port,
             dst_port: to.src_port,
-            len: payload.len() as u32,
+            len: 0,
             kind: TYPE_STREAM,
             op: op.number(),
-            flags,
+            flags: 0,
             buf_alloc: 1 << 18,
             fwd_cnt: 0,
-        };
-        self.send_raw(&header, payload);
+        }
     }
 
     /// A host program connects, and the guest accepts.
@@ -287,6 +300,73 @@ fn a_guest_without_buffers_makes_everybody_wait() {
 }
 
 #[test]
+fn ports_are_free_while_a_slow_host_program_takes_the_last_of_a_connection() {
+    let mut guest = Guest::new();
+    guest.offer_buffers(32);
+    let listener = UnixListener::bind(guest.dir.path().join("v_99")).unwrap();
+    let call = Header {
+        src_port: 99,
+        dst_port: 1234,
+        ..Header::default()
+    };
+    guest.send(&call, Op::Request, 0, &[]);
+    let (mut first, _) = listener.accept().unwrap();
+    first.set_nonblocking(true).unwrap();
+    let (mut sent, mut taken) = (0_u32, 0);
+    while sent - taken + 4096 <= BUFFER_BYTES {
+        guest.send(&call, Op::ReadWrite, 0, &[6; 4096]);
+        sent += 4096;
+        if let Some((last, _)) = guest.packets().last() {
+            taken = last.fwd_cnt;
+        }
+    }
+    let both = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
+    guest.send(&call, Op::Shutdown, both, &[]);
+    guest.send(&call, Op::Reset, 0, &[]);
+    guest.packets();
+    guest.send(&call, Op::Request, 0, &[]);
+    let (mut second, _) = listener.accept().unwrap();
+    second.set_nonblocking(true).unwrap();
+    assert_eq!(guest.packets()[0].0.op, Op::Response.number());
+    let mut received = 0;
+    let mut buffer = vec![0; 8192];
+    loop {
+        guest.poll();
+        match first.read(&mut buffer).unwrap() {
+            0 => break,
+            len => received += len,
+        }
+    }
+    assert_eq!(received, sent as usize);
+    guest.send(&call, Op::ReadWrite, 0, b"hello");
+    let mut text = [0; 5];
+    second.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"hello");
+    assert!(guest.packets().is_empty());
+}
+
+#[test]
+fn a_guest_that_only_sends_is_told_when_the_host_program_goes() {
+    let mut guest = Guest::new();
+    guest.offer_buffers(8);
+    let (host, request) = guest.connected();
+    host.shutdown(Shutdown::Write).unwrap();
+    guest.poll();
+    assert_eq!(guest.packets()[0].0.flags, SHUTDOWN_SEND);
+    drop(host);
+    // The guest's packet finds out before the hang-up has been noticed.
+    guest.send(&request, Op::ReadWrite, 0, b"more");
+    guest.poll();
+    let told: Vec<_> = guest
+        .packets()
+        .iter()
+        .map(|(h, _)| (h.op, h.flags))
+        .collect();
+    let both = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
+    assert_eq!(told, [(Op::Shutdown.number(), both)]);
+}
+
+#[test]
 fn answers_to_nonsense_are_bounded() {
     let mut guest = Guest::new();
     for port in 0..2000 {
@@ -332,6 +412,44 @@ fn after_a_restore_old_connections_are_ended_before_new_ones_begin() {
 }
 
 #[test]
+fn a_driver_that_confirms_at_once_is_heard() {
+    const RINGS: u64 = 0x6_4000;
+    let mut guest = Guest::with(|config| Vsock::restore(config).unwrap());
+    // Both rings' indices are one word: what the device gives back is offered again in that instant.
+    let registers = guest.cx.queues[EVENT].registers();
+    registers.set_avail_ring_address(Some(RINGS as u32), None);
+    registers.set_used_ring_address(Some(RINGS as u32), None);
+    registers.set_event_idx(true);
+    registers.set_next_used(1);
+    guest.event.offer(&[Descriptor::at(0x9000, 4, WRITE)]);
+    guest.vsock.on_queue(&mut guest.cx, EVENT);
+    let word = |at| guest.cx.ram.read_obj::<u16>(GuestAddress(at)).unwrap();
+    let offered = word(RINGS + 2);
+    assert_eq!(offered, 2);
+    // Linux's vring_need_event(), for the one buffer between 1 and `offered`.
+    let avail_event = word(RINGS + 4 + 8 * 16);
+    assert!(offered.wrapping_sub(avail_event).wrapping_sub(1) < offered - 1);
+}
+
+#[test]
+fn an_event_buffer_offered_meanwhile_is_noticed() {
+    let mut guest = Guest::with(|config| Vsock::restore(config).unwrap());
+    // The word by which the device asks for notifications is the available ring's index: asking makes
+    // it go from 65535 to 0, so a buffer comes in that instant.
+    let registers = guest.cx.queues[EVENT].registers();
+    registers.set_avail_ring_address(Some(0x6_4002), None);
+    registers.set_used_ring_address(Some(0x6_4004), None);
+    registers.set_next_avail(u16::MAX);
+    let ram = guest.cx.ram.clone();
+    ram.write_obj(u16::MAX, GuestAddress(0x6_4004)).unwrap();
+    guest.vsock.on_queue(&mut guest.cx, EVENT);
+    assert_eq!(guest.vsock.reset, Reset::Owed);
+    assert_eq!(guest.cx.queues[EVENT].kick().read().unwrap(), 1);
+    guest.vsock.on_queue(&mut guest.cx, EVENT);
+    assert!(matches!(guest.vsock.reset, Reset::Sent(_)));
+}
+
+#[test]
 fn a_guest_that_does_not_confirm_is_not_waited_for_for_ever() {
     let mut guest = Guest::with(|config| Vsock::restore(config).unwrap());
     guest.offer_buffers(8);
@@ -359,6 +477,59 @@ fn a_guest_that_does_not_answer_costs_the_host_program_its_patience() {
         .map(|(header, _)| header.op)
         .collect();
     assert_eq!(ops, [Op::Request.number(), Op::Reset.number()]);
+}
+
+#[test]
+fn a_guest_that_makes_no_room_is_not_waited_for_once_the_host_is_gone() {
+    let mut guest = Guest::new();
+    guest.offer_buffers(8);
+    let (mut host, request) = guest.connected();
+    let room = |room, consumed| Header {
+        buf_alloc: room,
+        fwd_cnt: consumed,
+        ..Guest::answer(&request, Op::CreditUpdate)
+    };
+    guest.send_raw(&room(10, 0), &[]);
+    host.write_all(&[4; 35]).unwrap();
+    guest.poll();
+    assert_eq!(guest.packets()[0].1.len(), 10);
+    assert_eq!(guest.vsock.deadline(), None, "the host program waits");
+    drop(host);
+    guest.poll();
+    let first = guest.vsock.deadline().unwrap();
+    // It gets on: what it has room for, and then another wait.
+    guest.send_raw(&room(20, 10), &[]);
+    assert_eq!(guest.packets()[0].1.len(), 20);
+    let deadline = guest.vsock.deadline().unwrap();
+    assert!(deadline > first);
+    guest.vsock.on_deadline(&mut guest.cx, deadline);
+    assert_eq!(guest.packets()[0].0.op, Op::Reset.number());
+    assert_eq!(guest.vsock.deadline(), None);
+}
+
+#[test]
+fn a_host_that_could_not_accept_is_asked_again() {
+    // A socket that nobody can accept from, in the listener's place: no client comes, and none ends.
+    let (broken, other) = UnixStream::pair().unwrap();
+    let mut spare = UnixListener::from(OwnedFd::from(broken));
+    let mut guest = Guest::with(|config| {
+        let mut vsock = Vsock::new(config).unwrap();
+        vsock.muxer.swap_listener(&mut spare);
+        vsock
+    });
+    guest.offer_buffers(8);
+    drop(other); // a hang-up, so that it is asked
+    for _ in 0..3 {
+        guest.poll();
+        let deadline = guest.vsock.deadline().unwrap();
+        guest.vsock.on_deadline(&mut guest.cx, deadline);
+    }
+    guest.poll();
+    guest.vsock.muxer.swap_listener(&mut spare);
+    let deadline = guest.vsock.deadline().unwrap();
+    guest.vsock.on_deadline(&mut guest.cx, deadline);
+    assert_eq!(guest.vsock.deadline(), None);
+    guest.connected();
 }
 
 fn any_header() -> impl Strategy<Value = Header> {
