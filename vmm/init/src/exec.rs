@@ -13,7 +13,6 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use nix::fcntl::OFlag;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::openpty;
 use nix::unistd::pipe2;
 use tern_guest::message::TerminalSize;
@@ -190,44 +189,41 @@ impl Session<'_> {
     }
 
     fn wait(&self, ended: bool) -> io::Result<Ready> {
-        let mut conn = PollFlags::empty();
-        conn.set(PollFlags::POLLIN, self.to_command.len() < BUFFER_LIMIT);
-        conn.set(PollFlags::POLLOUT, !self.to_host.wire().is_empty());
+        // The end of the connection is told even while nothing more is read from it. On vsock that is
+        // RDHUP alone: HUP would need both sides to have closed.
+        let mut conn = libc::POLLRDHUP;
+        if self.to_command.len() < BUFFER_LIMIT {
+            conn |= libc::POLLIN;
+        }
+        if !self.to_host.wire().is_empty() {
+            conn |= libc::POLLOUT;
+        }
         let stdin = self.stdin.as_ref().filter(|_| !self.to_command.is_empty());
         let has_room = self.to_host.wire().len() < BUFFER_LIMIT;
         let outputs: &[_] = if has_room { &self.outputs } else { &[] };
 
-        let mut fds = vec![PollFd::new(self.conn.as_fd(), conn)];
+        let mut fds = vec![poll_fd(&self.conn, conn)];
         if !ended {
-            fds.push(PollFd::new(self.process.as_fd(), PollFlags::POLLIN));
+            fds.push(poll_fd(&*self.process, libc::POLLIN));
         }
         let first_output = fds.len();
-        fds.extend(
-            outputs
-                .iter()
-                .map(|(_, f)| PollFd::new(f.as_fd(), PollFlags::POLLIN)),
-        );
-        fds.extend(stdin.map(|stdin| PollFd::new(stdin.as_fd(), PollFlags::POLLOUT)));
-        let timeout = match (ended, &self.terminal) {
-            (true, _) if !has_room => PollTimeout::NONE,
+        fds.extend(outputs.iter().map(|(_, f)| poll_fd(f, libc::POLLIN)));
+        fds.extend(stdin.map(|stdin| poll_fd(stdin, libc::POLLOUT)));
+        let timeout_ms = match (ended, &self.terminal) {
+            (true, _) if !has_room => FOR_EVER,
             // A terminal hands over its last words a moment after the command has ended.
-            (true, Some(_)) => PollTimeout::from(TERMINAL_GRACE_MS),
-            (true, None) if self.to_host.wire().is_empty() => PollTimeout::ZERO,
-            _ => PollTimeout::NONE,
+            (true, Some(_)) => TERMINAL_GRACE_MS,
+            (true, None) if self.to_host.wire().is_empty() => 0,
+            _ => FOR_EVER,
         };
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let any = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+        poll(&mut fds, timeout_ms)?;
+        let any = |fd: &libc::pollfd| fd.revents != 0;
         let ready: Vec<bool> = fds[first_output..][..outputs.len()]
             .iter()
             .map(any)
             .collect();
         Ok(Ready {
-            conn: fds[0]
-                .revents()
-                .is_some_and(|r| r.intersects(!PollFlags::POLLOUT)),
+            conn: fds[0].revents & !libc::POLLOUT != 0,
             ended: ended || any(&fds[1]),
             stdin: fds[first_output + outputs.len()..].iter().any(any),
             silent: has_room && !ready.contains(&true),
@@ -386,6 +382,28 @@ fn send_all(mut conn: UnixStream, wire: &Encoder) -> io::Result<()> {
     conn.write_all(wire.wire())
 }
 
+fn poll_fd(fd: &impl AsFd, events: i16) -> libc::pollfd {
+    libc::pollfd {
+        fd: fd.as_fd().as_raw_fd(),
+        events,
+        revents: 0,
+    }
+}
+
+/// `poll` itself, since nix has no `POLLRDHUP`. An interruption finds nothing.
+fn poll(fds: &mut [libc::pollfd], timeout_ms: i32) -> io::Result<()> {
+    let count = fds.len() as libc::nfds_t;
+    // SAFETY: the kernel reads and writes `count` entries, which outlive the call; a descriptor that
+    // was closed would be reported, and harm nothing.
+    if unsafe { libc::poll(fds.as_mut_ptr(), count, timeout_ms) } >= 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        error => Err(error),
+    }
+}
+
 fn is_transient(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -414,4 +432,7 @@ const READ_SIZE: usize = 32 * 1024;
 const LAST_WORDS: usize = 2 * 1024 * 1024;
 
 /// How long a terminal may be silent after its command has ended before it counts as done.
-const TERMINAL_GRACE_MS: u16 = 100;
+const TERMINAL_GRACE_MS: i32 = 100;
+
+/// `poll` without a time limit.
+const FOR_EVER: i32 = -1;

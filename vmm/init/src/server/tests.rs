@@ -3,6 +3,7 @@
 use super::*;
 use crate::children::ONE_FAMILY_AT_A_TIME;
 use nix::sys::socket::{setsockopt, sockopt};
+use std::net::Shutdown;
 use std::sync::MutexGuard;
 use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
@@ -278,6 +279,29 @@ fn a_command_dies_with_its_connection() {
     while unsafe { libc::kill(-pid, 0) } == 0 {
         std::thread::yield_now();
     }
+}
+
+/// On Unix, too, a host that has only stopped sending is told by RDHUP alone, as any end is on vsock.
+#[test]
+fn a_command_that_reads_nothing_dies_with_its_connection() {
+    let rig = Rig::new();
+    let mut host = rig.sh("echo; exec sleep 1000", true);
+    assert_eq!(host.frame().unwrap().payload, b"\n");
+    host.conn
+        .set_write_timeout(Some(Duration::from_secs(1)))
+        .unwrap();
+    let mut wire = Encoder::new();
+    wire.raw(FrameKind::Stdin, &[0; 4 * 1024 * 1024]);
+    // Until a whole second makes no room: init holds as much as it will.
+    while let Ok(written) = host.conn.write(wire.wire())
+        && written > 0
+    {
+        wire.consume(written);
+    }
+    assert!(!wire.wire().is_empty(), "init takes only so much");
+    host.conn.shutdown(Shutdown::Write).unwrap();
+    assert!(rig.guest.children.wait_none(Duration::from_secs(20)));
+    host.server.join().unwrap();
 }
 
 #[test]
