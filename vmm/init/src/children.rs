@@ -26,6 +26,7 @@ pub struct Children {
 struct Inner {
     known: HashMap<i32, mpsc::Sender<ExitStatus>>,
     none_left: bool,
+    closed: bool,
 }
 
 /// Where the end of a process is reported.
@@ -95,6 +96,11 @@ impl Children {
     /// Starts a process.
     pub fn spawn(&self, command: &mut Command) -> io::Result<(Arc<Process>, Exit)> {
         let mut inner = self.lock();
+        if inner.closed {
+            return Err(io::Error::other(
+                "the Machine is ending, nothing starts any more",
+            ));
+        }
         let mut child = command.spawn()?;
         let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
         let pidfd = match open_pidfd(pid) {
@@ -109,6 +115,12 @@ impl Children {
         inner.known.insert(pid, report);
         inner.none_left = false;
         Ok((Arc::new(Process { pid, pidfd }), exit))
+    }
+
+    /// Starts nothing from now on. What is being started has been when this returns, so that a signal
+    /// to all processes reaches it.
+    pub fn close(&self) {
+        self.lock().closed = true;
     }
 
     /// Sends a signal to the process group that a process started here leads, unless the process has

@@ -68,8 +68,7 @@ fn main() {
             &format!("cannot set up the Machine: {error:#}"),
         ),
     };
-    guest.journal.exited(status);
-    shutdown::finish(&guest, &disks)
+    shutdown::finish(&guest, status, &disks)
 }
 
 /// Makes the guest a place in which a program can run.

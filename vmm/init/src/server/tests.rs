@@ -378,6 +378,16 @@ fn what_cannot_run_says_why() {
 }
 
 #[test]
+fn nothing_starts_in_a_machine_that_ends() {
+    let rig = Rig::new();
+    rig.guest.children.close();
+    let (stdout, stderr, status) = rig.sh("echo here", false).output();
+    let reason = "/sh: the Machine is ending, nothing starts any more\n";
+    assert!(stderr.ends_with(reason), "{stderr}");
+    assert_eq!((stdout.as_str(), status.code), ("", 126));
+}
+
+#[test]
 fn a_command_can_be_anybody_anywhere() {
     let rig = Rig::new();
     let (stdout, stderr, _) = rig
