@@ -58,6 +58,7 @@ pub fn serve(
         terminal: ends.terminal,
         to_command: Vec::new(),
         input_over: !request.stdin,
+        line_begun: false,
         to_host: Encoder::new(),
         buffer: vec![0; READ_SIZE],
         last_words: LAST_WORDS,
@@ -135,6 +136,8 @@ struct Session<'a> {
     terminal: Option<OwnedFd>,
     to_command: Vec<u8>,
     input_over: bool,
+    /// Whether the input so far ends within a line.
+    line_begun: bool,
     to_host: Encoder,
     buffer: Vec<u8>,
     /// How much output still counts once the command has ended.
@@ -256,6 +259,7 @@ impl Session<'_> {
             FrameKind::Stdin if frame.payload.is_empty() => self.end_input(),
             FrameKind::Stdin if !self.input_over && self.stdin.is_some() => {
                 self.to_command.extend_from_slice(&frame.payload);
+                self.line_begun = !frame.payload.ends_with(b"\n");
             }
             // The command has closed its input, or has none: what comes for it goes nowhere.
             FrameKind::Stdin => {}
@@ -275,7 +279,10 @@ impl Session<'_> {
 
     fn end_input(&mut self) {
         if self.terminal.is_some() && !self.input_over {
-            self.to_command.push(END_OF_TRANSMISSION);
+            // Behind an unfinished line the first only hands over that line.
+            let times = if self.line_begun { 2 } else { 1 };
+            let ends = std::iter::repeat_n(END_OF_TRANSMISSION, times);
+            self.to_command.extend(ends);
         }
         self.input_over = true;
     }
@@ -420,7 +427,7 @@ fn window(size: TerminalSize) -> libc::winsize {
     }
 }
 
-/// What makes a terminal's reader see the end of its input (Ctrl-D).
+/// What makes a terminal's reader see the end of its input at the start of a line (Ctrl-D).
 const END_OF_TRANSMISSION: u8 = 4;
 
 /// When more than this waits for one side, the other is not read.

@@ -331,6 +331,25 @@ fn a_terminal_is_a_terminal() {
 }
 
 #[test]
+fn a_terminals_input_ends_within_a_line_too() {
+    let rig = Rig::new();
+    for (input, expected) in [("foo", "foofoo"), ("foo\n", "foo\r\nfoo\r\n"), ("", "")] {
+        let mut host = rig.connect(&Request::Exec(ExecRequest {
+            cmd: vec!["cat".into()],
+            tty: Some(TerminalSize { rows: 24, cols: 80 }),
+            stdin: true,
+            ..Default::default()
+        }));
+        if !input.is_empty() {
+            host.stdin(input.as_bytes());
+        }
+        host.stdin(b"");
+        let (output, _, status) = host.output();
+        assert_eq!((output.as_str(), status.code), (expected, 0), "{input:?}");
+    }
+}
+
+#[test]
 fn a_command_can_be_signalled() {
     let rig = Rig::new();
     let mut host = rig.sh(
