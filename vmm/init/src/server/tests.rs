@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::sync::MutexGuard;
 use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
-use tern_guest::message::{AppState, Stream, TerminalSize};
+use tern_guest::message::{AppState, MAX_LINE, Stream, TerminalSize};
 use tern_guest::{Event, ExecInput, ExecRequest, ExitStatus, Frame, FrameKind, RunConfig};
 
 /// A guest that has been set up, with a reaper.
@@ -447,6 +447,20 @@ fn an_attached_host_hears_everything_to_the_end() {
     drop(host.conn);
     assert!(journal.wait_delivered(Duration::from_secs(30)));
     host.server.join().unwrap();
+}
+
+#[test]
+fn a_line_of_any_length_does_not_keep_a_host_from_the_end() {
+    let rig = Rig::new();
+    let journal = &rig.guest.journal;
+    journal.line(Stream::Init, "x".to_string() + &"é".repeat(35_000));
+    journal.exited(ExitStatus::default());
+    let mut host = rig.connect(&Request::Attach { from: 0 });
+    let Event::Log { line, .. } = host.event() else {
+        panic!("the line comes first")
+    };
+    assert_eq!(line.len(), MAX_LINE - 1, "cut between two characters");
+    assert_eq!(host.event(), Event::Exited(ExitStatus::default()));
 }
 
 #[test]
