@@ -13,7 +13,6 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use nix::fcntl::OFlag;
-use nix::pty::openpty;
 use nix::unistd::pipe2;
 use tern_guest::message::TerminalSize;
 use tern_guest::signal::{SIGKILL, is_signal};
@@ -23,6 +22,7 @@ use crate::children::{self, Exit, Process};
 use crate::guest::Guest;
 use crate::output::set_nonblocking;
 use crate::process::{Descriptors, StartError};
+use crate::terminal;
 
 /// Serves one `exec` request to its end. `decoder` may already hold what follows the request.
 pub fn serve(
@@ -79,21 +79,15 @@ struct Ends {
 
 fn open_descriptors(request: &ExecRequest) -> io::Result<(Descriptors, Ends)> {
     if let Some(size) = request.tty {
-        // Our end is for our eyes only: without O_CLOEXEC each command would hold the others' open.
-        let pty = openpty(Some(&window(size)), None)?;
-        for fd in [&pty.master, &pty.slave] {
-            nix::fcntl::fcntl(
-                fd,
-                nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
-            )?;
-        }
-        set_nonblocking(&pty.master)?;
+        let (ours, theirs) = terminal::open()?;
+        terminal::resize(&ours, size)?;
+        set_nonblocking(&ours)?;
         let ends = Ends {
-            stdin: Some(File::from(pty.master.try_clone()?)),
-            outputs: vec![(FrameKind::Stdout, File::from(pty.master.try_clone()?))],
-            terminal: Some(pty.master),
+            stdin: Some(File::from(ours.try_clone()?)),
+            outputs: vec![(FrameKind::Stdout, File::from(ours.try_clone()?))],
+            terminal: Some(ours),
         };
-        return Ok((Descriptors::terminal(pty.slave)?, ends));
+        return Ok((Descriptors::terminal(theirs)?, ends));
     }
     let (stdin, our_stdin) = if request.stdin {
         let (theirs, ours) = pipe2(OFlag::O_CLOEXEC)?;
@@ -296,9 +290,8 @@ impl Session<'_> {
 
     fn resize(&self, size: TerminalSize) {
         if let Some(terminal) = &self.terminal {
-            // SAFETY: the descriptor is open and the size outlives the call. A failure leaves the
-            // old size, which is no reason to end the command.
-            unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &window(size)) };
+            // A failure leaves the old size, which is no reason to end the command.
+            let _ = terminal::resize(terminal, size);
         }
     }
 
@@ -416,15 +409,6 @@ fn is_transient(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
     )
-}
-
-fn window(size: TerminalSize) -> libc::winsize {
-    libc::winsize {
-        ws_row: size.rows,
-        ws_col: size.cols,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    }
 }
 
 /// What makes a terminal's reader see the end of its input at the start of a line (Ctrl-D).
