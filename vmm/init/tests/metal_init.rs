@@ -250,12 +250,13 @@ fn metal_stopping_asks_first_and_insists_later() {
     machine.start(&run_archive(&stubborn).unwrap());
     let mut host = machine.attach(0);
     host.wait_line("ready");
-    let stop = Request::Stop {
+    let stop = |timeout_ms| Request::Stop {
         signo: None,
-        timeout_ms: Some(1500),
+        timeout_ms: Some(timeout_ms),
     };
-    assert_eq!(machine.ask(&stop), Reply::Ok);
+    assert_eq!(machine.ask(&stop(600_000)), Reply::Ok);
     host.wait_line("no");
+    assert_eq!(machine.ask(&stop(0)), Reply::Ok);
     let (_, status) = host.until_end();
     assert_eq!(
         status,

@@ -275,10 +275,10 @@ fn a_command_dies_with_its_connection() {
         .unwrap();
     drop(host.conn);
     host.server.join().unwrap();
-    // SAFETY: signal 0 only asks whether the group is there.
-    while unsafe { libc::kill(-pid, 0) } == 0 {
-        std::thread::yield_now();
-    }
+    assert!(
+        rig.guest.children.wait_none(Duration::from_secs(20)),
+        "something of group {pid} is left"
+    );
 }
 
 /// On Unix, too, a host that has only stopped sending is told by RDHUP alone, as any end is on vsock.
@@ -524,14 +524,15 @@ fn stopping_is_asking_and_then_insisting() {
     let (app, exit) = program.start(&rig.guest.children, descriptors).unwrap();
     (&ours).read_exact(&mut [0; 6]).unwrap();
     rig.guest.set_app(app);
-    let stop = Request::Stop {
+    let stop = |timeout_ms| Request::Stop {
         signo: None,
-        timeout_ms: Some(300),
+        timeout_ms: Some(timeout_ms),
     };
-    assert_eq!(rig.connect(&stop).reply(), Reply::Ok);
-    let mut said = String::new();
-    (&ours).read_to_string(&mut said).unwrap();
-    assert_eq!(said, "no\n", "it was asked first");
+    assert_eq!(rig.connect(&stop(600_000)).reply(), Reply::Ok);
+    let mut said = [0; 3];
+    (&ours).read_exact(&mut said).unwrap();
+    assert_eq!(said, *b"no\n", "it was asked, and has time");
+    assert_eq!(rig.connect(&stop(0)).reply(), Reply::Ok);
     assert_eq!(exit.recv().unwrap().signal, Some(9));
 }
 
