@@ -26,6 +26,7 @@ pub struct Children {
 struct Inner {
     known: HashMap<i32, mpsc::Sender<ExitStatus>>,
     none_left: bool,
+    closed: bool,
 }
 
 /// Where the end of a process is reported.
@@ -95,6 +96,11 @@ impl Children {
     /// Starts a process.
     pub fn spawn(&self, command: &mut Command) -> io::Result<(Arc<Process>, Exit)> {
         let mut inner = self.lock();
+        if inner.closed {
+            return Err(io::Error::other(
+                "the Machine is ending, nothing starts any more",
+            ));
+        }
         let mut child = command.spawn()?;
         let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
         let pidfd = match open_pidfd(pid) {
@@ -111,11 +117,18 @@ impl Children {
         Ok((Arc::new(Process { pid, pidfd }), exit))
     }
 
+    /// Starts nothing from now on. What is being started has been when this returns, so that a signal
+    /// to all processes reaches it.
+    pub fn close(&self) {
+        self.lock().closed = true;
+    }
+
     /// Sends a signal to the process group that a process started here leads, unless the process has
-    /// ended: then its number may already be another's.
+    /// been buried: then its number may already be another's, even of a process started here.
     pub fn signal_group(&self, process: &Process, signo: i32) {
-        let inner = self.lock();
-        if inner.known.contains_key(&process.pid) {
+        // Nobody is buried meanwhile, and only a burial sets the number free.
+        let _nobody_is_buried = self.lock();
+        if process.signal(0).is_ok() {
             // SAFETY: `kill` takes no pointers.
             unsafe { libc::kill(-process.pid, signo) };
         }
@@ -205,6 +218,7 @@ pub static ONE_FAMILY_AT_A_TIME: Mutex<()> = Mutex::new(());
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::process::CommandExt;
 
     #[test]
     fn children_are_started_signalled_and_buried() {
@@ -248,5 +262,23 @@ mod tests {
             children.wait_none(Duration::from_secs(20)),
             "no child is left"
         );
+    }
+
+    #[test]
+    fn the_group_of_a_buried_process_gets_no_signal_though_its_number_is_used_again() {
+        let _alone = ONE_FAMILY_AT_A_TIME.lock();
+        let children = Children::default();
+        let (mut first, _) = children.spawn(&mut Command::new("true")).unwrap();
+        assert!(first.wait(Duration::from_secs(20)));
+        children.reap();
+        let mut sleep = Command::new("sleep");
+        let (second, exit) = children.spawn(sleep.arg("1000").process_group(0)).unwrap();
+
+        Arc::get_mut(&mut first).unwrap().pid = second.pid();
+        children.signal_group(&first, libc::SIGKILL);
+        children.signal_group(&second, libc::SIGTERM);
+        assert!(second.wait(Duration::from_secs(20)));
+        children.reap();
+        assert_eq!(exit.recv().unwrap().signal, Some(libc::SIGTERM));
     }
 }

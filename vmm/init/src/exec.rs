@@ -13,8 +13,6 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use nix::fcntl::OFlag;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::pty::openpty;
 use nix::unistd::pipe2;
 use tern_guest::message::TerminalSize;
 use tern_guest::signal::{SIGKILL, is_signal};
@@ -24,6 +22,7 @@ use crate::children::{self, Exit, Process};
 use crate::guest::Guest;
 use crate::output::set_nonblocking;
 use crate::process::{Descriptors, StartError};
+use crate::terminal;
 
 /// Serves one `exec` request to its end. `decoder` may already hold what follows the request.
 pub fn serve(
@@ -59,6 +58,7 @@ pub fn serve(
         terminal: ends.terminal,
         to_command: Vec::new(),
         input_over: !request.stdin,
+        line_begun: false,
         to_host: Encoder::new(),
         buffer: vec![0; READ_SIZE],
         last_words: LAST_WORDS,
@@ -79,21 +79,15 @@ struct Ends {
 
 fn open_descriptors(request: &ExecRequest) -> io::Result<(Descriptors, Ends)> {
     if let Some(size) = request.tty {
-        // Our end is for our eyes only: without O_CLOEXEC each command would hold the others' open.
-        let pty = openpty(Some(&window(size)), None)?;
-        for fd in [&pty.master, &pty.slave] {
-            nix::fcntl::fcntl(
-                fd,
-                nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
-            )?;
-        }
-        set_nonblocking(&pty.master)?;
+        let (ours, theirs) = terminal::open()?;
+        terminal::resize(&ours, size)?;
+        set_nonblocking(&ours)?;
         let ends = Ends {
-            stdin: Some(File::from(pty.master.try_clone()?)),
-            outputs: vec![(FrameKind::Stdout, File::from(pty.master.try_clone()?))],
-            terminal: Some(pty.master),
+            stdin: Some(File::from(ours.try_clone()?)),
+            outputs: vec![(FrameKind::Stdout, File::from(ours.try_clone()?))],
+            terminal: Some(ours),
         };
-        return Ok((Descriptors::terminal(pty.slave)?, ends));
+        return Ok((Descriptors::terminal(theirs)?, ends));
     }
     let (stdin, our_stdin) = if request.stdin {
         let (theirs, ours) = pipe2(OFlag::O_CLOEXEC)?;
@@ -136,6 +130,8 @@ struct Session<'a> {
     terminal: Option<OwnedFd>,
     to_command: Vec<u8>,
     input_over: bool,
+    /// Whether the input so far ends within a line.
+    line_begun: bool,
     to_host: Encoder,
     buffer: Vec<u8>,
     /// How much output still counts once the command has ended.
@@ -190,44 +186,41 @@ impl Session<'_> {
     }
 
     fn wait(&self, ended: bool) -> io::Result<Ready> {
-        let mut conn = PollFlags::empty();
-        conn.set(PollFlags::POLLIN, self.to_command.len() < BUFFER_LIMIT);
-        conn.set(PollFlags::POLLOUT, !self.to_host.wire().is_empty());
+        // The end of the connection is told even while nothing more is read from it. On vsock that is
+        // RDHUP alone: HUP would need both sides to have closed.
+        let mut conn = libc::POLLRDHUP;
+        if self.to_command.len() < BUFFER_LIMIT {
+            conn |= libc::POLLIN;
+        }
+        if !self.to_host.wire().is_empty() {
+            conn |= libc::POLLOUT;
+        }
         let stdin = self.stdin.as_ref().filter(|_| !self.to_command.is_empty());
         let has_room = self.to_host.wire().len() < BUFFER_LIMIT;
         let outputs: &[_] = if has_room { &self.outputs } else { &[] };
 
-        let mut fds = vec![PollFd::new(self.conn.as_fd(), conn)];
+        let mut fds = vec![poll_fd(&self.conn, conn)];
         if !ended {
-            fds.push(PollFd::new(self.process.as_fd(), PollFlags::POLLIN));
+            fds.push(poll_fd(&*self.process, libc::POLLIN));
         }
         let first_output = fds.len();
-        fds.extend(
-            outputs
-                .iter()
-                .map(|(_, f)| PollFd::new(f.as_fd(), PollFlags::POLLIN)),
-        );
-        fds.extend(stdin.map(|stdin| PollFd::new(stdin.as_fd(), PollFlags::POLLOUT)));
-        let timeout = match (ended, &self.terminal) {
-            (true, _) if !has_room => PollTimeout::NONE,
+        fds.extend(outputs.iter().map(|(_, f)| poll_fd(f, libc::POLLIN)));
+        fds.extend(stdin.map(|stdin| poll_fd(stdin, libc::POLLOUT)));
+        let timeout_ms = match (ended, &self.terminal) {
+            (true, _) if !has_room => FOR_EVER,
             // A terminal hands over its last words a moment after the command has ended.
-            (true, Some(_)) => PollTimeout::from(TERMINAL_GRACE_MS),
-            (true, None) if self.to_host.wire().is_empty() => PollTimeout::ZERO,
-            _ => PollTimeout::NONE,
+            (true, Some(_)) => TERMINAL_GRACE_MS,
+            (true, None) if self.to_host.wire().is_empty() => 0,
+            _ => FOR_EVER,
         };
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let any = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+        poll(&mut fds, timeout_ms)?;
+        let any = |fd: &libc::pollfd| fd.revents != 0;
         let ready: Vec<bool> = fds[first_output..][..outputs.len()]
             .iter()
             .map(any)
             .collect();
         Ok(Ready {
-            conn: fds[0]
-                .revents()
-                .is_some_and(|r| r.intersects(!PollFlags::POLLOUT)),
+            conn: fds[0].revents & !libc::POLLOUT != 0,
             ended: ended || any(&fds[1]),
             stdin: fds[first_output + outputs.len()..].iter().any(any),
             silent: has_room && !ready.contains(&true),
@@ -260,6 +253,7 @@ impl Session<'_> {
             FrameKind::Stdin if frame.payload.is_empty() => self.end_input(),
             FrameKind::Stdin if !self.input_over && self.stdin.is_some() => {
                 self.to_command.extend_from_slice(&frame.payload);
+                self.line_begun = !frame.payload.ends_with(b"\n");
             }
             // The command has closed its input, or has none: what comes for it goes nowhere.
             FrameKind::Stdin => {}
@@ -279,7 +273,10 @@ impl Session<'_> {
 
     fn end_input(&mut self) {
         if self.terminal.is_some() && !self.input_over {
-            self.to_command.push(END_OF_TRANSMISSION);
+            // Behind an unfinished line the first only hands over that line.
+            let times = if self.line_begun { 2 } else { 1 };
+            let ends = std::iter::repeat_n(END_OF_TRANSMISSION, times);
+            self.to_command.extend(ends);
         }
         self.input_over = true;
     }
@@ -293,9 +290,8 @@ impl Session<'_> {
 
     fn resize(&self, size: TerminalSize) {
         if let Some(terminal) = &self.terminal {
-            // SAFETY: the descriptor is open and the size outlives the call. A failure leaves the
-            // old size, which is no reason to end the command.
-            unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &window(size)) };
+            // A failure leaves the old size, which is no reason to end the command.
+            let _ = terminal::resize(terminal, size);
         }
     }
 
@@ -386,6 +382,28 @@ fn send_all(mut conn: UnixStream, wire: &Encoder) -> io::Result<()> {
     conn.write_all(wire.wire())
 }
 
+fn poll_fd(fd: &impl AsFd, events: i16) -> libc::pollfd {
+    libc::pollfd {
+        fd: fd.as_fd().as_raw_fd(),
+        events,
+        revents: 0,
+    }
+}
+
+/// `poll` itself, since nix has no `POLLRDHUP`. An interruption finds nothing.
+fn poll(fds: &mut [libc::pollfd], timeout_ms: i32) -> io::Result<()> {
+    let count = fds.len() as libc::nfds_t;
+    // SAFETY: the kernel reads and writes `count` entries, which outlive the call; a descriptor that
+    // was closed would be reported, and harm nothing.
+    if unsafe { libc::poll(fds.as_mut_ptr(), count, timeout_ms) } >= 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        error => Err(error),
+    }
+}
+
 fn is_transient(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -393,16 +411,7 @@ fn is_transient(error: &io::Error) -> bool {
     )
 }
 
-fn window(size: TerminalSize) -> libc::winsize {
-    libc::winsize {
-        ws_row: size.rows,
-        ws_col: size.cols,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    }
-}
-
-/// What makes a terminal's reader see the end of its input (Ctrl-D).
+/// What makes a terminal's reader see the end of its input at the start of a line (Ctrl-D).
 const END_OF_TRANSMISSION: u8 = 4;
 
 /// When more than this waits for one side, the other is not read.
@@ -414,4 +423,7 @@ const READ_SIZE: usize = 32 * 1024;
 const LAST_WORDS: usize = 2 * 1024 * 1024;
 
 /// How long a terminal may be silent after its command has ended before it counts as done.
-const TERMINAL_GRACE_MS: u16 = 100;
+const TERMINAL_GRACE_MS: i32 = 100;
+
+/// `poll` without a time limit.
+const FOR_EVER: i32 = -1;

@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use tern_guest::message::{AppState, Stream};
+use tern_guest::message::{AppState, MAX_LINE, Stream};
 use tern_guest::{Event, ExitStatus};
 
 /// The journal of one guest, shared by all threads.
@@ -55,8 +55,12 @@ impl Cursor {
 }
 
 impl Journal {
-    /// Adds a line.
-    pub fn line(&self, stream: Stream, text: String) {
+    /// Adds a line. The app's come cut into lines of [`MAX_LINE`]; init's own are cut here, for of a
+    /// longer one no host could be told, nor of anything after it.
+    pub fn line(&self, stream: Stream, mut text: String) {
+        if stream == Stream::Init {
+            text.truncate(text.floor_char_boundary(MAX_LINE));
+        }
         let unix_ms = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| {

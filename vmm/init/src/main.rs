@@ -26,6 +26,7 @@ mod root;
 mod server;
 mod shutdown;
 mod status;
+mod terminal;
 mod users;
 
 use std::fs;
@@ -36,8 +37,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
-use nix::pty::openpty;
+use nix::fcntl::OFlag;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{pipe2, sethostname};
@@ -68,8 +68,7 @@ fn main() {
             &format!("cannot set up the Machine: {error:#}"),
         ),
     };
-    guest.journal.exited(status);
-    shutdown::finish(&guest, &disks)
+    shutdown::finish(&guest, status, &disks)
 }
 
 /// Makes the guest a place in which a program can run.
@@ -194,12 +193,9 @@ fn start_app(guest: &Arc<Guest>, config: &RunConfig) -> Result<(i32, Exit, JoinH
 /// What the app writes to, and where we read it.
 fn open_descriptors(tty: bool) -> Result<(Descriptors, Vec<Source>)> {
     if tty {
-        let pty = openpty(None, None)?;
-        for fd in [&pty.master, &pty.slave] {
-            fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
-        }
-        let source = Source::new(pty.master, Stream::Stdout)?;
-        return Ok((Descriptors::terminal(pty.slave)?, vec![source]));
+        let (ours, theirs) = terminal::open()?;
+        let source = Source::new(ours, Stream::Stdout)?;
+        return Ok((Descriptors::terminal(theirs)?, vec![source]));
     }
     let pipe = || -> Result<(OwnedFd, OwnedFd)> { Ok(pipe2(OFlag::O_CLOEXEC)?) };
     let ((our_stdout, stdout), (our_stderr, stderr)) = (pipe()?, pipe()?);

@@ -4,13 +4,17 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use nix::sys::reboot::{RebootMode, reboot};
+use tern_guest::ExitStatus;
 
 use crate::guest::Guest;
 use crate::kmsg;
 use crate::root::Disks;
 
-/// Ends the Machine.
-pub fn finish(guest: &Guest, disks: &Disks) -> ! {
+/// Ends the Machine, whose app has ended like this.
+pub fn finish(guest: &Guest, status: ExitStatus, disks: &Disks) -> ! {
+    // What a host started now would hold a disk open behind the last signal.
+    guest.children.close();
+    guest.journal.exited(status);
     // The rest has a moment to end, while the host reads of the app's end.
     signal_all(libc::SIGTERM);
     let delivered = guest.journal.wait_delivered(DELIVERY);

@@ -3,8 +3,9 @@
 //! As OCI runtimes do: names come from the image's `/etc/passwd` and `/etc/group`, a missing name is
 //! an error, a number needs no entry. A named user without a group brings all its groups along.
 
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 /// A user as the kernel knows it, and its home.
@@ -151,8 +152,15 @@ impl<'a> GroupEntry<'a> {
 /// The text of a file under `root`; a missing one is empty.
 fn read(root: &Path, path: &'static str) -> Result<String, UserError> {
     let mut bytes = Vec::new();
-    match File::open(root.join(path)) {
-        Ok(file) => file.take(MAX_FILE).read_to_end(&mut bytes),
+    // A FIFO would be waited for: O_NONBLOCK opens it, to find what it is.
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    match options.open(root.join(path)) {
+        Ok(file) => match file.metadata() {
+            Ok(found) if found.is_file() => file.take(MAX_FILE).read_to_end(&mut bytes),
+            Ok(_) => Err(io::Error::other("not a regular file")),
+            Err(error) => Err(error),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
         Err(error) => Err(error),
     }
@@ -169,6 +177,7 @@ const MAX_FILE: u64 = 4 * 1024 * 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
         # a comment\nbroken line\n+::::::\n\
@@ -225,6 +234,19 @@ mod tests {
         }
         let error = resolve("nobody", PASSWD, GROUP).unwrap_err().to_string();
         assert_eq!(error, "user \"nobody\" is not in the image's /etc/passwd");
+    }
+
+    #[test]
+    fn what_is_no_file_is_an_error_and_not_waited_for() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("etc")).unwrap();
+        let path = root.path().join("etc/group");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || tell.send(lookup(root.path(), "0")));
+        let outcome = told.recv_timeout(Duration::from_secs(20)).unwrap();
+        let error = outcome.unwrap_err().to_string();
+        assert_eq!(error, "etc/group: not a regular file");
     }
 
     #[test]

@@ -201,6 +201,19 @@ fn metal_commands_run_beside_the_app() {
         assert!(output.contains(reason), "{output}");
     }
 
+    // One that reads nothing dies with its connection, whose end vsock tells by RDHUP alone.
+    let mut conn = machine.connect();
+    conn.send(&Request::Exec(ExecRequest {
+        cmd: ["/bin/sleep", "1234"].map(String::from).to_vec(),
+        stdin: true,
+        ..Default::default()
+    }));
+    conn.fill_input();
+    let there = "ps -o args | grep -q '[s]leep 1234'";
+    machine.sh(there);
+    drop(conn);
+    machine.sh(&format!("while {there}; do sleep 0.1; done"));
+
     // Orphans become children of init, and go even while a command is running.
     let pids = machine.sh("for i in 1 2 3 4 5 6 7 8; do sh -c 'sleep 0.1 & echo $!'; done");
     assert_eq!(pids.lines().count(), 8);
@@ -237,12 +250,13 @@ fn metal_stopping_asks_first_and_insists_later() {
     machine.start(&run_archive(&stubborn).unwrap());
     let mut host = machine.attach(0);
     host.wait_line("ready");
-    let stop = Request::Stop {
+    let stop = |timeout_ms| Request::Stop {
         signo: None,
-        timeout_ms: Some(1500),
+        timeout_ms: Some(timeout_ms),
     };
-    assert_eq!(machine.ask(&stop), Reply::Ok);
+    assert_eq!(machine.ask(&stop(600_000)), Reply::Ok);
     host.wait_line("no");
+    assert_eq!(machine.ask(&stop(0)), Reply::Ok);
     let (_, status) = host.until_end();
     assert_eq!(
         status,

@@ -3,10 +3,11 @@
 use super::*;
 use crate::children::ONE_FAMILY_AT_A_TIME;
 use nix::sys::socket::{setsockopt, sockopt};
+use std::net::Shutdown;
 use std::sync::MutexGuard;
 use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
-use tern_guest::message::{AppState, Stream, TerminalSize};
+use tern_guest::message::{AppState, MAX_LINE, Stream, TerminalSize};
 use tern_guest::{Event, ExecInput, ExecRequest, ExitStatus, Frame, FrameKind, RunConfig};
 
 /// A guest that has been set up, with a reaper.
@@ -274,10 +275,33 @@ fn a_command_dies_with_its_connection() {
         .unwrap();
     drop(host.conn);
     host.server.join().unwrap();
-    // SAFETY: signal 0 only asks whether the group is there.
-    while unsafe { libc::kill(-pid, 0) } == 0 {
-        std::thread::yield_now();
+    assert!(
+        rig.guest.children.wait_none(Duration::from_secs(20)),
+        "something of group {pid} is left"
+    );
+}
+
+/// On Unix, too, a host that has only stopped sending is told by RDHUP alone, as any end is on vsock.
+#[test]
+fn a_command_that_reads_nothing_dies_with_its_connection() {
+    let rig = Rig::new();
+    let mut host = rig.sh("echo; exec sleep 1000", true);
+    assert_eq!(host.frame().unwrap().payload, b"\n");
+    host.conn
+        .set_write_timeout(Some(Duration::from_secs(1)))
+        .unwrap();
+    let mut wire = Encoder::new();
+    wire.raw(FrameKind::Stdin, &[0; 4 * 1024 * 1024]);
+    // Until a whole second makes no room: init holds as much as it will.
+    while let Ok(written) = host.conn.write(wire.wire())
+        && written > 0
+    {
+        wire.consume(written);
     }
+    assert!(!wire.wire().is_empty(), "init takes only so much");
+    host.conn.shutdown(Shutdown::Write).unwrap();
+    assert!(rig.guest.children.wait_none(Duration::from_secs(20)));
+    host.server.join().unwrap();
 }
 
 #[test]
@@ -304,6 +328,25 @@ fn a_terminal_is_a_terminal() {
     let (output, _, status) = host.output();
     assert!(output.ends_with("5 6\r\ngot it\r\n"), "{output:?}");
     assert_eq!(status.code, 0);
+}
+
+#[test]
+fn a_terminals_input_ends_within_a_line_too() {
+    let rig = Rig::new();
+    for (input, expected) in [("foo", "foofoo"), ("foo\n", "foo\r\nfoo\r\n"), ("", "")] {
+        let mut host = rig.connect(&Request::Exec(ExecRequest {
+            cmd: vec!["cat".into()],
+            tty: Some(TerminalSize { rows: 24, cols: 80 }),
+            stdin: true,
+            ..Default::default()
+        }));
+        if !input.is_empty() {
+            host.stdin(input.as_bytes());
+        }
+        host.stdin(b"");
+        let (output, _, status) = host.output();
+        assert_eq!((output.as_str(), status.code), (expected, 0), "{input:?}");
+    }
 }
 
 #[test]
@@ -354,6 +397,16 @@ fn what_cannot_run_says_why() {
 }
 
 #[test]
+fn nothing_starts_in_a_machine_that_ends() {
+    let rig = Rig::new();
+    rig.guest.children.close();
+    let (stdout, stderr, status) = rig.sh("echo here", false).output();
+    let reason = "/sh: the Machine is ending, nothing starts any more\n";
+    assert!(stderr.ends_with(reason), "{stderr}");
+    assert_eq!((stdout.as_str(), status.code), ("", 126));
+}
+
+#[test]
 fn a_command_can_be_anybody_anywhere() {
     let rig = Rig::new();
     let (stdout, stderr, _) = rig
@@ -394,6 +447,20 @@ fn an_attached_host_hears_everything_to_the_end() {
     drop(host.conn);
     assert!(journal.wait_delivered(Duration::from_secs(30)));
     host.server.join().unwrap();
+}
+
+#[test]
+fn a_line_of_any_length_does_not_keep_a_host_from_the_end() {
+    let rig = Rig::new();
+    let journal = &rig.guest.journal;
+    journal.line(Stream::Init, "x".to_string() + &"é".repeat(35_000));
+    journal.exited(ExitStatus::default());
+    let mut host = rig.connect(&Request::Attach { from: 0 });
+    let Event::Log { line, .. } = host.event() else {
+        panic!("the line comes first")
+    };
+    assert_eq!(line.len(), MAX_LINE - 1, "cut between two characters");
+    assert_eq!(host.event(), Event::Exited(ExitStatus::default()));
 }
 
 #[test]
@@ -457,14 +524,15 @@ fn stopping_is_asking_and_then_insisting() {
     let (app, exit) = program.start(&rig.guest.children, descriptors).unwrap();
     (&ours).read_exact(&mut [0; 6]).unwrap();
     rig.guest.set_app(app);
-    let stop = Request::Stop {
+    let stop = |timeout_ms| Request::Stop {
         signo: None,
-        timeout_ms: Some(300),
+        timeout_ms: Some(timeout_ms),
     };
-    assert_eq!(rig.connect(&stop).reply(), Reply::Ok);
-    let mut said = String::new();
-    (&ours).read_to_string(&mut said).unwrap();
-    assert_eq!(said, "no\n", "it was asked first");
+    assert_eq!(rig.connect(&stop(600_000)).reply(), Reply::Ok);
+    let mut said = [0; 3];
+    (&ours).read_exact(&mut said).unwrap();
+    assert_eq!(said, *b"no\n", "it was asked, and has time");
+    assert_eq!(rig.connect(&stop(0)).reply(), Reply::Ok);
     assert_eq!(exit.recv().unwrap().signal, Some(9));
 }
 

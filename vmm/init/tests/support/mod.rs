@@ -311,6 +311,20 @@ impl Connection {
         self.conn.write_all(wire.wire()).unwrap();
     }
 
+    /// Sends input for a command until a whole second makes no room for more.
+    pub fn fill_input(&mut self) {
+        let patience = Some(Duration::from_secs(1));
+        self.conn.set_write_timeout(patience).unwrap();
+        let mut wire = Encoder::new();
+        wire.raw(FrameKind::Stdin, &[0; 4 * 1024 * 1024]);
+        while let Ok(written) = self.conn.write(wire.wire())
+            && written > 0
+        {
+            wire.consume(written);
+        }
+        assert!(!wire.wire().is_empty(), "all of it was taken");
+    }
+
     /// The next frame; none at the end.
     pub fn frame(&mut self) -> Option<Frame> {
         loop {
