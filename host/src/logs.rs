@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Take, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -136,7 +136,7 @@ impl Logs {
     pub(crate) fn read(&self, from: u64, follow: bool) -> io::Result<LogReader> {
         // Listening begins first: what comes in between is told twice and skipped once.
         let news = follow.then(|| self.news.subscribe());
-        let kept = read_kept(&self.path, from)?;
+        let kept = read_kept(self.open_kept()?, from)?;
         Ok(LogReader {
             kept,
             news,
@@ -147,9 +147,22 @@ impl Logs {
 
     /// The last lines, for a reason that a person can act on.
     pub(crate) fn tail(&self, lines: usize) -> Vec<String> {
-        let kept = read_kept(&self.path, 0).unwrap_or_default();
+        let kept = self.open_kept().and_then(|files| read_kept(files, 0));
+        let kept = kept.unwrap_or_default();
         let skip = kept.len().saturating_sub(lines);
         kept.into_iter().skip(skip).map(|l| l.line).collect()
+    }
+
+    /// Opens what is kept, the older file first. No line comes in meanwhile: one could rename the file that is not
+    /// open yet to the one that already is. Each is read to where it ends now, which is the end of a line.
+    fn open_kept(&self) -> io::Result<Vec<Take<File>>> {
+        let _no_line_comes = self.inner.lock();
+        let open = |path: &Path| match open_end(path, MAX_FILE) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            outcome => Some(outcome),
+        };
+        let files = [open(&previous(&self.path)), open(&self.path)];
+        files.into_iter().flatten().collect()
     }
 }
 
@@ -211,14 +224,19 @@ fn previous(path: &Path) -> PathBuf {
     path.with_extension("log.1")
 }
 
+/// The last bytes of a file, this many at most, and nothing that is written later.
+fn open_end(path: &Path, most: u64) -> io::Result<Take<File>> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(most)))?;
+    Ok(file.take(length.min(most)))
+}
+
 /// The last line of a file.
 fn last_kept(path: &Path) -> Option<LogLine> {
-    let mut file = File::open(path).ok()?;
-    let length = file.metadata().ok()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(LONGEST_LINE)))
-        .ok()?;
     let mut bytes = Vec::new();
-    file.take(LONGEST_LINE).read_to_end(&mut bytes).ok()?;
+    let mut end = open_end(path, LONGEST_LINE).ok()?;
+    end.read_to_end(&mut bytes).ok()?;
     let lines = bytes.rsplit(|&b| b == b'\n');
     // A line that was cut by a crash is not one.
     lines
@@ -226,18 +244,11 @@ fn last_kept(path: &Path) -> Option<LogLine> {
         .next()
 }
 
-/// The lines kept in both files, from number `from` on, at most [`MAX_READ`] of them.
-fn read_kept(path: &Path, from: u64) -> io::Result<VecDeque<LogLine>> {
+/// The lines kept in these files, from number `from` on, at most [`MAX_READ`] of them.
+fn read_kept(files: Vec<Take<File>>, from: u64) -> io::Result<VecDeque<LogLine>> {
     let mut kept = VecDeque::new();
-    for path in [previous(path), path.to_owned()] {
-        let mut file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(MAX_FILE)))?;
-        let mut reader = BufReader::new(file.take(MAX_FILE));
+    for file in files {
+        let mut reader = BufReader::new(file);
         let mut text = Vec::new();
         loop {
             text.clear();
@@ -359,5 +370,54 @@ mod tests {
             logs.read(0, false).unwrap().kept.back().unwrap().number,
             1499
         );
+    }
+
+    #[test]
+    fn no_line_is_missing_where_a_file_is_full() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = logs(dir.path());
+        let line = "x".repeat(8000);
+        let mut seq = 0;
+        let length = || std::fs::metadata(&logs.path).map_or(0, |m| m.len());
+        let mut push_until_renamed = || {
+            let mut before = 0;
+            while length() >= before {
+                before = length();
+                logs.push(1, seq, Stream::Stdout, 0, line.clone());
+                seq += 1;
+            }
+        };
+        push_until_renamed();
+        push_until_renamed();
+        let files = logs.open_kept().unwrap();
+        push_until_renamed();
+        let read = read_kept(files, 0).unwrap();
+        assert!(read.len() > 500, "{} lines", read.len());
+        assert_without_gap(&read);
+    }
+
+    #[test]
+    fn no_line_is_missing_while_others_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = logs(dir.path());
+        std::thread::scope(|threads| {
+            // Some ten files.
+            let writer = threads.spawn(|| {
+                let line = "x".repeat(8000);
+                for seq in 0..5000 {
+                    logs.push(1, seq, Stream::Stdout, 0, line.clone());
+                }
+            });
+            while !writer.is_finished() {
+                assert_without_gap(&logs.read(0, false).unwrap().kept);
+            }
+        });
+    }
+
+    fn assert_without_gap(lines: &VecDeque<LogLine>) {
+        let numbers: Vec<u64> = lines.iter().map(|line| line.number).collect();
+        for pair in numbers.windows(2) {
+            assert_eq!(pair[0] + 1, pair[1], "of {} lines", numbers.len());
+        }
     }
 }
