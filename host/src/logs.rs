@@ -85,7 +85,7 @@ impl Logs {
     /// The first of the guest's numbers that is not here yet.
     pub(crate) fn wanted_from(&self, boot: u64) -> u64 {
         match self.inner.lock().last {
-            Some((last_boot, seq)) if last_boot == boot => seq + 1,
+            Some((last_boot, seq)) if last_boot == boot => seq.saturating_add(1),
             _ => 0,
         }
     }
@@ -99,7 +99,8 @@ impl Logs {
             if seq <= last {
                 return;
             }
-            self.metrics.log_lines_lost.add(seq - last - 1);
+            let lost = (seq - last - 1).min(MOST_LOST);
+            self.metrics.log_lines_lost.add(lost);
         }
         inner.last = Some((boot, seq));
         let line = LogLine {
@@ -240,6 +241,9 @@ fn lines(files: Vec<Take<File>>, numbers: Range<u64>) -> impl Iterator<Item = io
 const LONGEST_LINE: u64 = 128 * 1024;
 /// A Machine keeps between one and two of these.
 const MAX_FILE: u64 = 4 << 20;
+/// Lines that count as lost at once: the guest says how many, and the count is all Machines' together. A busy app writes
+/// as many in some seconds.
+const MOST_LOST: u64 = 1_000_000;
 /// Lines a reader gets of what was kept, and holds at once.
 const MAX_READ: usize = 10_000;
 /// Lines a follower may be behind before it has to look for the next ones in the files.

@@ -58,6 +58,22 @@ fn the_next_agent_goes_on_where_this_one_stopped() {
     assert_eq!(second.tail(5), ["line 3.0", "line 3.4", "line 4.0"]);
 }
 
+#[test]
+fn a_guest_may_number_its_lines_as_it_likes() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = logs(dir.path());
+    push(&first, 1, 0);
+    push(&first, 1, u64::MAX);
+    push(&first, 1, u64::MAX);
+    assert_eq!(first.wanted_from(1), u64::MAX);
+    assert_eq!(first.metrics.log_lines_lost.get(), MOST_LOST);
+    // The next agent too.
+    let second = logs(dir.path());
+    assert_eq!(second.wanted_from(1), u64::MAX);
+    push(&second, 2, 0);
+    assert_eq!(second.wanted_from(2), 1);
+}
+
 #[tokio::test]
 async fn a_slow_follower_reads_on_in_the_files() {
     let dir = tempfile::tempdir().unwrap();
