@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use tern_guest::message::Stream;
 use tokio::sync::broadcast;
 
+use crate::last_words::last_words;
 use crate::metrics::Metrics;
 
 mod reader;
@@ -127,30 +128,30 @@ impl Logs {
         // What is in the files now is read there, and all later lines are news.
         let news = follow.then(|| self.news.subscribe());
         let next = from.max(inner.next);
-        let files = self.open_kept(&inner)?;
+        let files = self.open_kept(&inner, MAX_FILE)?;
         drop(inner);
         Ok(LogReader::new(self, last_lines(files, from)?, news, next))
     }
 
     /// Lines with these numbers, the first of them, as far as they are kept.
     fn kept(&self, numbers: Range<u64>) -> io::Result<VecDeque<LogLine>> {
-        let files = self.open_kept(&self.inner.lock())?;
+        let files = self.open_kept(&self.inner.lock(), MAX_FILE)?;
         lines(files, numbers).take(MAX_READ).collect()
     }
 
     /// The last lines, for a reason that a person can act on.
-    pub(crate) fn tail(&self, count: usize) -> Vec<String> {
-        let files = self.open_kept(&self.inner.lock());
-        let kept = files.and_then(|files| last_lines(files, 0));
-        let kept = kept.unwrap_or_default();
-        let skip = kept.len().saturating_sub(count);
-        kept.into_iter().skip(skip).map(|l| l.line).collect()
+    pub(crate) fn last_words(&self) -> String {
+        // Little is read, so that a task may do it that does other things too.
+        let files = self.open_kept(&self.inner.lock(), LONGEST_LINE);
+        let kept = lines(files.unwrap_or_default(), 0..u64::MAX).filter_map(Result::ok);
+        let kept: Vec<LogLine> = kept.collect();
+        last_words(kept.iter().map(|line| line.line.as_str()))
     }
 
-    /// Opens what is kept, the older file first. No line comes in meanwhile: one could rename the file that is not
+    /// Opens the ends of what is kept, the older file first, to read this much of each at most. No line comes in meanwhile: one could rename the file that is not
     /// open yet to the one that already is. Each is read to where it ends now, which is the end of a line.
-    fn open_kept(&self, _no_line_comes: &Inner) -> io::Result<Vec<Take<File>>> {
-        let open = |path: &Path| match open_end(path, MAX_FILE) {
+    fn open_kept(&self, _no_line_comes: &Inner, most: u64) -> io::Result<Vec<Take<File>>> {
+        let open = |path: &Path| match open_end(path, most) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             outcome => Some(outcome),
         };

@@ -55,7 +55,7 @@ fn the_next_agent_goes_on_where_this_one_stopped() {
     let second = logs(dir.path());
     assert_eq!((second.wanted_from(3), second.wanted_from(4)), (5, 0));
     push(&second, 4, 0);
-    assert_eq!(second.tail(5), ["line 3.0", "line 3.4", "line 4.0"]);
+    assert_eq!(second.last_words(), "line 3.0 | line 3.4 | line 4.0");
 }
 
 #[test]
@@ -149,7 +149,7 @@ fn no_line_is_missing_where_a_file_is_full() {
     };
     push_until_renamed();
     push_until_renamed();
-    let files = logs.open_kept(&logs.inner.lock()).unwrap();
+    let files = logs.open_kept(&logs.inner.lock(), MAX_FILE).unwrap();
     push_until_renamed();
     let read = last_lines(files, 0).unwrap();
     assert!(read.len() > 500, "{} lines", read.len());
@@ -179,4 +179,20 @@ fn assert_without_gap(lines: &VecDeque<LogLine>) {
     for pair in numbers.windows(2) {
         assert_eq!(pair[0] + 1, pair[1], "of {} lines", numbers.len());
     }
+}
+
+#[test]
+fn last_words_are_the_end_of_both_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let logs = logs(dir.path());
+    let escapes = "\x1b[2J".repeat(2000);
+    for seq in 0..300 {
+        logs.push(1, seq, Stream::Stdout, 0, escapes.clone());
+    }
+    std::fs::rename(&logs.path, previous(&logs.path)).unwrap();
+    logs.inner.lock().file = None;
+    push(&logs, 1, 300);
+    let words = logs.last_words();
+    assert!(words.ends_with("[2J | line 1.300"), "{words}");
+    assert!(words.len() < 3000 && !words.contains('\x1b'));
 }
