@@ -245,20 +245,19 @@ impl Agency {
             cmd,
             ..ExecRequest::default()
         };
-        let mut exec = self.handle.exec(id, request).await?;
+        let exec = self.handle.exec(id, request).await?;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        loop {
-            match exec.outputs.next().await?.context("the guest went away")? {
-                ExecOutput::Stdout(bytes) => stdout.extend(bytes),
-                ExecOutput::Stderr(bytes) => stderr.extend(bytes),
-                ExecOutput::Exit(status) => {
-                    return Ok(json!({
-                        "code": status.code,
-                        "stdout": String::from_utf8_lossy(&stdout),
-                        "stderr": String::from_utf8_lossy(&stderr),
-                    }));
-                }
-            }
-        }
+        let said = |output| match output {
+            ExecOutput::Stdout(bytes) => stdout.extend(bytes),
+            ExecOutput::Stderr(bytes) => stderr.extend(bytes),
+            ExecOutput::Exit(_) => {}
+        };
+        let ended = exec.run(&[], said).await?;
+        let status = ended.context("the guest went away")?;
+        Ok(json!({
+            "code": status.code,
+            "stdout": String::from_utf8_lossy(&stdout),
+            "stderr": String::from_utf8_lossy(&stderr),
+        }))
     }
 }

@@ -363,17 +363,25 @@ mod tests {
 
     #[tokio::test]
     async fn failures_do_not_count_in_the_grace_period() {
-        let free = {
-            let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).await.unwrap();
-            listener.local_addr().unwrap().port()
+        // Bound, so that nobody else gets it, and not listened at.
+        let socket = TcpSocket::new_v6().unwrap();
+        socket
+            .bind(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), 0))
+            .unwrap();
+        let port = socket.local_addr().unwrap().port();
+        let check = |grace| {
+            checked(&format!(
+                r#"{{"type":"tcp","port":{port},"grace_period":"{grace}"}}"#
+            ))
         };
         let mut checks = Checks::new(Ipv4Addr::LOCALHOST, Arc::default());
-        let config = format!(r#"{{"type":"tcp","port":{free},"grace_period":"1s"}}"#);
-        checks.run(&checked(&config));
+        checks.run(&check("1h"));
         checks.changed().await;
         let first = &checks.current()[0];
         assert!(first.output.contains("refused"), "{first:?}");
         assert_eq!(first.status, CheckState::Warning);
+        checks.reset();
+        checks.run(&check("1s"));
         until(&mut checks, CheckState::Critical).await;
     }
 

@@ -3,10 +3,12 @@
 //! The socket takes `CONNECT <port>` and answers `OK <n>` once the guest has accepted; from then on
 //! the bytes are the guest's. A guest that does not listen yet refuses, by closing.
 
+use std::convert::Infallible;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tern_guest::frame::MAX_PAYLOAD;
 use tern_guest::message::{Event, ExecRequest, ExitStatus, Reply, Request, Status};
 use tern_guest::{Decoder, Encoder, Frame, FrameError, FrameKind, GUEST_PORT};
 use thiserror::Error;
@@ -243,6 +245,38 @@ impl Attached {
     }
 }
 
+impl Exec {
+    /// Gives the command this input and its end, passes on what it says, and returns how it ended: `Ok(None)` when
+    /// the guest went away before that.
+    ///
+    /// Both go on at once: a guest whose output nobody takes soon takes no more input. And only the output decides:
+    /// a command may end without having read its input, which then cannot be written.
+    pub async fn run(
+        mut self,
+        stdin: &[u8],
+        mut said: impl FnMut(ExecOutput),
+    ) -> Result<Option<ExitStatus>, GuestError> {
+        let feed = async {
+            let _ = self.inputs.all_stdin(stdin).await;
+            // The input side stays open: init takes its closing for the wish to end the command.
+            std::future::pending::<Infallible>().await
+        };
+        let listen = async {
+            loop {
+                match self.outputs.next().await? {
+                    Some(ExecOutput::Exit(status)) => return Ok(Some(status)),
+                    Some(output) => said(output),
+                    None => return Ok(None),
+                }
+            }
+        };
+        tokio::select! {
+            never = feed => match never {},
+            ended = listen => ended,
+        }
+    }
+}
+
 impl ExecOutputs {
     /// What it says next. `Ok(None)` when the guest went away before the command ended.
     pub async fn next(&mut self) -> Result<Option<ExecOutput>, GuestError> {
@@ -263,6 +297,13 @@ impl ExecOutputs {
 }
 
 impl ExecInputs {
+    async fn all_stdin(&mut self, bytes: &[u8]) -> Result<(), GuestError> {
+        for frame in bytes.chunks(MAX_PAYLOAD) {
+            self.stdin(frame).await?;
+        }
+        self.stdin(&[]).await
+    }
+
     /// Bytes for its standard input; none at all close it.
     pub async fn stdin(&mut self, bytes: &[u8]) -> Result<(), GuestError> {
         let mut wire = Encoder::new();
@@ -303,3 +344,6 @@ pub(crate) const QUICK: Duration = Duration::from_secs(10);
 /// milliseconds, and whoever woke it waits.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(5);
+
+#[cfg(test)]
+mod tests;

@@ -17,7 +17,7 @@
 //! | `network` | TAPs, addresses, routes, the packet filter |
 //! | `bundle`, `disk`, `host` | what a Machine boots with |
 //! | `cgroup`, `block_device`, `page_cache` | what it may take of the host |
-//! | `checks`, `logs`, `metrics` | what is seen of it |
+//! | `checks`, `logs`, `last_words`, `metrics` | what is seen of it |
 
 mod agent;
 mod block_device;
@@ -30,6 +30,7 @@ mod disk;
 mod guest;
 mod host;
 mod images;
+mod last_words;
 mod logs;
 mod machine;
 mod metrics;

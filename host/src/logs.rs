@@ -2,12 +2,14 @@
 //!
 //! Lines get numbers that only grow, over restarts of the Machine and of the agent. `console.log`
 //! holds one JSON object per line; when it is full it becomes `console.log.1`, and what was there is
-//! forgotten. A guest numbers its lines anew with each cold start, so a line also says of which
+//! forgotten. Whoever follows is told new lines from memory, and one that is slow reads on in the files, as far as they
+//! still have what it missed. A guest numbers its lines anew with each cold start, so a line also says of which
 //! start it is; from the last one kept, the next agent knows where to go on.
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Take, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,7 +18,12 @@ use serde::{Deserialize, Serialize};
 use tern_guest::message::Stream;
 use tokio::sync::broadcast;
 
+use crate::last_words::last_words;
 use crate::metrics::Metrics;
+
+mod reader;
+
+pub use reader::{LogItem, LogReader};
 
 /// One line of output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,24 +66,6 @@ struct Inner {
     last: Option<(u64, u64)>,
 }
 
-/// Reads a Machine's output; see [`LogReader::next`].
-#[derive(Debug)]
-pub struct LogReader {
-    kept: VecDeque<LogLine>,
-    news: Option<broadcast::Receiver<Arc<LogLine>>>,
-    next: u64,
-    metrics: Arc<Metrics>,
-}
-
-/// What a reader is told.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum LogItem {
-    /// A line.
-    Line(LogLine),
-    /// The reader was too slow: this many lines were not told, and nothing follows.
-    Dropped(u64),
-}
-
 impl Logs {
     pub(crate) fn new(path: PathBuf, metrics: Arc<Metrics>) -> Self {
         let last = last_kept(&path).or_else(|| last_kept(&previous(&path)));
@@ -97,7 +86,7 @@ impl Logs {
     /// The first of the guest's numbers that is not here yet.
     pub(crate) fn wanted_from(&self, boot: u64) -> u64 {
         match self.inner.lock().last {
-            Some((last_boot, seq)) if last_boot == boot => seq + 1,
+            Some((last_boot, seq)) if last_boot == boot => seq.saturating_add(1),
             _ => 0,
         }
     }
@@ -111,7 +100,8 @@ impl Logs {
             if seq <= last {
                 return;
             }
-            self.metrics.log_lines_lost.add(seq - last - 1);
+            let lost = (seq - last - 1).min(MOST_LOST);
+            self.metrics.log_lines_lost.add(lost);
         }
         inner.last = Some((boot, seq));
         let line = LogLine {
@@ -133,23 +123,40 @@ impl Logs {
     }
 
     /// The lines from number `from` on, as far as they are kept; then, with `follow`, the new ones.
-    pub(crate) fn read(&self, from: u64, follow: bool) -> io::Result<LogReader> {
-        // Listening begins first: what comes in between is told twice and skipped once.
+    pub(crate) fn read(self: &Arc<Self>, from: u64, follow: bool) -> io::Result<LogReader> {
+        let inner = self.inner.lock();
+        // What is in the files now is read there, and all later lines are news.
         let news = follow.then(|| self.news.subscribe());
-        let kept = read_kept(&self.path, from)?;
-        Ok(LogReader {
-            kept,
-            news,
-            next: from,
-            metrics: Arc::clone(&self.metrics),
-        })
+        let next = from.max(inner.next);
+        let files = self.open_kept(&inner, MAX_FILE)?;
+        drop(inner);
+        Ok(LogReader::new(self, last_lines(files, from)?, news, next))
+    }
+
+    /// Lines with these numbers, the first of them, as far as they are kept.
+    fn kept(&self, numbers: Range<u64>) -> io::Result<VecDeque<LogLine>> {
+        let files = self.open_kept(&self.inner.lock(), MAX_FILE)?;
+        lines(files, numbers).take(MAX_READ).collect()
     }
 
     /// The last lines, for a reason that a person can act on.
-    pub(crate) fn tail(&self, lines: usize) -> Vec<String> {
-        let kept = read_kept(&self.path, 0).unwrap_or_default();
-        let skip = kept.len().saturating_sub(lines);
-        kept.into_iter().skip(skip).map(|l| l.line).collect()
+    pub(crate) fn last_words(&self) -> String {
+        // Little is read, so that a task may do it that does other things too.
+        let files = self.open_kept(&self.inner.lock(), LONGEST_LINE);
+        let kept = lines(files.unwrap_or_default(), 0..u64::MAX).filter_map(Result::ok);
+        let kept: Vec<LogLine> = kept.collect();
+        last_words(kept.iter().map(|line| line.line.as_str()))
+    }
+
+    /// Opens the ends of what is kept, the older file first, to read this much of each at most. No line comes in meanwhile: one could rename the file that is not
+    /// open yet to the one that already is. Each is read to where it ends now, which is the end of a line.
+    fn open_kept(&self, _no_line_comes: &Inner, most: u64) -> io::Result<Vec<Take<File>>> {
+        let open = |path: &Path| match open_end(path, most) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            outcome => Some(outcome),
+        };
+        let files = [open(&previous(&self.path)), open(&self.path)];
+        files.into_iter().flatten().collect()
     }
 }
 
@@ -180,45 +187,23 @@ impl Inner {
     }
 }
 
-impl LogReader {
-    /// The next line; `None` when there is none and none is followed, or the Machine is gone.
-    pub async fn next(&mut self) -> Option<LogItem> {
-        while let Some(line) = self.kept.pop_front() {
-            if line.number >= self.next {
-                self.next = line.number + 1;
-                return Some(LogItem::Line(line));
-            }
-        }
-        loop {
-            match self.news.as_mut()?.recv().await {
-                Ok(line) if line.number < self.next => {}
-                Ok(line) => {
-                    self.next = line.number + 1;
-                    return Some(LogItem::Line(LogLine::clone(&line)));
-                }
-                Err(broadcast::error::RecvError::Lagged(lines)) => {
-                    self.metrics.log_readers_dropped.add(1);
-                    self.news = None;
-                    return Some(LogItem::Dropped(lines));
-                }
-                Err(broadcast::error::RecvError::Closed) => return None,
-            }
-        }
-    }
-}
-
 fn previous(path: &Path) -> PathBuf {
     path.with_extension("log.1")
 }
 
+/// The last bytes of a file, this many at most, and nothing that is written later.
+fn open_end(path: &Path, most: u64) -> io::Result<Take<File>> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(most)))?;
+    Ok(file.take(length.min(most)))
+}
+
 /// The last line of a file.
 fn last_kept(path: &Path) -> Option<LogLine> {
-    let mut file = File::open(path).ok()?;
-    let length = file.metadata().ok()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(LONGEST_LINE)))
-        .ok()?;
     let mut bytes = Vec::new();
-    file.take(LONGEST_LINE).read_to_end(&mut bytes).ok()?;
+    let mut end = open_end(path, LONGEST_LINE).ok()?;
+    end.read_to_end(&mut bytes).ok()?;
     let lines = bytes.rsplit(|&b| b == b'\n');
     // A line that was cut by a crash is not one.
     lines
@@ -226,138 +211,44 @@ fn last_kept(path: &Path) -> Option<LogLine> {
         .next()
 }
 
-/// The lines kept in both files, from number `from` on, at most [`MAX_READ`] of them.
-fn read_kept(path: &Path, from: u64) -> io::Result<VecDeque<LogLine>> {
-    let mut kept = VecDeque::new();
-    for path in [previous(path), path.to_owned()] {
-        let mut file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(MAX_FILE)))?;
-        let mut reader = BufReader::new(file.take(MAX_FILE));
-        let mut text = Vec::new();
-        loop {
-            text.clear();
-            if reader.read_until(b'\n', &mut text)? == 0 {
-                break;
-            }
-            // A line that was cut by a crash is not one.
-            if let Ok(line) = serde_json::from_slice::<LogLine>(&text)
-                && line.number >= from
-            {
-                if kept.len() == MAX_READ {
-                    kept.pop_front();
-                }
-                kept.push_back(line);
-            }
+/// The last lines in these files, from number `from` on, at most [`MAX_READ`] of them.
+fn last_lines(files: Vec<Take<File>>, from: u64) -> io::Result<VecDeque<LogLine>> {
+    let mut last = VecDeque::new();
+    for line in lines(files, from..u64::MAX) {
+        if last.len() == MAX_READ {
+            last.pop_front();
         }
+        last.push_back(line?);
     }
-    Ok(kept)
+    Ok(last)
+}
+
+/// The lines in these files that have these numbers.
+fn lines(files: Vec<Take<File>>, numbers: Range<u64>) -> impl Iterator<Item = io::Result<LogLine>> {
+    let texts = files
+        .into_iter()
+        .flat_map(|file| BufReader::new(file).split(b'\n'));
+    texts.filter_map(move |text| {
+        let parse = |text: Vec<u8>| {
+            // A line that was cut by a crash is not one.
+            let line = serde_json::from_slice::<LogLine>(&text).ok()?;
+            numbers.contains(&line.number).then_some(line)
+        };
+        text.map(parse).transpose()
+    })
 }
 
 /// A line as JSON, with every byte escaped, and one that was cut after it.
 const LONGEST_LINE: u64 = 128 * 1024;
 /// A Machine keeps between one and two of these.
 const MAX_FILE: u64 = 4 << 20;
-/// Lines a reader gets of what was kept.
+/// Lines that count as lost at once: the guest says how many, and the count is all Machines' together. A busy app writes
+/// as many in some seconds.
+const MOST_LOST: u64 = 1_000_000;
+/// Lines a reader gets of what was kept, and holds at once.
 const MAX_READ: usize = 10_000;
-/// Lines a follower may be behind before it is dropped.
+/// Lines a follower may be behind before it has to look for the next ones in the files.
 const FOLLOWED: usize = 1024;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn logs(dir: &Path) -> Logs {
-        Logs::new(dir.join("console.log"), Arc::default())
-    }
-
-    fn push(logs: &Logs, boot: u64, seq: u64) {
-        logs.push(boot, seq, Stream::Stdout, 7, format!("line {boot}.{seq}"));
-    }
-
-    async fn numbers(reader: &mut LogReader, count: usize) -> Vec<u64> {
-        let mut numbers = Vec::new();
-        while numbers.len() < count {
-            match reader.next().await {
-                Some(LogItem::Line(line)) => numbers.push(line.number),
-                other => panic!("{other:?} after {numbers:?}"),
-            }
-        }
-        numbers
-    }
-
-    #[tokio::test]
-    async fn lines_are_kept_followed_and_told_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let logs = logs(dir.path());
-        push(&logs, 1, 0);
-        push(&logs, 1, 1);
-        push(&logs, 1, 1);
-        let mut reader = logs.read(1, true).unwrap();
-        push(&logs, 1, 2);
-        push(&logs, 2, 0);
-        assert_eq!(numbers(&mut reader, 3).await, [1, 2, 3]);
-        let mut all = logs.read(0, false).unwrap();
-        assert_eq!(numbers(&mut all, 4).await, [0, 1, 2, 3]);
-        assert_eq!(all.next().await, None);
-        drop(logs);
-        assert_eq!(reader.next().await, None);
-    }
-
-    #[test]
-    fn the_next_agent_goes_on_where_this_one_stopped() {
-        let dir = tempfile::tempdir().unwrap();
-        let first = logs(dir.path());
-        assert_eq!(first.wanted_from(3), 0);
-        push(&first, 3, 0);
-        push(&first, 3, 4);
-        assert_eq!(first.metrics.log_lines_lost.get(), 3);
-        drop(first);
-        std::fs::OpenOptions::new()
-            .append(true)
-            .open(dir.path().join("console.log"))
-            .unwrap()
-            .write_all(b"{\"n\":9,\"t\"")
-            .unwrap();
-        let second = logs(dir.path());
-        assert_eq!((second.wanted_from(3), second.wanted_from(4)), (5, 0));
-        push(&second, 4, 0);
-        assert_eq!(second.tail(5), ["line 3.0", "line 3.4", "line 4.0"]);
-    }
-
-    #[tokio::test]
-    async fn a_slow_follower_is_dropped_with_a_notice() {
-        let dir = tempfile::tempdir().unwrap();
-        let logs = logs(dir.path());
-        let mut reader = logs.read(0, true).unwrap();
-        for seq in 0..=(FOLLOWED as u64) {
-            push(&logs, 1, seq);
-        }
-        assert_eq!(reader.next().await, Some(LogItem::Dropped(1)));
-        assert_eq!(reader.next().await, None);
-        assert_eq!(logs.metrics.log_readers_dropped.get(), 1);
-    }
-
-    #[test]
-    fn the_file_is_bounded() {
-        let dir = tempfile::tempdir().unwrap();
-        let logs = logs(dir.path());
-        let line = "x".repeat(8000);
-        for seq in 0..1500 {
-            logs.push(1, seq, Stream::Stderr, 0, line.clone());
-        }
-        let sizes: u64 = std::fs::read_dir(dir.path())
-            .unwrap()
-            .map(|e| e.unwrap().metadata().unwrap().len())
-            .sum();
-        assert!(sizes > MAX_FILE && sizes <= 2 * MAX_FILE, "{sizes}");
-        assert_eq!(
-            logs.read(0, false).unwrap().kept.back().unwrap().number,
-            1499
-        );
-    }
-}
+mod tests;

@@ -66,8 +66,8 @@ counters! {
     log_lines,
     /// Lines that a guest had forgotten before they were collected.
     log_lines_lost,
-    /// Readers of logs that were too slow, and were dropped.
-    log_readers_dropped,
+    /// Lines that were forgotten before a slow reader of the log came to them.
+    log_lines_missed,
     /// Health checks done.
     checks,
     /// Health checks that failed.

@@ -110,14 +110,15 @@ impl Running {
     async fn collect(&self, guest: &Guest, logs: &Logs, boot: u64) {
         let mut pause = FIRST_PAUSE;
         while !self.monitor.has_ended() {
-            let attached = guest.attach(logs.wanted_from(boot)).await;
-            let outcome = match attached {
-                Ok(attached) => {
-                    pause = FIRST_PAUSE;
-                    self.read(attached, logs, boot).await
-                }
+            let mut heard = false;
+            let outcome = match guest.attach(logs.wanted_from(boot)).await {
+                Ok(attached) => self.read(attached, logs, boot, &mut heard).await,
                 Err(error) => Err(error),
             };
+            // A guest that accepts and says nothing is asked less and less often, as one that is not there.
+            if heard {
+                pause = FIRST_PAUSE;
+            }
             match outcome {
                 Ok(true) => return,
                 // It broke off: an init that restarts its connections, or the monitor's end.
@@ -132,14 +133,16 @@ impl Running {
         }
     }
 
-    /// Returns whether everything has been told.
+    /// Returns whether everything has been told, and tells on the way that something has.
     async fn read(
         &self,
         mut attached: Attached,
         logs: &Logs,
         boot: u64,
+        heard: &mut bool,
     ) -> Result<bool, GuestError> {
         while let Some(event) = attached.next().await? {
+            *heard = true;
             match event {
                 Event::Log {
                     seq,
@@ -164,3 +167,52 @@ const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// What a dead monitor has left in its sockets is read in no time.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::path::Path;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+    use crate::monitor::Start;
+
+    #[tokio::test]
+    async fn a_guest_that_accepts_and_says_nothing_is_asked_less_often() {
+        let dir = tempfile::tempdir().unwrap();
+        let binary = dir.path().join("vmm");
+        std::fs::write(&binary, "#!/bin/sh\nexec sleep 1000\n").unwrap();
+        std::fs::set_permissions(&binary, PermissionsExt::from_mode(0o755)).unwrap();
+        let monitor = Monitor::spawn(Start {
+            binary: &binary,
+            config: Path::new("/c"),
+            log: &dir.path().join("log"),
+            restore: false,
+            own_pids: false,
+        });
+        let running = Running::new(Epoch::default(), monitor.unwrap());
+        let socket = dir.path().join("vsock.sock");
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let logs = Arc::new(Logs::new(dir.path().join("console.log"), Arc::default()));
+        running.attend(Guest::new(&socket), logs, 1);
+        let began = std::time::Instant::now();
+        for _ in 0..9 {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut hello = [0; "CONNECT 10000\n".len()];
+            stream.read_exact(&mut hello).await.unwrap();
+            stream.write_all(b"OK 1073741824\n").await.unwrap();
+            // What is asked.
+            assert_ne!(stream.read(&mut [0; 64]).await.unwrap(), 0);
+        }
+        // 5, 10, 20, 40, 80 and three times 100 ms lie between them.
+        assert!(
+            began.elapsed() >= Duration::from_millis(455),
+            "{:?}",
+            began.elapsed()
+        );
+        running.leave();
+        running.monitor.kill();
+        running.monitor.ended().await;
+    }
+}

@@ -222,12 +222,18 @@ async fn exec(
     let answer: Answer = client.post(&format!("{path}/exec"), &body).await?;
     std::io::stdout().write_all(answer.stdout.unwrap_or_default().as_bytes())?;
     std::io::stderr().write_all(answer.stderr.unwrap_or_default().as_bytes())?;
-    // A command that a signal ended exits as in a shell.
-    let code = match (answer.exit_signal.filter(|s| *s > 0), answer.exit_code) {
-        (Some(signal), _) => 128 + signal,
+    let code = exit_code(answer.exit_signal, answer.exit_code);
+    Ok(ExitCode::from(code))
+}
+
+/// What to exit with for a command that ended so: where a signal ended it, as a shell does. The guest says both, and may
+/// say anything.
+fn exit_code(signal: Option<i32>, code: Option<i32>) -> u8 {
+    let code = match (signal.filter(|s| *s > 0), code) {
+        (Some(signal), _) => signal.saturating_add(128),
         (None, code) => code.unwrap_or(1),
     };
-    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+    u8::try_from(code).unwrap_or(1)
 }
 
 /// The Machine's path in the API; its app is found where none is named.
@@ -267,4 +273,18 @@ async fn find_app(client: &Client, id: &MachineId) -> Result<AppName> {
         }
     }
     bail!("no app has a Machine {id}; see `tern machine list --app NAME`")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_ends_as_in_a_shell() {
+        assert_eq!(exit_code(None, Some(7)), 7);
+        assert_eq!(exit_code(Some(9), Some(137)), 137);
+        assert_eq!(exit_code(None, None), 1);
+        assert_eq!(exit_code(Some(i32::MAX), None), 1);
+        assert_eq!(exit_code(Some(i32::MIN), Some(-1)), 1);
+    }
 }

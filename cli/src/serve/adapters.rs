@@ -130,34 +130,24 @@ impl HostAdapter {
             tty: None,
         };
         let failed = |e: tern_host::GuestError| GatewayError::Failed(e.to_string());
-        let mut exec = self.agent.exec(id, guest).await.map_err(gateway_error)?;
-        if !request.stdin.is_empty() {
-            for chunk in request.stdin.chunks(32 << 10) {
-                exec.inputs.stdin(chunk).await.map_err(failed)?;
-            }
-            exec.inputs.stdin(&[]).await.map_err(failed)?;
-        }
+        let exec = self.agent.exec(id, guest).await.map_err(gateway_error)?;
         let mut result = ExecResult::default();
         let keep = |all: &mut Vec<u8>, more: &[u8]| {
             let room = MAX_OUTPUT.saturating_sub(all.len()).min(more.len());
             all.extend_from_slice(&more[..room]);
         };
-        loop {
-            match exec.outputs.next().await.map_err(failed)? {
-                Some(ExecOutput::Stdout(bytes)) => keep(&mut result.stdout, &bytes),
-                Some(ExecOutput::Stderr(bytes)) => keep(&mut result.stderr, &bytes),
-                Some(ExecOutput::Exit(status)) => {
-                    result.exit_code = Some(status.code);
-                    result.exit_signal = status.signal;
-                    return Ok(result);
-                }
-                None => {
-                    return Err(GatewayError::Failed(
-                        "the Machine went away before the command ended".to_owned(),
-                    ));
-                }
-            }
-        }
+        let said = |output| match output {
+            ExecOutput::Stdout(bytes) => keep(&mut result.stdout, &bytes),
+            ExecOutput::Stderr(bytes) => keep(&mut result.stderr, &bytes),
+            ExecOutput::Exit(_) => {}
+        };
+        let ended = exec.run(&request.stdin, said).await.map_err(failed)?;
+        let status = ended.ok_or_else(|| {
+            GatewayError::Failed("the Machine went away before the command ended".to_owned())
+        })?;
+        result.exit_code = Some(status.code);
+        result.exit_signal = status.signal;
+        Ok(result)
     }
 }
 

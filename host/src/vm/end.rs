@@ -4,6 +4,7 @@ use tern_guest::message::ExitStatus;
 
 use super::Vm;
 use crate::dir::MachineDir;
+use crate::last_words::last_words;
 use crate::machine::core::End;
 use crate::running::Running;
 
@@ -11,7 +12,8 @@ impl Vm {
     /// How a monitor has ended.
     pub(super) fn end(&self, running: &Running, signal: Option<i32>) -> End {
         match self.dir.exit() {
-            Ok(Some(exit)) => end_of(&exit.reason, &exit.message, None),
+            // A monitor that its guest took over writes what it likes.
+            Ok(Some(exit)) => end_of(&exit.reason, &last_words(exit.message.lines()), None),
             _ => {
                 let pid = running.monitor.pid();
                 let tail = MachineDir::tail(&self.dir.vmm_log());
@@ -27,7 +29,7 @@ impl Vm {
     }
 
     pub(super) fn why_app_ended(&self, exit: &ExitStatus) -> String {
-        let lines = self.logs.tail(5).join(" | ");
+        let lines = self.logs.last_words();
         let how = match exit.signal {
             Some(signal) => tern_guest::signal::signal_name(signal),
             None => format!("code {}", exit.code),

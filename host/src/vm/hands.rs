@@ -117,12 +117,14 @@ impl Hands for Vm {
     }
 
     async fn called(&self) {
+        let mut told = String::new();
         loop {
-            let error = match self.listen().await {
-                Ok(()) => return,
-                Err(error) => error,
+            let Err(error) = self.listen().await else {
+                return;
             };
-            tracing::warn!(machine = %self.id, %error, "private traffic cannot wake it");
+            if is_news(&mut told, error.to_string()) {
+                tracing::warn!(machine = %self.id, %error, "private traffic cannot wake it");
+            }
             tokio::time::sleep(LISTEN_RETRY).await;
         }
     }
@@ -179,7 +181,27 @@ impl Vm {
     }
 }
 
+/// Whether this error is another than the one before it: what goes on for hours is logged once.
+fn is_news(told: &mut String, error: String) -> bool {
+    let news = *told != error;
+    *told = error;
+    news
+}
+
 /// Between two attempts to listen at the TAP of a Machine that sleeps.
 const LISTEN_RETRY: Duration = Duration::from_secs(1);
 /// How long a monitor may take to end after it was asked to, where it is in the way.
 const KILL_TIME: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_told_again_when_it_has_changed() {
+        let mut told = String::new();
+        let errors = ["no device", "no device", "busy", "no device", "no device"];
+        let news = errors.map(|error| is_news(&mut told, error.to_owned()));
+        assert_eq!(news, [true, false, true, true, false]);
+    }
+}
