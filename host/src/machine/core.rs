@@ -62,8 +62,10 @@ pub(crate) struct Core {
     waiters: Vec<(Waiter, Want)>,
     epoch: Epoch,
     generation: u64,
-    /// The config that runs, or ran last, and that the disk belongs to.
+    /// The config that runs, or ran last, and that the disk belongs to once no reset is owed.
     instance: String,
+    /// The disk is still of a run that was to leave it to no other: no start has come past it since.
+    reset_owed: bool,
     digest: Option<String>,
     reason: Option<String>,
     restarts: Restarts,
@@ -132,6 +134,7 @@ impl Core {
             instance: disk_instance
                 .or_else(|| status.map(|s| s.instance_id.clone()))
                 .unwrap_or_else(|| wanted.instance_id.clone()),
+            reset_owed: false,
             digest: status.and_then(|s| s.image_digest.clone()),
             reason: status.and_then(|s| s.reason.clone()),
             restarts: Restarts::default(),

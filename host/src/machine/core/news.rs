@@ -14,6 +14,12 @@ use crate::machine::{CommandError, Source};
 impl Core {
     /// Something is told of the monitor at hand.
     pub(super) fn monitor(&mut self, input: Input, now: Instant, out: &mut Vec<Action>) {
+        // Whether or not the start is still wanted.
+        self.reset_owed &= match &input {
+            Input::Up { .. } => false,
+            Input::BootFailed { failure, .. } => !failure.disk_ready,
+            _ => true,
+        };
         match (&mut self.phase, input) {
             (&mut Phase::Starting { source, .. }, Input::Up { digest, took, .. }) => {
                 self.digest = Some(digest);

@@ -46,10 +46,11 @@ impl Core {
     pub(super) fn boot(&mut self, reset_disk: bool, out: &mut Vec<Action>) {
         self.epoch += 1;
         self.instance = self.wanted.instance_id.clone();
+        self.reset_owed |= reset_disk;
         out.push(Action::Boot {
             epoch: self.epoch,
             machine: Arc::clone(&self.wanted),
-            reset_disk,
+            reset_disk: self.reset_owed,
         });
     }
 

@@ -377,6 +377,45 @@ fn a_new_config_replaces_the_running_one() {
 }
 
 #[test]
+fn a_start_that_fails_before_it_has_its_disk_leaves_its_reset_to_the_next() {
+    let fails = |bench: &mut Bench, disk_ready| {
+        let epoch = bench.core.epoch;
+        let failure = BootFailure {
+            disk_ready,
+            ..BootFailure::passing("no such image".into())
+        };
+        bench.tell(Input::BootFailed { epoch, failure });
+    };
+    // An update, and a start that follows a stop.
+    for update in [true, false] {
+        let mut bench = Bench::started();
+        if update {
+            bench.wanted.instance_id = "01B".into();
+            bench.wish(DesiredState::Started).monitor_ends(true);
+        } else {
+            bench.order(1, Source::User, Order::Stop(StopRequest::default()));
+            bench.monitor_ends(true).start(2);
+        }
+        assert_eq!(bench.boots(), [true]);
+        fails(&mut bench, false);
+        bench.is(MachineState::Failed);
+        assert_eq!(bench.wait().boots(), [true], "it is still as it was");
+        fails(&mut bench, true);
+        assert_eq!(bench.wait().boots(), [false], "its guest may have run");
+        bench.up().monitor_ends(false);
+        assert_eq!(bench.wait().boots(), [false]);
+    }
+    // A start that is broken off for another.
+    let mut bench = Bench::started();
+    bench.wanted.instance_id = "01B".into();
+    bench.wish(DesiredState::Started).monitor_ends(true);
+    bench.wish(DesiredState::Restarted { force: true });
+    bench.is(MachineState::Stopping);
+    fails(&mut bench, false);
+    assert_eq!(bench.boots(), [true]);
+}
+
+#[test]
 fn a_snapshot_of_an_old_config_is_not_woken() {
     let mut bench = Bench::suspended();
     bench.wanted.instance_id = "01B".into();
@@ -393,11 +432,7 @@ fn a_stop_breaks_a_start_off() {
     bench.is(MachineState::Stopping);
     assert!(bench.does(|a| matches!(a, Action::Kill { .. })));
     let epoch = bench.core.epoch;
-    let failure = BootFailure {
-        reason: "broken off".into(),
-        exit: None,
-        lasting: true,
-    };
+    let failure = BootFailure::lasting("broken off".into());
     bench.tell(Input::BootFailed { epoch, failure });
     bench.is(MachineState::Stopped);
     assert_eq!(bench.answers()[&2], Ok(()));
@@ -488,11 +523,7 @@ fn a_start_that_fails_is_told_at_once() {
     let mut bench = Bench::new();
     bench.start(1);
     let epoch = bench.core.epoch;
-    let failure = BootFailure {
-        reason: "no such image".into(),
-        exit: None,
-        lasting: false,
-    };
+    let failure = BootFailure::passing("no such image".into());
     bench.tell(Input::BootFailed {
         epoch,
         failure: failure.clone(),
@@ -663,9 +694,10 @@ fn a_restart_that_was_due_when_the_agent_died_is_not_forgotten() {
 /// What may happen in a simulated world.
 #[derive(Debug, Clone)]
 enum Happening {
-    /// The operation under way ends, well or badly.
+    /// The operation under way ends, well or badly; and a start before or after it had its disk.
     Done {
         well: bool,
+        disk_ready: bool,
     },
     Order {
         source: Source,
@@ -695,7 +727,8 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(DesiredState::Created),
     ];
     prop_oneof![
-        8 => prop::bool::weighted(0.8).prop_map(|well| Happening::Done { well }),
+        8 => (prop::bool::weighted(0.8), any::<bool>())
+            .prop_map(|(well, disk_ready)| Happening::Done { well, disk_ready }),
         6 => (source, order).prop_map(|(source, order)| Happening::Order { source, order }),
         3 => wish.prop_map(Happening::Wish),
         1 => Just(Happening::NewConfig),
@@ -755,7 +788,6 @@ impl World {
                     let same = self.disk.as_ref() == Some(&machine.instance_id);
                     assert!(same || *reset_disk, "a config has its own disk");
                     assert_eq!(*epoch, self.bench.core.epoch());
-                    self.disk = Some(machine.instance_id.clone());
                     self.snapshot = false;
                     self.killed = false;
                     self.operation = Some(action);
@@ -809,11 +841,16 @@ impl World {
         }
     }
 
-    fn done(&mut self, well: bool) {
+    fn done(&mut self, well: bool, disk_ready: bool) {
         let Some(operation) = self.operation.take() else {
             return;
         };
         let well = well && !self.killed;
+        if let Action::Boot { machine, .. } = &operation
+            && (well || disk_ready)
+        {
+            self.disk = Some(machine.instance_id.clone());
+        }
         let reason = "chance".to_owned();
         match operation {
             Action::Boot { epoch, .. } if well => {
@@ -827,9 +864,8 @@ impl World {
             Action::Boot { epoch, .. } => {
                 self.killed = false;
                 let failure = BootFailure {
-                    reason,
-                    exit: None,
-                    lasting: false,
+                    disk_ready,
+                    ..BootFailure::passing(reason)
                 };
                 self.tell(Input::BootFailed { epoch, failure });
             }
@@ -868,7 +904,7 @@ impl World {
 
     fn happen(&mut self, happening: Happening) {
         match happening {
-            Happening::Done { well } => self.done(well),
+            Happening::Done { well, disk_ready } => self.done(well, disk_ready),
             Happening::Order { source, order } => {
                 let waiter = self.next_waiter;
                 self.next_waiter += 1;
@@ -913,7 +949,7 @@ impl World {
     fn settle(&mut self) {
         for _ in 0..1000 {
             if self.operation.is_some() {
-                self.done(true);
+                self.done(true, true);
             } else if self.bench.core.deadline().is_some() {
                 self.time_passes();
             } else {
