@@ -10,7 +10,7 @@ use tern_catalog::{DesiredState, MachineState};
 use tern_guest::signal::SIGKILL;
 
 use super::order::Want;
-use super::steps::stop_terms;
+use super::steps::{asker, stop_terms};
 use super::{Action, Core, Phase, Rest};
 use crate::machine::{CommandError, Source, StopRequest};
 
@@ -113,14 +113,7 @@ impl Core {
                     }
                 }
                 Phase::Starting { .. } => return self.break_off(out),
-                Phase::Stopping { .. } => {
-                    if let Some(goal) = &self.goal
-                        && matches!(goal.to, Target::Stopped(_) | Target::Suspended)
-                    {
-                        self.goal = None;
-                    }
-                    return;
-                }
+                Phase::Stopping { .. } => return self.join_stop(out),
                 Phase::Suspending { .. } => {
                     if let Some(goal) = &self.goal
                         && goal.to == Target::Suspended
@@ -214,6 +207,25 @@ impl Core {
         }
         out.push(Action::Record(None));
         false
+    }
+
+    /// A stop that is under way serves whoever wants one.
+    fn join_stop(&mut self, out: &mut Vec<Action>) {
+        let (Phase::Stopping { source, .. }, Some(goal)) = (&mut self.phase, &self.goal) else {
+            return;
+        };
+        match goal.to {
+            Target::Stopped(_) => {
+                if *source == Source::Machine {
+                    // From now on somebody has asked: no restart follows.
+                    *source = asker(goal.source);
+                    out.push(Action::Record(None));
+                }
+                self.goal = None;
+            }
+            Target::Suspended => self.goal = None,
+            Target::Started { .. } | Target::Restarted { .. } | Target::Destroyed { .. } => {}
+        }
     }
 
     /// A start that is under way is broken off by a wish for its opposite. Not so a wake, unless by force: its guest

@@ -107,7 +107,7 @@ impl Core {
 
 /// Who has asked for a stop. Stopping on the Machine's own account means that it does not follow its app's
 /// end, and nobody has asked.
-fn asker(source: Source) -> Source {
+pub(super) fn asker(source: Source) -> Source {
     match source {
         Source::Machine => Source::Host,
         other => other,

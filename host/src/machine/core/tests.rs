@@ -364,6 +364,41 @@ fn an_app_that_ended_while_its_machine_did_not_is_helped() {
 }
 
 #[test]
+fn a_stop_while_an_app_s_end_is_enforced_is_not_followed_by_a_restart() {
+    let stopped = DesiredState::Stopped {
+        signal: None,
+        timeout_ms: None,
+    };
+    for by_order in [true, false] {
+        let mut bench = Bench::started();
+        bench.app_exits(3).wait();
+        bench.is(MachineState::Stopping);
+        if by_order {
+            bench.order(1, Source::User, Order::Stop(StopRequest::default()));
+        } else {
+            bench.wish(stopped.clone());
+        }
+        assert!(
+            bench.does(|a| matches!(a, Action::Record(_))),
+            "for the next agent"
+        );
+        bench.monitor_ends(false);
+        bench.is(MachineState::Stopped);
+        assert_eq!(bench.core.deadline(), None);
+        assert_eq!(bench.answers().get(&1), by_order.then_some(&Ok(())));
+        let [event] = bench.events()[..] else {
+            panic!("{:?}", bench.events())
+        };
+        let told = &event.detail["exit_event"];
+        assert_eq!((event.kind, event.source), ("stop", Source::User));
+        assert_eq!(
+            (&told["requested_stop"], &told["exit_code"]),
+            (&json!(true), &json!(3))
+        );
+    }
+}
+
+#[test]
 fn a_new_config_replaces_the_running_one() {
     let mut bench = Bench::started();
     bench.wanted.instance_id = "01B".into();
