@@ -88,6 +88,8 @@ enum Phase {
         /// When it has taken too long.
         kill_at: Option<Instant>,
         exit: Option<ExitStatus>,
+        /// Somebody was in a greater hurry than who asked first, and the app was asked once more.
+        hastened: bool,
     },
     Suspending {
         source: Source,
@@ -234,7 +236,7 @@ impl Core {
                 waiter,
                 source,
                 order,
-            } => self.command(waiter, source, order, now, out),
+            } => self.command(waiter, source, order, out),
             Input::Tick => self.tick(now, out),
             Input::Removed => {
                 if matches!(self.phase, Phase::Destroying { .. }) {

@@ -54,6 +54,17 @@ impl Core {
             (Phase::Stopping { exit, .. }, Input::AppExited { exit: status, .. }) => {
                 *exit = Some(status);
             }
+            (
+                Phase::Stopping {
+                    kill_at: Some(kill_at),
+                    hastened: true,
+                    ..
+                },
+                Input::AskFailed { .. },
+            ) => {
+                // The app may have ended of what was asked before, and init still has the disks to flush.
+                *kill_at = (now + FLUSH_TIME).min(*kill_at);
+            }
             (Phase::Stopping { kill_at, .. }, Input::AskFailed { .. }) if kill_at.is_some() => {
                 *kill_at = None;
                 out.push(Action::Kill { epoch: self.epoch });
@@ -129,6 +140,7 @@ impl Core {
                     source,
                     kill_at: None,
                     exit,
+                    hastened: false,
                 };
                 out.push(Action::Kill { epoch });
             }

@@ -7,6 +7,7 @@ use serde_json::json;
 use tern_catalog::{DesiredState, MachineEvent, RestartPolicy};
 use tern_guest::signal::SIGKILL;
 
+use super::steps::{FLUSH_TIME, STOP_TIMEOUT};
 use super::*;
 use crate::bundle::tests::machine;
 use crate::machine::StopRequest;
@@ -294,6 +295,86 @@ fn a_stop_that_is_not_heeded_ends_in_a_kill() {
         None,
         "a stop is not followed by a restart"
     );
+}
+
+#[test]
+fn a_stop_under_way_is_hastened_by_a_harder_wish() {
+    let asked = |bench: &Bench| -> Vec<(Option<i32>, Duration)> {
+        let ask = |a: &Action| match a {
+            Action::Ask {
+                signal, timeout, ..
+            } => Some((*signal, *timeout)),
+            _ => None,
+        };
+        bench.actions.iter().filter_map(ask).collect()
+    };
+    let (hour, second) = (Duration::from_secs(3600), Duration::from_secs(1));
+    let stopping = || {
+        let mut bench = Bench::started();
+        let request = StopRequest {
+            signal: None,
+            timeout: Some(hour),
+        };
+        bench.order(1, Source::User, Order::Stop(request));
+        assert_eq!(asked(&bench), [(None, hour)]);
+        bench
+    };
+    let left = |bench: &Bench| bench.core.deadline().unwrap() - bench.now;
+    let by_force = [
+        DesiredState::Destroyed { force: true },
+        DesiredState::Restarted { force: true },
+        DesiredState::Stopped {
+            signal: Some(SIGKILL),
+            timeout_ms: Some(0),
+        },
+    ];
+    for wish in by_force {
+        let mut bench = stopping();
+        bench.wish(wish.clone());
+        assert_eq!(asked(&bench), [(Some(SIGKILL), Duration::ZERO)], "{wish:?}");
+        assert_eq!(left(&bench), FLUSH_TIME);
+        bench.tell(Input::Tick);
+        assert!(asked(&bench).is_empty(), "once");
+        bench.wait();
+        assert!(bench.does(|a| matches!(a, Action::Kill { .. })));
+        bench.monitor_ends(false);
+        bench.is(match wish {
+            DesiredState::Destroyed { .. } => MachineState::Destroying,
+            DesiredState::Restarted { .. } => MachineState::Starting,
+            _ => MachineState::Stopped,
+        });
+        // A restart keeps the disk, hastened or not.
+        assert!(bench.boots().iter().all(|&reset| !reset));
+    }
+    // Without force by what it would have been given, and by no more than is left already.
+    let mut bench = stopping();
+    bench.wish(DesiredState::Destroyed { force: false });
+    assert_eq!(left(&bench), STOP_TIMEOUT + FLUSH_TIME);
+    let mut bench = stopping();
+    for (signal, timeout, is_asked, is_left) in [
+        (None, Some(second), true, second),
+        (None, Some(hour), false, second),
+        (Some(10), Some(hour), true, second),
+    ] {
+        bench.order(
+            2,
+            Source::User,
+            Order::Stop(StopRequest { signal, timeout }),
+        );
+        let asks = timeout
+            .filter(|_| is_asked)
+            .map(|timeout| (signal, timeout));
+        assert_eq!(asked(&bench), Vec::from_iter(asks));
+        assert_eq!(left(&bench), is_left + FLUSH_TIME);
+    }
+    // The app may have ended before it was asked once more: its disks are being flushed.
+    let epoch = bench.core.epoch;
+    bench.tell(Input::AskFailed { epoch });
+    assert!(!bench.does(|a| matches!(a, Action::Kill { .. })));
+    assert_eq!(left(&bench), FLUSH_TIME);
+    bench.app_exits(0);
+    bench.wish(DesiredState::Destroyed { force: true });
+    assert!(asked(&bench).is_empty(), "nobody is left to be asked");
 }
 
 #[test]
@@ -753,6 +834,10 @@ fn happening() -> impl Strategy<Value = Happening> {
         4 => Just(Order::Start),
         2 => Just(Order::Suspend),
         1 => Just(Order::Stop(StopRequest::default())),
+        1 => Just(Order::Stop(StopRequest {
+            signal: Some(SIGKILL),
+            timeout: Some(Duration::from_secs(3600)),
+        })),
     ];
     let wish = prop_oneof![
         4 => Just(DesiredState::Started),
