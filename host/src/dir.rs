@@ -25,9 +25,10 @@
 //!
 //! *Losing power* in these moments: a removed seal must not come back once the guest has written to
 //! its disk, so its directory is synced, while the monitor loads its memory and before anybody's
-//! request reaches the guest. And the snapshot may be only half on disk though its seal is whole;
-//! therefore a seal names the boot of the host that it was written in, and is good in that boot
-//! alone, until the snapshot has been synced in the background and the seal is written anew.
+//! request reaches the guest. And the snapshot may be only half on disk though its seal is whole, or what
+//! its guest takes for written, which may be but in the host's page cache; therefore a seal names the boot
+//! of the host that it was written in, and is good in that boot alone, until the snapshot and the disks
+//! under it have been synced in the background and the seal is written anew.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -39,6 +40,8 @@ use rustix::fs::{Mode, OFlags, openat};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tern_catalog::MachineId;
+
+use crate::monitor::config::writable_disks;
 
 /// The directory of one Machine.
 #[derive(Debug, Clone)]
@@ -67,7 +70,7 @@ pub(crate) struct Memo {
 pub(crate) struct Seal {
     /// The config that was suspended.
     pub(crate) instance_id: String,
-    /// The boot of the host in which it is good; `None` once the snapshot is safe on disk.
+    /// The boot of the host in which it is good; `None` once the snapshot and its disks outlast that boot.
     pub(crate) boot_id: Option<String>,
 }
 
@@ -186,9 +189,13 @@ impl MachineDir {
         File::open(&self.path)?.sync_all()
     }
 
-    /// Makes the snapshot outlast a loss of power. Nothing else need wait: what a wake or a cold start changes
-    /// meanwhile is not this snapshot any more, which its seal tells.
+    /// Makes the snapshot outlast a loss of power, and what its guest has written to its disks: without a flush
+    /// that is in the host's page cache alone, and the snapshot's memory holds it for written. Nothing else need
+    /// wait: what a wake or a cold start changes meanwhile is not this snapshot any more, which its seal tells.
     pub(crate) fn sync_snapshot(&self) -> io::Result<()> {
+        for disk in writable_disks(&fs::read(self.vm_json())?)? {
+            File::open(disk)?.sync_data()?;
+        }
         let dir = self.open_snapshot()?;
         for (name, needed) in [("memory", true), ("state", true), ("working_set", false)] {
             match open_theirs_at(&dir, name) {
@@ -382,6 +389,7 @@ const TAIL_LINES: usize = 8;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::monitor::config::Disk;
     use std::os::fd::AsRawFd;
 
     fn dir() -> (tempfile::TempDir, MachineDir) {
@@ -451,6 +459,7 @@ mod tests {
         let temporary = tempfile::tempdir_in("/var/tmp").unwrap();
         let dir = MachineDir::new(temporary.path(), &MachineId::random());
         fs::create_dir_all(dir.snapshot()).unwrap();
+        fs::write(dir.vm_json(), r#"{"disks": []}"#).unwrap();
         let (path, memory) = (dir.snapshot().join("memory"), vec![0x5a; 8 << 20]);
         fs::write(&path, &memory).unwrap();
         assert!(dir.sync_snapshot().is_err(), "it is not whole");
@@ -476,6 +485,60 @@ mod tests {
         dir.remove_snapshot().unwrap();
         assert_eq!(fs::read_dir(dir.jail()).unwrap().count(), 0);
         assert!(elsewhere.join("memory").exists());
+    }
+
+    /// How many pages of a file the page cache holds and the disk does not.
+    fn unwritten(path: &Path) -> u64 {
+        let file = File::open(path).unwrap();
+        // `struct cachestat_range`, all of the file; `struct cachestat` (linux/mman.h).
+        let (range, mut told) = ([0_u64; 2], [0_u64; 5]);
+        // SAFETY: the kernel reads the one and writes the other, each of its structure's size.
+        let done = unsafe {
+            let file = file.as_raw_fd();
+            libc::syscall(CACHESTAT, file, range.as_ptr(), told.as_mut_ptr(), 0)
+        };
+        let error = io::Error::last_os_error();
+        assert_eq!(done, 0, "cachestat(2), which needs Linux 6.5: {error}");
+        let [_, dirty, writeback, ..] = told;
+        dirty + writeback
+    }
+
+    /// `asm/unistd_64.h`; the `libc` crate does not name it.
+    const CACHESTAT: libc::c_long = 451;
+
+    #[test]
+    fn a_snapshot_is_safe_when_its_disks_are() {
+        // A real disk: what is in a tmpfs is never written to one.
+        let temporary = tempfile::tempdir_in("/var/tmp").unwrap();
+        let dir = MachineDir::new(temporary.path(), &MachineId::random());
+        fs::create_dir_all(dir.snapshot()).unwrap();
+        for name in ["memory", "state"] {
+            fs::write(dir.snapshot().join(name), b"x").unwrap();
+        }
+        let [volume, image] = ["volume.ext4", "image.erofs"].map(|n| temporary.path().join(n));
+        let disk = |path: &Path, read_only| Disk {
+            path: path.to_owned(),
+            read_only,
+            rate_limit: None,
+        };
+        let disks = [
+            disk(&image, true),
+            disk(&dir.disk(), false),
+            disk(&volume, false),
+        ];
+        let vm = serde_json::json!({"id": "x", "disks": disks});
+        fs::write(dir.vm_json(), vm.to_string()).unwrap();
+        assert!(dir.sync_snapshot().is_err(), "its disks are gone");
+        for path in [dir.disk(), volume.clone()] {
+            fs::write(&path, vec![1; 1 << 20]).unwrap();
+            assert!(unwritten(&path) > 0, "the host has been quicker");
+        }
+        // Images are many Machines', and nobody writes to them.
+        assert!(!image.exists());
+        dir.sync_snapshot().unwrap();
+        assert_eq!((unwritten(&dir.disk()), unwritten(&volume)), (0, 0));
+        fs::remove_file(volume).unwrap();
+        assert!(dir.sync_snapshot().is_err(), "a disk is gone");
     }
 
     #[test]

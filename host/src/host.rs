@@ -46,6 +46,7 @@ impl Host {
             reason: format!("the image {name} cannot be had: {error}"),
             exit: None,
             lasting,
+            disk_ready: false,
         };
         let known: Option<Digest> = known.and_then(|digest| digest.parse().ok());
         if let Some(digest) = known

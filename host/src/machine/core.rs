@@ -62,8 +62,10 @@ pub(crate) struct Core {
     waiters: Vec<(Waiter, Want)>,
     epoch: Epoch,
     generation: u64,
-    /// The config that runs, or ran last, and that the disk belongs to.
+    /// The config that runs, or ran last, and that the disk belongs to once no reset is owed.
     instance: String,
+    /// The disk is still of a run that was to leave it to no other: no start has come past it since.
+    reset_owed: bool,
     digest: Option<String>,
     reason: Option<String>,
     restarts: Restarts,
@@ -86,6 +88,8 @@ enum Phase {
         /// When it has taken too long.
         kill_at: Option<Instant>,
         exit: Option<ExitStatus>,
+        /// Somebody was in a greater hurry than who asked first, and the app was asked once more.
+        hastened: bool,
     },
     Suspending {
         source: Source,
@@ -132,6 +136,7 @@ impl Core {
             instance: disk_instance
                 .or_else(|| status.map(|s| s.instance_id.clone()))
                 .unwrap_or_else(|| wanted.instance_id.clone()),
+            reset_owed: false,
             digest: status.and_then(|s| s.image_digest.clone()),
             reason: status.and_then(|s| s.reason.clone()),
             restarts: Restarts::default(),
@@ -231,7 +236,7 @@ impl Core {
                 waiter,
                 source,
                 order,
-            } => self.command(waiter, source, order, now, out),
+            } => self.command(waiter, source, order, out),
             Input::Tick => self.tick(now, out),
             Input::Removed => {
                 if matches!(self.phase, Phase::Destroying { .. }) {

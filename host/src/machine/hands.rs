@@ -21,7 +21,8 @@ use super::core::{BootFailure, End, Epoch};
 /// agent shuts down, and that leaves the monitor running.
 #[async_trait]
 pub(crate) trait Hands: Send + Sync + 'static {
-    /// Starts cold, and returns the image's digest once the app runs. On failure no monitor is left.
+    /// Starts cold, and returns the image's digest once the app runs. On failure no monitor is left; what
+    /// became of the disk is told.
     async fn boot(
         &self,
         epoch: Epoch,

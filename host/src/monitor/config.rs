@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::config::CpuTemplate;
 
@@ -38,7 +38,7 @@ pub(crate) struct Jail {
     pub(crate) cgroup: Option<PathBuf>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Disk {
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
@@ -59,7 +59,7 @@ pub(crate) struct Net {
 }
 
 /// How much a device may do. How much of that at once is left to the monitor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RateLimit {
     #[serde(skip_serializing_if = "Option::is_none")]
     bytes_per_second: Option<u64>,
@@ -81,4 +81,15 @@ impl RateLimit {
 pub(crate) struct Vsock {
     pub(crate) cid: u32,
     pub(crate) path: PathBuf,
+}
+
+/// The disks that the guest of a `vm.json` may write to.
+pub(crate) fn writable_disks(vm_json: &[u8]) -> serde_json::Result<Vec<PathBuf>> {
+    #[derive(Deserialize)]
+    struct Disks {
+        disks: Vec<Disk>,
+    }
+    let Disks { disks } = serde_json::from_slice(vm_json)?;
+    let writable = disks.into_iter().filter(|disk| !disk.read_only);
+    Ok(writable.map(|disk| disk.path).collect())
 }

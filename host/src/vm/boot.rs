@@ -1,6 +1,7 @@
 //! A cold start: image, volumes, disk and configuration are made ready, and a monitor boots from them.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tern_catalog::Machine;
 use tern_guest::message::ExitStatus;
@@ -20,6 +21,7 @@ impl Vm {
         epoch: Epoch,
         machine: &Arc<Machine>,
         reset_disk: bool,
+        disk_ready: &AtomicBool,
     ) -> Result<String, BootFailure> {
         let (lasting, passing) = (BootFailure::lasting, BootFailure::passing);
         let ended = |exit: ExitStatus| BootFailure {
@@ -29,6 +31,16 @@ impl Vm {
         let mut marks = Marks::new(true);
         // Before anything else: whatever comes, the disk may be written from here on.
         self.void_snapshot().await.map_err(passing)?;
+        if reset_disk {
+            // At once, and a blank one is put there below by whichever start gets so far: this one may not, nor
+            // the agent live to tell the next.
+            let disk = self.dir.disk();
+            self.on_disk(move || absent_is_fine(std::fs::remove_file(disk)))
+                .await
+                .map_err(passing)?;
+        }
+        // Read when this has ended, by who has called it.
+        disk_ready.store(true, Ordering::Relaxed);
         let image = self.image(machine).await?;
         marks.mark("image");
         // Until the app is up: by then the monitor has locked the disks.
@@ -70,7 +82,7 @@ impl Vm {
             move || {
                 host.groups
                     .make(id.as_str(), guest.cpus.into(), guest.memory_mb)?;
-                if reset_disk || !dir.disk().exists() {
+                if !dir.disk().exists() {
                     host.blank.put(&dir.disk())?;
                 }
                 dir.set_memo(&memo)?;

@@ -1,7 +1,7 @@
 //! What the Machine's task may call, as [`Hands`] promises it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -24,11 +24,15 @@ impl Hands for Vm {
         machine: Arc<Machine>,
         reset_disk: bool,
     ) -> Result<String, BootFailure> {
-        let start = self.start(epoch, &machine, reset_disk);
-        self.unless_killed(epoch, start, || {
+        let disk_ready = AtomicBool::new(false);
+        let start = self.start(epoch, &machine, reset_disk, &disk_ready);
+        let outcome = self.unless_killed(epoch, start, || {
             BootFailure::lasting("the start was broken off".to_owned())
+        });
+        outcome.await.map_err(|failure| BootFailure {
+            disk_ready: disk_ready.load(Ordering::Relaxed),
+            ..failure
         })
-        .await
     }
 
     async fn wake(&self, epoch: Epoch) -> Result<(), String> {

@@ -139,6 +139,26 @@ fn the_guest_is_told_the_time_and_its_output_is_kept() {
 }
 
 #[test]
+fn an_update_whose_first_start_fails_does_not_run_on_the_old_disk() {
+    let mut world = World::new();
+    let mut machine = world.launch(&[]);
+    world.exec(&machine, &["write", "old"]);
+    let images = world.machines_dir().with_file_name("images");
+    let away = images.with_file_name("away");
+    std::fs::rename(&images, &away).unwrap();
+    std::fs::create_dir(&images).unwrap();
+    machine.update(|config| config["env"]["NEW"] = json!("1"));
+    world.begin(&mut machine, json!("started"));
+    let status = world.wait(&machine, "failed");
+    let why = status["reason"].as_str().unwrap();
+    assert!(why.contains("image"), "{why}");
+    std::fs::remove_dir_all(&images).unwrap();
+    std::fs::rename(&away, &images).unwrap();
+    world.wait(&machine, "started");
+    assert_eq!(world.exec(&machine, &["read"]), "");
+}
+
+#[test]
 fn a_disk_is_kept_by_a_suspend_and_emptied_by_a_stop() {
     let mut world = World::new();
     let machine = world.launch(&[]);

@@ -10,7 +10,7 @@ use tern_catalog::{DesiredState, MachineState};
 use tern_guest::signal::SIGKILL;
 
 use super::order::Want;
-use super::steps::stop_terms;
+use super::steps::{asker, stop_terms};
 use super::{Action, Core, Phase, Rest};
 use crate::machine::{CommandError, Source, StopRequest};
 
@@ -113,14 +113,7 @@ impl Core {
                     }
                 }
                 Phase::Starting { .. } => return self.break_off(out),
-                Phase::Stopping { .. } => {
-                    if let Some(goal) = &self.goal
-                        && matches!(goal.to, Target::Stopped(_) | Target::Suspended)
-                    {
-                        self.goal = None;
-                    }
-                    return;
-                }
+                Phase::Stopping { .. } => return self.join_stop(now, out),
                 Phase::Suspending { .. } => {
                     if let Some(goal) = &self.goal
                         && goal.to == Target::Suspended
@@ -214,6 +207,40 @@ impl Core {
         }
         out.push(Action::Record(None));
         false
+    }
+
+    /// A stop that is under way serves whoever wants an end, and is hastened by who is in a greater hurry.
+    fn join_stop(&mut self, now: Instant, out: &mut Vec<Action>) {
+        let (Phase::Stopping { source, .. }, Some(goal)) = (&mut self.phase, &self.goal) else {
+            return;
+        };
+        if *source == Source::Machine && matches!(goal.to, Target::Stopped(_)) {
+            // From now on somebody has asked: no restart follows.
+            *source = asker(goal.source);
+            out.push(Action::Record(None));
+        }
+        match goal.to.clone() {
+            Target::Started { .. } => {}
+            Target::Suspended => self.goal = None,
+            Target::Stopped(request) => {
+                self.goal = None;
+                let (signal, timeout) = stop_terms(&self.wanted, &request);
+                // A signal of one's own is sent, however soon the app is to end anyway.
+                self.hasten(signal, timeout, signal.is_some(), now, out);
+            }
+            Target::Restarted { kind, force } => {
+                self.goal = Some(Goal {
+                    to: Target::Started { kind },
+                    source: goal.source,
+                });
+                let (signal, timeout) = self.end_terms(force);
+                self.hasten(signal, timeout, false, now, out);
+            }
+            Target::Destroyed { force } => {
+                let (signal, timeout) = self.end_terms(force);
+                self.hasten(signal, timeout, false, now, out);
+            }
+        }
     }
 
     /// A start that is under way is broken off by a wish for its opposite. Not so a wake, unless by force: its guest

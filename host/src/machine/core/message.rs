@@ -81,6 +81,8 @@ pub(crate) struct BootFailure {
     pub(crate) exit: Option<ExitStatus>,
     /// Trying again cannot help.
     pub(crate) lasting: bool,
+    /// It had come past its disk, which is as this start was to have it, or what its guest has made of that.
+    pub(crate) disk_ready: bool,
 }
 
 impl BootFailure {
@@ -90,6 +92,7 @@ impl BootFailure {
             reason,
             exit: None,
             lasting: true,
+            disk_ready: false,
         }
     }
 
@@ -99,6 +102,7 @@ impl BootFailure {
             reason,
             exit: None,
             lasting: false,
+            disk_ready: false,
         }
     }
 }

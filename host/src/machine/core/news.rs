@@ -14,6 +14,12 @@ use crate::machine::{CommandError, Source};
 impl Core {
     /// Something is told of the monitor at hand.
     pub(super) fn monitor(&mut self, input: Input, now: Instant, out: &mut Vec<Action>) {
+        // Whether or not the start is still wanted.
+        self.reset_owed &= match &input {
+            Input::Up { .. } => false,
+            Input::BootFailed { failure, .. } => !failure.disk_ready,
+            _ => true,
+        };
         match (&mut self.phase, input) {
             (&mut Phase::Starting { source, .. }, Input::Up { digest, took, .. }) => {
                 self.digest = Some(digest);
@@ -47,6 +53,17 @@ impl Core {
             }
             (Phase::Stopping { exit, .. }, Input::AppExited { exit: status, .. }) => {
                 *exit = Some(status);
+            }
+            (
+                Phase::Stopping {
+                    kill_at: Some(kill_at),
+                    hastened: true,
+                    ..
+                },
+                Input::AskFailed { .. },
+            ) => {
+                // The app may have ended of what was asked before, and init still has the disks to flush.
+                *kill_at = (now + FLUSH_TIME).min(*kill_at);
             }
             (Phase::Stopping { kill_at, .. }, Input::AskFailed { .. }) if kill_at.is_some() => {
                 *kill_at = None;
@@ -123,6 +140,7 @@ impl Core {
                     source,
                     kill_at: None,
                     exit,
+                    hastened: false,
                 };
                 out.push(Action::Kill { epoch });
             }

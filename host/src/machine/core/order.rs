@@ -2,12 +2,9 @@
 //!
 //! The gate's wish for an end gives way to whatever else is wanted by now; a person's does not.
 
-use std::time::Instant;
-
 use tern_catalog::MachineState;
 
 use super::goal::Target;
-use super::steps::{FLUSH_TIME, stop_terms};
 use super::{Action, Core, Order, Phase, Waiter};
 use crate::machine::{CommandError, Source};
 
@@ -24,7 +21,6 @@ impl Core {
         waiter: Waiter,
         source: Source,
         order: Order,
-        now: Instant,
         out: &mut Vec<Action>,
     ) {
         let leaving = matches!(self.phase, Phase::Destroying { .. })
@@ -77,18 +73,7 @@ impl Core {
                     return;
                 }
                 self.waiters.push((waiter, Want::Stopped));
-                if let Phase::Stopping {
-                    kill_at: Some(kill_at),
-                    ..
-                } = &mut self.phase
-                {
-                    // Who is in a greater hurry decides.
-                    let (_, timeout) = stop_terms(&self.wanted, &request);
-                    *kill_at = (*kill_at).min(now + timeout + FLUSH_TIME);
-                    self.goal = None;
-                } else {
-                    self.set_goal(Target::Stopped(request), source);
-                }
+                self.set_goal(Target::Stopped(request), source);
             }
         }
     }

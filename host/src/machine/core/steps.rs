@@ -14,7 +14,7 @@ use crate::machine::{Source, StopRequest};
 /// How long init may take, after the app's end, to flush the disks and reset the Machine.
 pub(super) const FLUSH_TIME: Duration = Duration::from_secs(10);
 /// As on Fly.io.
-const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// No app may take longer to stop, or a typing error would hold a deploy for ever.
 const MAX_STOP_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
@@ -46,10 +46,11 @@ impl Core {
     pub(super) fn boot(&mut self, reset_disk: bool, out: &mut Vec<Action>) {
         self.epoch += 1;
         self.instance = self.wanted.instance_id.clone();
+        self.reset_owed |= reset_disk;
         out.push(Action::Boot {
             epoch: self.epoch,
             machine: Arc::clone(&self.wanted),
-            reset_disk,
+            reset_disk: self.reset_owed,
         });
     }
 
@@ -61,12 +62,49 @@ impl Core {
         now: Instant,
         out: &mut Vec<Action>,
     ) {
-        let (signal, timeout) = if force {
+        let (signal, timeout) = self.end_terms(force);
+        self.stop(source, signal, timeout, exit, now, out);
+    }
+
+    /// The signal and the time allowed where an end is wanted for what is to follow it.
+    pub(super) fn end_terms(&self, force: bool) -> (Option<i32>, Duration) {
+        if force {
             (Some(SIGKILL), Duration::ZERO)
         } else {
             stop_terms(&self.wanted, &StopRequest::default())
+        }
+    }
+
+    /// Makes a stop under way end as soon as these terms want it. The app is asked once more if that is sooner,
+    /// or in any case; of several terms that its guest knows the soonest holds.
+    pub(super) fn hasten(
+        &mut self,
+        signal: Option<i32>,
+        timeout: Duration,
+        in_any_case: bool,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) {
+        let Phase::Stopping {
+            kill_at: Some(kill_at),
+            exit,
+            hastened,
+            ..
+        } = &mut self.phase
+        else {
+            return; // it is being killed
         };
-        self.stop(source, signal, timeout, exit, now, out);
+        let by = now + timeout + FLUSH_TIME;
+        let sooner = by < *kill_at;
+        *kill_at = by.min(*kill_at);
+        if exit.is_none() && (sooner || in_any_case) {
+            *hastened = true;
+            out.push(Action::Ask {
+                epoch: self.epoch,
+                signal,
+                timeout,
+            });
+        }
     }
 
     pub(super) fn stop(
@@ -82,6 +120,7 @@ impl Core {
             source: asker(source),
             kill_at: Some(now + timeout + FLUSH_TIME),
             exit,
+            hastened: false,
         };
         // A Machine whose app has ended is about to end; nobody is left to be asked.
         if exit.is_none() {
@@ -98,6 +137,7 @@ impl Core {
             source: asker(source),
             kill_at: None,
             exit: None,
+            hastened: false,
         };
         out.push(Action::Kill { epoch: self.epoch });
         out.push(Action::Record(None));
@@ -106,7 +146,7 @@ impl Core {
 
 /// Who has asked for a stop. Stopping on the Machine's own account means that it does not follow its app's
 /// end, and nobody has asked.
-fn asker(source: Source) -> Source {
+pub(super) fn asker(source: Source) -> Source {
     match source {
         Source::Machine => Source::Host,
         other => other,

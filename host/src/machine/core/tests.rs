@@ -7,6 +7,7 @@ use serde_json::json;
 use tern_catalog::{DesiredState, MachineEvent, RestartPolicy};
 use tern_guest::signal::SIGKILL;
 
+use super::steps::{FLUSH_TIME, STOP_TIMEOUT};
 use super::*;
 use crate::bundle::tests::machine;
 use crate::machine::StopRequest;
@@ -297,6 +298,86 @@ fn a_stop_that_is_not_heeded_ends_in_a_kill() {
 }
 
 #[test]
+fn a_stop_under_way_is_hastened_by_a_harder_wish() {
+    let asked = |bench: &Bench| -> Vec<(Option<i32>, Duration)> {
+        let ask = |a: &Action| match a {
+            Action::Ask {
+                signal, timeout, ..
+            } => Some((*signal, *timeout)),
+            _ => None,
+        };
+        bench.actions.iter().filter_map(ask).collect()
+    };
+    let (hour, second) = (Duration::from_secs(3600), Duration::from_secs(1));
+    let stopping = || {
+        let mut bench = Bench::started();
+        let request = StopRequest {
+            signal: None,
+            timeout: Some(hour),
+        };
+        bench.order(1, Source::User, Order::Stop(request));
+        assert_eq!(asked(&bench), [(None, hour)]);
+        bench
+    };
+    let left = |bench: &Bench| bench.core.deadline().unwrap() - bench.now;
+    let by_force = [
+        DesiredState::Destroyed { force: true },
+        DesiredState::Restarted { force: true },
+        DesiredState::Stopped {
+            signal: Some(SIGKILL),
+            timeout_ms: Some(0),
+        },
+    ];
+    for wish in by_force {
+        let mut bench = stopping();
+        bench.wish(wish.clone());
+        assert_eq!(asked(&bench), [(Some(SIGKILL), Duration::ZERO)], "{wish:?}");
+        assert_eq!(left(&bench), FLUSH_TIME);
+        bench.tell(Input::Tick);
+        assert!(asked(&bench).is_empty(), "once");
+        bench.wait();
+        assert!(bench.does(|a| matches!(a, Action::Kill { .. })));
+        bench.monitor_ends(false);
+        bench.is(match wish {
+            DesiredState::Destroyed { .. } => MachineState::Destroying,
+            DesiredState::Restarted { .. } => MachineState::Starting,
+            _ => MachineState::Stopped,
+        });
+        // A restart keeps the disk, hastened or not.
+        assert!(bench.boots().iter().all(|&reset| !reset));
+    }
+    // Without force by what it would have been given, and by no more than is left already.
+    let mut bench = stopping();
+    bench.wish(DesiredState::Destroyed { force: false });
+    assert_eq!(left(&bench), STOP_TIMEOUT + FLUSH_TIME);
+    let mut bench = stopping();
+    for (signal, timeout, is_asked, is_left) in [
+        (None, Some(second), true, second),
+        (None, Some(hour), false, second),
+        (Some(10), Some(hour), true, second),
+    ] {
+        bench.order(
+            2,
+            Source::User,
+            Order::Stop(StopRequest { signal, timeout }),
+        );
+        let asks = timeout
+            .filter(|_| is_asked)
+            .map(|timeout| (signal, timeout));
+        assert_eq!(asked(&bench), Vec::from_iter(asks));
+        assert_eq!(left(&bench), is_left + FLUSH_TIME);
+    }
+    // The app may have ended before it was asked once more: its disks are being flushed.
+    let epoch = bench.core.epoch;
+    bench.tell(Input::AskFailed { epoch });
+    assert!(!bench.does(|a| matches!(a, Action::Kill { .. })));
+    assert_eq!(left(&bench), FLUSH_TIME);
+    bench.app_exits(0);
+    bench.wish(DesiredState::Destroyed { force: true });
+    assert!(asked(&bench).is_empty(), "nobody is left to be asked");
+}
+
+#[test]
 fn a_failing_app_is_restarted_and_then_given_up() {
     let mut bench = Bench::started();
     let mut restarts = 0;
@@ -364,6 +445,41 @@ fn an_app_that_ended_while_its_machine_did_not_is_helped() {
 }
 
 #[test]
+fn a_stop_while_an_app_s_end_is_enforced_is_not_followed_by_a_restart() {
+    let stopped = DesiredState::Stopped {
+        signal: None,
+        timeout_ms: None,
+    };
+    for by_order in [true, false] {
+        let mut bench = Bench::started();
+        bench.app_exits(3).wait();
+        bench.is(MachineState::Stopping);
+        if by_order {
+            bench.order(1, Source::User, Order::Stop(StopRequest::default()));
+        } else {
+            bench.wish(stopped.clone());
+        }
+        assert!(
+            bench.does(|a| matches!(a, Action::Record(_))),
+            "for the next agent"
+        );
+        bench.monitor_ends(false);
+        bench.is(MachineState::Stopped);
+        assert_eq!(bench.core.deadline(), None);
+        assert_eq!(bench.answers().get(&1), by_order.then_some(&Ok(())));
+        let [event] = bench.events()[..] else {
+            panic!("{:?}", bench.events())
+        };
+        let told = &event.detail["exit_event"];
+        assert_eq!((event.kind, event.source), ("stop", Source::User));
+        assert_eq!(
+            (&told["requested_stop"], &told["exit_code"]),
+            (&json!(true), &json!(3))
+        );
+    }
+}
+
+#[test]
 fn a_new_config_replaces_the_running_one() {
     let mut bench = Bench::started();
     bench.wanted.instance_id = "01B".into();
@@ -374,6 +490,45 @@ fn a_new_config_replaces_the_running_one() {
     assert_eq!(bench.boots(), [true], "its disk is its own");
     assert!(bench.events().iter().any(|e| e.kind == "update"));
     assert_eq!(bench.core.instance(), "01B");
+}
+
+#[test]
+fn a_start_that_fails_before_it_has_its_disk_leaves_its_reset_to_the_next() {
+    let fails = |bench: &mut Bench, disk_ready| {
+        let epoch = bench.core.epoch;
+        let failure = BootFailure {
+            disk_ready,
+            ..BootFailure::passing("no such image".into())
+        };
+        bench.tell(Input::BootFailed { epoch, failure });
+    };
+    // An update, and a start that follows a stop.
+    for update in [true, false] {
+        let mut bench = Bench::started();
+        if update {
+            bench.wanted.instance_id = "01B".into();
+            bench.wish(DesiredState::Started).monitor_ends(true);
+        } else {
+            bench.order(1, Source::User, Order::Stop(StopRequest::default()));
+            bench.monitor_ends(true).start(2);
+        }
+        assert_eq!(bench.boots(), [true]);
+        fails(&mut bench, false);
+        bench.is(MachineState::Failed);
+        assert_eq!(bench.wait().boots(), [true], "it is still as it was");
+        fails(&mut bench, true);
+        assert_eq!(bench.wait().boots(), [false], "its guest may have run");
+        bench.up().monitor_ends(false);
+        assert_eq!(bench.wait().boots(), [false]);
+    }
+    // A start that is broken off for another.
+    let mut bench = Bench::started();
+    bench.wanted.instance_id = "01B".into();
+    bench.wish(DesiredState::Started).monitor_ends(true);
+    bench.wish(DesiredState::Restarted { force: true });
+    bench.is(MachineState::Stopping);
+    fails(&mut bench, false);
+    assert_eq!(bench.boots(), [true]);
 }
 
 #[test]
@@ -393,11 +548,7 @@ fn a_stop_breaks_a_start_off() {
     bench.is(MachineState::Stopping);
     assert!(bench.does(|a| matches!(a, Action::Kill { .. })));
     let epoch = bench.core.epoch;
-    let failure = BootFailure {
-        reason: "broken off".into(),
-        exit: None,
-        lasting: true,
-    };
+    let failure = BootFailure::lasting("broken off".into());
     bench.tell(Input::BootFailed { epoch, failure });
     bench.is(MachineState::Stopped);
     assert_eq!(bench.answers()[&2], Ok(()));
@@ -488,11 +639,7 @@ fn a_start_that_fails_is_told_at_once() {
     let mut bench = Bench::new();
     bench.start(1);
     let epoch = bench.core.epoch;
-    let failure = BootFailure {
-        reason: "no such image".into(),
-        exit: None,
-        lasting: false,
-    };
+    let failure = BootFailure::passing("no such image".into());
     bench.tell(Input::BootFailed {
         epoch,
         failure: failure.clone(),
@@ -663,9 +810,10 @@ fn a_restart_that_was_due_when_the_agent_died_is_not_forgotten() {
 /// What may happen in a simulated world.
 #[derive(Debug, Clone)]
 enum Happening {
-    /// The operation under way ends, well or badly.
+    /// The operation under way ends, well or badly; and a start before or after it had its disk.
     Done {
         well: bool,
+        disk_ready: bool,
     },
     Order {
         source: Source,
@@ -686,6 +834,10 @@ fn happening() -> impl Strategy<Value = Happening> {
         4 => Just(Order::Start),
         2 => Just(Order::Suspend),
         1 => Just(Order::Stop(StopRequest::default())),
+        1 => Just(Order::Stop(StopRequest {
+            signal: Some(SIGKILL),
+            timeout: Some(Duration::from_secs(3600)),
+        })),
     ];
     let wish = prop_oneof![
         4 => Just(DesiredState::Started),
@@ -695,7 +847,8 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(DesiredState::Created),
     ];
     prop_oneof![
-        8 => prop::bool::weighted(0.8).prop_map(|well| Happening::Done { well }),
+        8 => (prop::bool::weighted(0.8), any::<bool>())
+            .prop_map(|(well, disk_ready)| Happening::Done { well, disk_ready }),
         6 => (source, order).prop_map(|(source, order)| Happening::Order { source, order }),
         3 => wish.prop_map(Happening::Wish),
         1 => Just(Happening::NewConfig),
@@ -755,7 +908,6 @@ impl World {
                     let same = self.disk.as_ref() == Some(&machine.instance_id);
                     assert!(same || *reset_disk, "a config has its own disk");
                     assert_eq!(*epoch, self.bench.core.epoch());
-                    self.disk = Some(machine.instance_id.clone());
                     self.snapshot = false;
                     self.killed = false;
                     self.operation = Some(action);
@@ -809,11 +961,16 @@ impl World {
         }
     }
 
-    fn done(&mut self, well: bool) {
+    fn done(&mut self, well: bool, disk_ready: bool) {
         let Some(operation) = self.operation.take() else {
             return;
         };
         let well = well && !self.killed;
+        if let Action::Boot { machine, .. } = &operation
+            && (well || disk_ready)
+        {
+            self.disk = Some(machine.instance_id.clone());
+        }
         let reason = "chance".to_owned();
         match operation {
             Action::Boot { epoch, .. } if well => {
@@ -827,9 +984,8 @@ impl World {
             Action::Boot { epoch, .. } => {
                 self.killed = false;
                 let failure = BootFailure {
-                    reason,
-                    exit: None,
-                    lasting: false,
+                    disk_ready,
+                    ..BootFailure::passing(reason)
                 };
                 self.tell(Input::BootFailed { epoch, failure });
             }
@@ -868,7 +1024,7 @@ impl World {
 
     fn happen(&mut self, happening: Happening) {
         match happening {
-            Happening::Done { well } => self.done(well),
+            Happening::Done { well, disk_ready } => self.done(well, disk_ready),
             Happening::Order { source, order } => {
                 let waiter = self.next_waiter;
                 self.next_waiter += 1;
@@ -913,7 +1069,7 @@ impl World {
     fn settle(&mut self) {
         for _ in 0..1000 {
             if self.operation.is_some() {
-                self.done(true);
+                self.done(true, true);
             } else if self.bench.core.deadline().is_some() {
                 self.time_passes();
             } else {
