@@ -24,8 +24,8 @@
 //! removed when the monitor has ended and nothing sealed it, and before a cold start.
 //!
 //! *Losing power* in these moments: a removed seal must not come back once the guest has written to
-//! its disk, so its directory is synced, while the monitor loads its memory and before anybody's
-//! request reaches the guest. And the snapshot may be only half on disk though its seal is whole, or what
+//! its disk, which it may do unasked as soon as it runs; so where the seal was good in any boot of the
+//! host (see below), its directory is synced before the monitor starts. And the snapshot may be only half on disk though its seal is whole, or what
 //! its guest takes for written, which may be but in the host's page cache; therefore a seal names the boot
 //! of the host that it was written in, and is good in that boot alone, until the snapshot and the disks
 //! under it have been synced in the background and the seal is written anew.

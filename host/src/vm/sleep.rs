@@ -133,6 +133,17 @@ impl Vm {
         self.dir.break_seal()
     }
 
+    /// Breaks the seal, and returns what it said if it was good. One that was good in any boot of the host can
+    /// come back by a loss of power until the directory is synced.
+    pub(super) fn take_seal(&self) -> std::io::Result<Option<Seal>> {
+        let mut seals = self.seals.lock();
+        // Under the lock: it may be made good in any boot at this moment.
+        let seal = self.dir.seal(&self.host.boot_id)?;
+        *seals += 1;
+        self.dir.break_seal()?;
+        Ok(seal)
+    }
+
     /// Makes sure that no snapshot will ever be used again.
     pub(super) async fn void_snapshot(&self) -> Result<(), String> {
         self.break_seal().map_err(told)?;

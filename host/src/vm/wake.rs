@@ -12,19 +12,19 @@ use crate::trace::Marks;
 
 impl Vm {
     pub(super) async fn resume(&self, epoch: Epoch) -> Result<(), String> {
-        let seal = self.dir.seal(&self.host.boot_id).map_err(told)?;
+        let mut marks = Marks::new(false);
+        let seal = self.take_seal().map_err(told)?;
         let seal = seal.ok_or("there is none that is good")?;
         if Some(&seal.instance_id) != self.memo.lock().instance_id.as_ref() {
             return Err("it is of another config".to_owned());
         }
-        let mut marks = Marks::new(false);
         self.reachable.send_replace(false);
-        self.break_seal().map_err(told)?;
-        self.dir.prepare_for_monitor(self.user()).map_err(told)?;
-        let sync = tokio::task::spawn_blocking({
+        // One that was good in this boot of the host alone may come back with the power: it is void then.
+        let seal_gone = seal.boot_id.is_none().then(|| {
             let dir = self.dir.clone();
-            move || dir.sync()
+            tokio::task::spawn_blocking(move || dir.sync())
         });
+        self.dir.prepare_for_monitor(self.user()).map_err(told)?;
         marks.mark("prepared");
         let machine = self.host.machine(&self.id);
         // Who copies a volume while its Machine sleeps has it locked.
@@ -41,15 +41,17 @@ impl Vm {
             self.plug(machine).await?;
         }
         marks.mark("plugged");
+        if let Some(seal_gone) = seal_gone {
+            // A guest that runs writes to its disk, if only by timers that were due while it slept.
+            seal_gone.await.map_err(|e| e.to_string())?.map_err(told)?;
+            marks.mark("seal_gone");
+        }
         let running = self.spawn(epoch, true)?;
         marks.mark("spawned");
         let limit = self.host.config.wake_timeout;
         let (up, is_up) = oneshot::channel();
-        let secured = async {
-            // Long done, as a rule: the monitor has memory to load meanwhile.
-            sync.await.map_err(|e| e.to_string())?.map_err(told)?;
-            // Not before: what a request changes must not meet the old memory after a loss of power. The guest's
-            // own word need not be waited for: who calls is held until it runs.
+        let taking_frames = async {
+            // The guest's own word need not be waited for: who calls is held until it runs.
             if is_up.await.is_ok() {
                 self.reachable.send_replace(true);
             }
@@ -64,7 +66,7 @@ impl Vm {
             Ok::<_, String>(marks.elapsed())
         };
         let speak = async {
-            let (reachable, resumed) = tokio::try_join!(secured, spoken)?;
+            let (reachable, resumed) = tokio::try_join!(taking_frames, spoken)?;
             let mut marks = marks.clone();
             marks.mark_at("reachable", reachable);
             marks.mark_at("resumed", resumed);

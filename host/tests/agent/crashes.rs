@@ -4,6 +4,7 @@ use std::fs;
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
+use tern_faults::Hold;
 
 use crate::world::{Machine, World, kinds, until};
 
@@ -190,33 +191,59 @@ fn a_snapshot_outlasts_a_loss_of_power_once_it_is_safe_on_disk() {
     let mut world = World::new();
     let machine = world.launch(&[]);
     world.count(&machine);
-    world.suspend(&machine);
-    let seal = world.machine_dir(&machine).join("suspended.json");
-    until("it is safe", || {
-        fs::read_to_string(&seal)
-            .unwrap()
-            .contains("\"boot_id\":null")
-    });
-    world.kill();
-    world.up();
+    asleep(&mut world, &machine, |seal| seal);
     world.start(&machine);
     assert_eq!(world.count(&machine), 2);
 
     // Power is lost before: the seal is of another boot of the host.
-    world.suspend(&machine);
+    asleep(&mut world, &machine, |seal| {
+        seal.replace("null", "\"the boot before\"")
+    });
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 1, "half a snapshot is not used");
+}
+
+/// A Machine sleeps, and a new agent finds it so: nothing of its suspend is under way any more.
+fn asleep(world: &mut World, machine: &Machine, change_seal: impl FnOnce(String) -> String) {
+    let seal = world.machine_dir(machine).join("suspended.json");
+    world.suspend(machine);
     until("it is safe", || {
         fs::read_to_string(&seal)
             .unwrap()
             .contains("\"boot_id\":null")
     });
     world.kill();
-    let text = fs::read_to_string(&seal)
-        .unwrap()
-        .replace("null", "\"the boot before\"");
+    let text = change_seal(fs::read_to_string(&seal).unwrap());
     fs::write(&seal, text).unwrap();
     world.up();
+}
+
+#[test]
+fn a_guest_runs_only_when_a_seal_that_outlasts_a_loss_of_power_is_gone_on_disk() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    world.count(&machine);
+    asleep(&mut world, &machine, |seal| seal);
+    let dir = world.machine_dir(&machine).canonicalize().unwrap();
+    let hold = Hold::at(world.agent(), "fsync", dir.clone()).unwrap();
+    let start = world.say("start", &machine.id, json!({"source": "proxy"}));
+    until("its removal is being synced", || hold.caught());
+    // Another Machine comes all the way meanwhile.
+    let other = world.launch(&[]);
+    assert_eq!(world.monitors(), [world.monitor(&other)]);
+    hold.release().unwrap();
+    world.answer(start).unwrap();
+    assert_eq!(world.count(&machine), 2);
+
+    // One that is void after a loss of power may as well come back.
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    asleep(&mut world, &machine, |seal| {
+        seal.replace("null", &format!("\"{}\"", boot.trim()))
+    });
+    let hold = Hold::at(world.agent(), "fsync", dir).unwrap();
     world.start(&machine);
-    assert_eq!(world.count(&machine), 1, "half a snapshot is not used");
+    assert_eq!(world.count(&machine), 3);
+    assert!(!hold.caught());
 }
 
 #[test]

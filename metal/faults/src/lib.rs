@@ -18,6 +18,9 @@
 //! # std::io::Result::Ok(())
 //! ```
 //!
+//! And where the order of two steps is what matters, a [`Hold`] keeps a thread in front of a call for as long as
+//! a test looks at what has not happened without it.
+//!
 //! The process is traced (ptrace(2)) by a thread of its own until it ends. Where it is a child of this
 //! process, `waitpid(2)` for it would see the tracer's stops too: wait when it is known to be dead. x86-64
 //! only.
@@ -26,14 +29,16 @@ pub mod calls;
 mod tracer;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use tracer::{Tracer, Victim};
+use tracer::{Aim, Tracer, Victim};
 
 /// A process that will be killed at some call, if it gets that far.
 #[derive(Debug)]
@@ -51,7 +56,8 @@ struct Score {
 impl Shot {
     /// Aims at the running process `pid`: it dies in front of the `nth` call from now, counted from 1.
     pub fn at(pid: Pid, nth: u64) -> io::Result<Self> {
-        Self::aim(pid, Victim::Itself, nth)
+        let score = trace(pid, Victim::Itself, Aim::Nth(nth))?;
+        Ok(Self { score })
     }
 
     /// Aims at the next process that `parent` starts and whose program is called `program`.
@@ -59,31 +65,7 @@ impl Shot {
     /// It is traced from its first instruction on, its parent until it ends.
     pub fn at_child(parent: Pid, program: &str, nth: u64) -> io::Result<Self> {
         let victim = Victim::Child(program.to_owned());
-        Self::aim(parent, victim, nth)
-    }
-
-    fn aim(pid: Pid, victim: Victim, nth: u64) -> io::Result<Self> {
-        let score = Arc::new(Score::default());
-        let (ready, attached) = channel();
-        let kept = Arc::clone(&score);
-        // Who attaches must do all the tracing: ptrace(2) knows threads, not processes.
-        thread::Builder::new()
-            .name("tracer".into())
-            .spawn(move || {
-                let tracer = Tracer::attach(pid, victim, nth, kept);
-                let (tracer, outcome) = match tracer {
-                    Ok(tracer) => (Some(tracer), Ok(())),
-                    Err(errno) => (None, Err(io::Error::from(errno))),
-                };
-                // The asker waits below.
-                let _ = ready.send(outcome);
-                if let Some(tracer) = tracer {
-                    tracer.run();
-                }
-            })?;
-        attached
-            .recv()
-            .map_err(|_| io::Error::other("the tracer died"))??;
+        let score = trace(parent, victim, Aim::Nth(nth))?;
         Ok(Self { score })
     }
 
@@ -103,4 +85,58 @@ impl Shot {
     pub fn seen(&self) -> u64 {
         self.score.seen.load(Ordering::Acquire)
     }
+}
+
+/// A process one of whose threads is held in front of a call, once. Its other threads go on.
+#[derive(Debug)]
+pub struct Hold {
+    score: Arc<Score>,
+    pid: Pid,
+}
+
+impl Hold {
+    /// Lies in wait in the running process `pid` for the next call of this name (see [`calls`]) whose first
+    /// argument is a descriptor of `path`.
+    pub fn at(pid: Pid, name: &'static str, path: PathBuf) -> io::Result<Self> {
+        let score = trace(pid, Victim::Itself, Aim::On { name, path })?;
+        Ok(Self { score, pid })
+    }
+
+    /// Whether a thread is, or was, held.
+    pub fn caught(&self) -> bool {
+        self.score.fired.get().is_some()
+    }
+
+    /// Lets the thread go on, and holds no other.
+    pub fn release(&self) -> io::Result<()> {
+        self.score.over.store(true, Ordering::Release);
+        // The tracer sees every signal, and so wakes; to the process this one means nothing.
+        Ok(kill(self.pid, Signal::SIGURG)?)
+    }
+}
+
+/// Traces `pid` by a thread of its own.
+fn trace(pid: Pid, victim: Victim, aim: Aim) -> io::Result<Arc<Score>> {
+    let score = Arc::new(Score::default());
+    let (ready, attached) = channel();
+    let kept = Arc::clone(&score);
+    // Who attaches must do all the tracing: ptrace(2) knows threads, not processes.
+    thread::Builder::new()
+        .name("tracer".into())
+        .spawn(move || {
+            let tracer = Tracer::attach(pid, victim, aim, kept);
+            let (tracer, outcome) = match tracer {
+                Ok(tracer) => (Some(tracer), Ok(())),
+                Err(errno) => (None, Err(io::Error::from(errno))),
+            };
+            // The asker waits below.
+            let _ = ready.send(outcome);
+            if let Some(tracer) = tracer {
+                tracer.run();
+            }
+        })?;
+    attached
+        .recv()
+        .map_err(|_| io::Error::other("the tracer died"))??;
+    Ok(score)
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -24,13 +25,24 @@ pub(crate) enum Victim {
     Child(String),
 }
 
+/// At which call something happens to it.
+#[derive(Debug)]
+pub(crate) enum Aim {
+    /// It is killed in front of this one, counted from 1.
+    Nth(u64),
+    /// The thread is held in front of the first such call on this file.
+    On { name: &'static str, path: PathBuf },
+}
+
 /// Traces one process, and maybe its children.
 pub(crate) struct Tracer {
     aimed: Pid,
     victim: Victim,
     /// Whose calls count, as soon as it is there.
     target: Option<Pid>,
-    nth: u64,
+    aim: Aim,
+    /// The thread that is held in front of its call.
+    held: Option<Pid>,
     score: Arc<Score>,
     /// Whether a thread is the target's.
     threads: HashMap<Pid, bool>,
@@ -41,7 +53,7 @@ impl Tracer {
     pub(crate) fn attach(
         pid: Pid,
         victim: Victim,
-        nth: u64,
+        aim: Aim,
         score: Arc<Score>,
     ) -> nix::Result<Self> {
         let mut options = Options::PTRACE_O_TRACESYSGOOD | Options::PTRACE_O_TRACECLONE;
@@ -80,7 +92,8 @@ impl Tracer {
             aimed: pid,
             victim,
             target,
-            nth,
+            aim,
+            held: None,
             score,
             threads: HashMap::new(),
         })
@@ -108,6 +121,12 @@ impl Tracer {
                 Ok(()) | Err(Errno::ESRCH | Errno::ECHILD) => {} // killed in the meantime
                 Err(errno) => panic!("tracing fails: {errno}"),
             }
+            if self.score.over.load(Ordering::Acquire)
+                && let Some(held) = self.held.take()
+            {
+                // Killed in the meantime, it needs nothing more.
+                let _ = self.go_on(held, None);
+            }
         }
     }
 
@@ -116,6 +135,9 @@ impl Tracer {
             WaitStatus::PtraceSyscall(thread) => {
                 if self.is_targets(thread) && !self.score.over.load(Ordering::Acquire) {
                     self.count(thread)?;
+                }
+                if self.held == Some(thread) {
+                    return Ok(());
                 }
                 self.go_on(thread, None)
             }
@@ -179,11 +201,27 @@ impl Tracer {
             return Ok(());
         };
         let seen = self.score.seen.fetch_add(1, Ordering::AcqRel) + 1;
-        if seen == self.nth {
-            // Told first, and shot before it goes on: a call at whose entry a thread is killed is not
-            // carried out.
-            let _ = self.score.fired.set(format!("{name} (number {seen})")); // there is one nth
-            kill(target, Signal::SIGKILL)?;
+        let is_it = match &self.aim {
+            Aim::Nth(nth) => seen == *nth,
+            Aim::On { name: wanted, path } => {
+                let descriptor = call.arguments[0];
+                let file = fs::read_link(format!("/proc/{thread}/fd/{descriptor}"));
+                name == *wanted && file.is_ok_and(|file| file == *path)
+            }
+        };
+        // Told first, and once; then it is shot, or held, before it goes on: a call at whose entry a thread is
+        // killed is not carried out.
+        if is_it
+            && self
+                .score
+                .fired
+                .set(format!("{name} (number {seen})"))
+                .is_ok()
+        {
+            match self.aim {
+                Aim::Nth(_) => kill(target, Signal::SIGKILL)?,
+                Aim::On { .. } => self.held = Some(thread),
+            }
         }
         Ok(())
     }
