@@ -25,10 +25,11 @@
 //!
 //! *Losing power* in these moments: a removed seal must not come back once the guest has written to
 //! its disk, which it may do unasked as soon as it runs; so where the seal was good in any boot of the
-//! host (see below), its directory is synced before the monitor starts. And the snapshot may be only half on disk though its seal is whole, or what
-//! its guest takes for written, which may be but in the host's page cache; therefore a seal names the boot
-//! of the host that it was written in, and is good in that boot alone, until the snapshot and the disks
-//! under it have been synced in the background and the seal is written anew.
+//! host (see below), its directory is synced before the monitor starts. And the snapshot may be only
+//! half on disk though its seal is whole, or what its guest takes for written, which may be but in the
+//! host's page cache; therefore a seal names the boot of the host that it was written in, and is good in
+//! that boot alone, until the snapshot and the disks under it have been synced in the background and the
+//! seal is written anew.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -41,6 +42,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tern_catalog::MachineId;
 
+use crate::last_words::last_words;
 use crate::monitor::config::writable_disks;
 
 /// The directory of one Machine.
@@ -276,15 +278,7 @@ impl MachineDir {
             file.take(TAIL).read_to_end(&mut bytes)?;
             Ok(bytes)
         };
-        let bytes = read().unwrap_or_default();
-        let text = String::from_utf8_lossy(&bytes);
-        let printable = |c: char| if c.is_control() { ' ' } else { c };
-        let lines: Vec<String> = text
-            .lines()
-            .map(|l| l.trim().chars().map(printable).collect())
-            .filter(|l: &String| !l.is_empty())
-            .collect();
-        lines[lines.len().saturating_sub(TAIL_LINES)..].join(" | ")
+        last_words(String::from_utf8_lossy(&read().unwrap_or_default()).lines())
     }
 }
 
@@ -382,9 +376,8 @@ fn parse_json<T: DeserializeOwned>(path: &Path, file: File) -> io::Result<Option
 
 /// These files are some hundred bytes long.
 const MAX_JSON: u64 = 64 * 1024;
-/// As much of a log as fits into an event without filling it.
-const TAIL: u64 = 2048;
-const TAIL_LINES: usize = 8;
+/// As much of the end of a log as is looked at: more than its last words may be.
+const TAIL: u64 = 4096;
 
 #[cfg(test)]
 mod tests {
@@ -531,6 +524,7 @@ mod tests {
         assert!(dir.sync_snapshot().is_err(), "its disks are gone");
         for path in [dir.disk(), volume.clone()] {
             let waits = (0..20).any(|_| {
+                let _ = fs::remove_file(&path); // what replaces a file's content is written soon (ext4)
                 fs::write(&path, vec![1; 1 << 20]).unwrap();
                 unwritten(&path) > 0 // unless the host has been quicker
             });

@@ -14,7 +14,7 @@ pub(crate) fn last_words<'a>(lines: impl IntoIterator<Item = &'a str>) -> String
 
 /// As much as fits into an event without filling it.
 const MOST: usize = 2048;
-const LINES: usize = 5;
+const LINES: usize = 8;
 
 #[cfg(test)]
 mod tests {
@@ -32,8 +32,8 @@ mod tests {
             words.len()
         );
         assert_eq!(
-            last_words(["1", "2", "3", "4", "5", "6"]),
-            "2 | 3 | 4 | 5 | 6"
+            last_words("1 2 3 4 5 6 7 8 9".split(' ')),
+            "2 | 3 | 4 | 5 | 6 | 7 | 8 | 9"
         );
         assert_eq!(last_words([]), "");
     }
