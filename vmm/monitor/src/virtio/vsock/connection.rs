@@ -82,7 +82,8 @@ pub const BUFFER_BYTES: u32 = 64 << 10;
 /// For a guest to answer a request or to confirm an end, and for a host program to name its port.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// For a guest to make room for what a host program left behind. Until it does, its program cannot be told
-/// that nobody is there; but one that reads on is given everything, so this is a long time, as TCP's is.
+/// that nobody is there; but one that reads on is given everything, so this is a long time, as TCP's is. And for
+/// a host program to take the last of what a guest sent that has gone: a guest could fill the table with such.
 const ROOM_PATIENCE: Duration = Duration::from_secs(60);
 /// The most payload of one packet: what Linux's driver has buffers for.
 pub const MAX_PAYLOAD: usize = 64 << 10;
@@ -156,14 +157,24 @@ impl Connection {
         matches!(self.state, State::Draining | State::Gone)
     }
 
-    /// How long it waits for the guest to get on, if it waits.
+    /// How long it waits for somebody to get on, if it waits.
     pub fn patience(&self) -> Option<Duration> {
         match self.state {
             State::Requested | State::Closing => Some(PATIENCE),
             State::Open => {
                 (self.host_gone && self.has_more() && self.credit() == 0).then_some(ROOM_PATIENCE)
             }
-            State::Draining | State::Gone => None,
+            State::Draining => Some(ROOM_PATIENCE),
+            State::Gone => None,
+        }
+    }
+
+    /// Its patience is over.
+    pub fn give_up(&mut self) {
+        if self.state == State::Draining {
+            self.state = State::Gone;
+        } else {
+            self.reset();
         }
     }
 
@@ -402,6 +413,13 @@ impl Connection {
                 None
             }
             Ok(len) => Some(len),
+            // It takes no more, and left nothing: where it has only shut its reading side, it has no answers to
+            // wait for. Without this the end would be looked for again and again.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.host_gone => {
+                self.host_finished = true;
+                self.offer_shutdown();
+                None
+            }
             Err(error)
                 if matches!(
                     error.kind(),
@@ -643,7 +661,7 @@ mod tests {
             let mut taken = 0;
             let mut buffer = [0; 8192];
             while !connection.is_gone() {
-                assert!(connection.wants_write() && connection.patience().is_none());
+                assert!(connection.wants_write() && connection.patience().is_some());
                 taken += (&host).read(&mut buffer).unwrap();
                 connection.flush();
                 assert!(!connection.has_pending(), "the guest has forgotten it");
@@ -664,6 +682,14 @@ mod tests {
         connection.on_packet(Op::Reset, &header, &[]);
         drop(host);
         connection.on_host_gone();
+        assert!(connection.is_gone());
+        // Nor is it kept for a host program that never takes it.
+        let (mut connection, _host, header) = open(1 << 16);
+        fill(&mut connection, &header);
+        end(&mut connection, &header, SHUTDOWN_SEND);
+        connection.on_packet(Op::Reset, &header, &[]);
+        assert!(!connection.is_gone() && connection.patience().is_some());
+        connection.give_up();
         assert!(connection.is_gone());
         // Nor is what a guest sent that broke off in the middle.
         let (mut connection, _host, header) = open(1 << 16);

@@ -202,7 +202,7 @@ impl Muxer {
             match &mut client.stage {
                 Stage::Greeting { .. } => self.remove(cx, id),
                 Stage::Connected(connection) => {
-                    connection.reset();
+                    connection.give_up();
                     self.settle(cx, id);
                 }
             }

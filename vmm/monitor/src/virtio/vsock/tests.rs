@@ -346,6 +346,23 @@ fn ports_are_free_while_a_slow_host_program_takes_the_last_of_a_connection() {
 }
 
 #[test]
+fn a_host_program_that_reads_no_more_ends_the_connection() {
+    let mut guest = Guest::new();
+    guest.offer_buffers(8);
+    let (host, request) = guest.connected();
+    host.shutdown(Shutdown::Read).unwrap();
+    guest.send(&request, Op::ReadWrite, 0, b"nobody hears this");
+    guest.poll();
+    let told: Vec<_> = guest
+        .packets()
+        .iter()
+        .map(|(h, _)| (h.op, h.flags))
+        .collect();
+    let both = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
+    assert_eq!(told, [(Op::Shutdown.number(), both)]);
+}
+
+#[test]
 fn a_guest_that_only_sends_is_told_when_the_host_program_goes() {
     let mut guest = Guest::new();
     guest.offer_buffers(8);
