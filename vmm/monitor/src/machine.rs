@@ -58,6 +58,9 @@ pub struct Machine {
     /// The checksums of the memory file under `memory`, after a restore.
     memory_index: Option<MemoryIndex>,
     touched: Touched,
+    /// Where it can be told to the page what the guest touches, and nothing was known before. Until the next pause: its end
+    /// takes all that KVM has mapped into the guest, which a guest that runs would have to ask for again.
+    singly: Option<SingleFaults>,
     /// So many runs of the last wake's pages were mapped before the guest ran.
     ready: usize,
     /// Maps the others in its first moments.
@@ -73,14 +76,12 @@ pub struct Machine {
 /// ```
 #[derive(Debug)]
 enum Touched {
-    /// It was not restored, or nobody could look.
+    /// It was not restored, or nobody could look, or that is left to the next wake.
     Unobserved,
     /// It is waking, and the pages of `before` are mapped meanwhile.
     Observing {
         wake: Arc<SharedWake>,
         before: Option<Arc<WorkingSet>>,
-        /// Where it can be known to the page, and nothing was known before.
-        _singly: Option<SingleFaults>,
     },
     /// These were all.
     Observed(WorkingSet),
@@ -292,6 +293,7 @@ impl Machine {
             memory,
             memory_index: None,
             touched: Touched::Unobserved,
+            singly: None,
             ready: 0,
             prefetching: None,
             state,
@@ -382,8 +384,8 @@ impl Machine {
             touched: Touched::Observing {
                 wake,
                 before: working_set.map(Arc::new),
-                _singly: singly,
             },
+            singly,
             ready,
             prefetching,
             state,
@@ -438,6 +440,7 @@ impl Machine {
             transport.pause();
         }
         self.bus.serial().flush_line();
+        self.singly = None;
         self.state = State::Paused;
         Ok(())
     }
@@ -467,21 +470,23 @@ impl Machine {
 
     /// Takes down what a restored guest has touched until now, once: its wake is over.
     pub fn settle(&mut self) {
-        let Touched::Observing { wake, before, .. } = &self.touched else {
+        let Touched::Observing { wake, before } = &self.touched else {
             return;
         };
-        wake.end();
+        let answered = wake.end();
         self.prefetching = None;
         let set = match before {
             // Mapped beforehand it looks touched, with pages around it: it tells no more than it did.
-            Some(set) if self.vm.can_pre_fault() => Ok(set.aged()),
-            before => WorkingSet::observe(&self.memory, before.as_deref()),
+            Some(set) if self.vm.can_pre_fault() => Ok(set.kept(answered)),
+            before => WorkingSet::observe(&self.memory, before.as_deref())
+                .map(|set| Some(set.of_reply(answered))),
         };
         match set {
             Ok(set) => {
-                tracing::debug!(pages = set.pages(), "the working set of this wake");
+                let pages = set.as_ref().map(WorkingSet::pages);
+                tracing::debug!(pages, "the working set of this wake");
                 self.trace.mark("working_set_taken");
-                self.touched = Touched::Observed(set);
+                self.touched = set.map_or(Touched::Unobserved, Touched::Observed);
             }
             Err(error) => {
                 tracing::warn!(%error, "the working set of this wake is not known");

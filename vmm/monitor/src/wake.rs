@@ -73,9 +73,11 @@ impl Wake {
         first
     }
 
-    /// Stock has been taken.
-    pub fn end(&mut self) {
+    /// Stock has been taken; returns whether the guest had answered by then.
+    pub fn end(&mut self) -> bool {
+        let answered = matches!(self.state, State::Answered(_));
         self.state = State::Over;
+        answered
     }
 
     /// When it will be over if nothing more is seen; `None` once it has ended.
@@ -128,9 +130,9 @@ impl SharedWake {
         }
     }
 
-    /// Stock has been taken: nobody needs to look at frames any more.
-    pub fn end(&self) {
-        self.with(Wake::end);
+    /// Stock has been taken: nobody needs to look at frames any more. Returns whether the guest had answered by then.
+    pub fn end(&self) -> bool {
+        self.with(Wake::end)
     }
 
     /// As [`Wake::ends_at`].
@@ -195,7 +197,8 @@ mod tests {
     #[test]
     fn what_is_over_stays_so() {
         let end = end_after(|wake, begun| {
-            wake.end();
+            assert!(wake.asked());
+            assert!(!wake.end(), "it has not been answered");
             assert!(!wake.asked());
             assert!(!wake.answered(begun));
         });
@@ -221,7 +224,7 @@ mod tests {
         assert!(wake.ends_at() < far);
         wake.answered();
         assert_eq!(calls.load(Ordering::SeqCst), 1);
-        wake.end();
+        assert!(wake.end(), "it has been answered");
         assert_eq!(wake.ends_at(), None);
         let names: Vec<_> = trace.phases().into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, ["first_request_in", "first_reply_out"]);

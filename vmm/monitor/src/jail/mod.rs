@@ -13,8 +13,8 @@
 //! IPC objects; [`Jail::drop_privileges`] makes it a user of its own without any capability, and without
 //! a way to get one. Both happen while the process has one thread, before a guest instruction runs or a
 //! request is answered, so that every later thread is born so. Each thread then bolts its own door:
-//! [`seccomp`] has the mechanism, [`filters`] the calls, and [`threads`] starts device workers, which a
-//! vCPU's filter does not allow it to do itself.
+//! [`seccomp`] has the mechanism, [`filters`] the calls, and [`threads`] makes the devices' threads in time, since
+//! no filter allows that.
 //!
 //! Namespaces and user need root and the `jail` key of `vm.json`; the filters are always there.
 //! What stays shared with the host: its clock, its processors' caches, and KVM itself. A process cannot move

@@ -2,7 +2,7 @@
 //! ([`crate::wake`]), kept in its next snapshot so that the next restore can have them ready.
 //!
 //! ```text
-//! working_set:  magic 8 │ format 4 │ age 4 │ memory bytes 8 │ runs 8 │ checksum 8
+//! working_set:  magic 8 │ format 4 │ age 4 (top bit: answered) │ memory bytes 8 │ runs 8 │ checksum 8
 //!               runs, in the order of the memory file: first page 4 │ pages 4 (top bit: written)
 //! ```
 //!
@@ -18,9 +18,9 @@
 //! that is damaged, foreign or too long is ignored.
 //!
 //! A page that was made ready looks touched ever after, and often those around it too. So a set from before tells
-//! more of the next wake than stock taken with it would, where pages are mapped into the guest: it is kept as it is. Elsewhere
-//! stock is taken after each wake, and sets can only grow. In either case each [`MAX_AGE`]th wake goes without a set and takes
-//! stock anew.
+//! more of the next wake than stock taken with it would, where pages are mapped into the guest: it is kept as it is
+//! ([`WorkingSet::kept`]). Elsewhere stock is taken after each wake, and sets can only grow. In either case no set is used for more
+//! than [`MAX_AGE`] wakes; the next one goes without and takes stock anew.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -38,6 +38,8 @@ pub struct WorkingSet {
     memory_bytes: u64,
     /// How many wakes had a set from before that this one follows from.
     age: u32,
+    /// Whether it is of a wake that ended with a reply.
+    answered: bool,
     runs: Vec<Run>,
 }
 
@@ -82,10 +84,11 @@ pub enum Unusable {
 }
 
 const MAGIC: [u8; 8] = *b"TERNWSET";
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const HEADER_BYTES: usize = 40;
 const RUN_BYTES: usize = 8;
 const WRITTEN: u32 = 1 << 31;
+const ANSWERED: u32 = 1 << 31;
 /// After so many wakes a set is taken anew.
 const MAX_AGE: u32 = 8;
 /// A guest that has touched more than this when it woke did something else than wake.
@@ -136,16 +139,23 @@ impl WorkingSet {
         Ok(Self {
             memory_bytes: memory.size(),
             age: before.map_or(0, |before| before.age + 1),
+            answered: false,
             runs,
         })
     }
 
-    /// The same after one more wake with it.
-    pub fn aged(&self) -> Self {
-        Self {
+    /// The same, of a wake that ended with a reply or not.
+    pub fn of_reply(self, answered: bool) -> Self {
+        Self { answered, ..self }
+    }
+
+    /// The same after one more wake with it. `None` if that was the first to be `answered`: it needed other pages, and
+    /// its like must not go without them for [`MAX_AGE`] wakes.
+    pub fn kept(&self, answered: bool) -> Option<Self> {
+        (self.answered || !answered).then(|| Self {
             age: self.age + 1,
             ..self.clone()
-        }
+        })
     }
 
     /// How many pages it has.
@@ -233,7 +243,8 @@ impl WorkingSet {
         let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
         bytes.extend_from_slice(&MAGIC);
         bytes.extend_from_slice(&FORMAT.to_le_bytes());
-        bytes.extend_from_slice(&self.age.to_le_bytes());
+        let mark = if self.answered { ANSWERED } else { 0 };
+        bytes.extend_from_slice(&(self.age | mark).to_le_bytes());
         bytes.extend_from_slice(&self.memory_bytes.to_le_bytes());
         bytes.extend_from_slice(&((body.len() / RUN_BYTES) as u64).to_le_bytes());
         let checksum = checksum(&bytes, &body);
@@ -286,7 +297,8 @@ impl WorkingSet {
         }
         (whole && end * PAGE_SIZE as u64 <= memory_bytes).then_some(Self {
             memory_bytes,
-            age: word(12)?,
+            age: word(12)? & !ANSWERED,
+            answered: word(12)? & ANSWERED != 0,
             runs,
         })
     }
@@ -441,7 +453,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("working_set");
         assert!(WorkingSet::read(&path, BYTES).unwrap().is_none());
-        let set = set();
+        let set = set().of_reply(true).kept(true).unwrap();
+        assert_eq!((set.age, set.answered), (1, true));
         let bytes = set.to_bytes();
         std::fs::write(&path, &bytes).unwrap();
         assert_eq!(WorkingSet::read(&path, BYTES).unwrap(), Some(set));
@@ -452,6 +465,21 @@ mod tests {
             assert!(WorkingSet::parse(&damaged).is_none(), "byte {at}");
             assert!(WorkingSet::parse(&bytes[..at]).is_none(), "{at} bytes");
         }
+    }
+
+    #[test]
+    fn a_set_is_kept_until_it_is_old_or_a_better_one_can_be_had() {
+        let asked = set().of_reply(true);
+        let unasked = set().of_reply(false);
+        assert_eq!(unasked.kept(true), None, "a request needs other pages");
+        for set in [asked.kept(true), asked.kept(false), unasked.kept(false)] {
+            assert_eq!(set.unwrap().age, 1);
+        }
+        let last = (0..MAX_AGE).fold(asked, |set, _| {
+            assert!(!set.is_old());
+            set.kept(true).unwrap()
+        });
+        assert!(last.is_old());
     }
 
     #[test]
@@ -472,6 +500,7 @@ mod tests {
             let set = WorkingSet {
                 memory_bytes: BYTES,
                 age: 0,
+                answered: false,
                 runs,
             };
             assert!(WorkingSet::parse(&set.to_bytes()).is_none(), "{set:?}");
