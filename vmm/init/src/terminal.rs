@@ -47,6 +47,14 @@ mod tests {
     use std::process::{Command, Stdio};
     use std::sync::atomic::{AtomicBool, Ordering};
 
+    struct Over<'a>(&'a AtomicBool);
+
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
     #[test]
     fn no_other_program_inherits_a_terminal() {
         let _alone = ONE_FAMILY_AT_A_TIME.lock();
@@ -57,6 +65,8 @@ mod tests {
                     drop(open().unwrap());
                 }
             });
+            // Also when something below fails: the other thread is waited for.
+            let _over = Over(&over);
             let mut inherited = String::new();
             for _ in 0..300 {
                 let mut list = Command::new("ls");
@@ -66,7 +76,6 @@ mod tests {
                 let terminals = output.lines().filter(|line| line.contains("-> /dev/pt"));
                 inherited.extend(terminals);
             }
-            over.store(true, Ordering::Relaxed);
             assert_eq!(inherited, "");
         });
     }
