@@ -150,7 +150,7 @@ impl WorkingSet {
     }
 
     /// The same after one more wake with it. `None` if that was the first to be `answered`: it needed other pages, and
-    /// its like must not go without them for [`MAX_AGE`] wakes.
+    /// its like must not go without them until a set is old.
     pub fn kept(&self, answered: bool) -> Option<Self> {
         (self.answered || !answered).then(|| Self {
             age: self.age + 1,
