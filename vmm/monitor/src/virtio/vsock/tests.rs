@@ -107,6 +107,13 @@ impl Guest {
             .collect()
     }
 
+    fn assert_told_of_the_end(&mut self) {
+        let packets = self.packets();
+        let told: Vec<_> = packets.iter().map(|(h, _)| (h.op, h.flags)).collect();
+        let both = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
+        assert_eq!(told, [(Op::Shutdown.number(), both)]);
+    }
+
     fn send_raw(&mut self, header: &Header, payload: &[u8]) {
         self.cx
             .ram
@@ -353,13 +360,7 @@ fn a_host_program_that_reads_no_more_ends_the_connection() {
     host.shutdown(Shutdown::Read).unwrap();
     guest.send(&request, Op::ReadWrite, 0, b"nobody hears this");
     guest.poll();
-    let told: Vec<_> = guest
-        .packets()
-        .iter()
-        .map(|(h, _)| (h.op, h.flags))
-        .collect();
-    let both = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
-    assert_eq!(told, [(Op::Shutdown.number(), both)]);
+    guest.assert_told_of_the_end();
 }
 
 #[test]
@@ -374,13 +375,7 @@ fn a_guest_that_only_sends_is_told_when_the_host_program_goes() {
     // The guest's packet finds out before the hang-up has been noticed.
     guest.send(&request, Op::ReadWrite, 0, b"more");
     guest.poll();
-    let told: Vec<_> = guest
-        .packets()
-        .iter()
-        .map(|(h, _)| (h.op, h.flags))
-        .collect();
-    let both = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
-    assert_eq!(told, [(Op::Shutdown.number(), both)]);
+    guest.assert_told_of_the_end();
 }
 
 #[test]
