@@ -96,9 +96,12 @@ impl VmConfig {
             sockets.push(("vsock path", &vsock.path));
         }
         if let Some(jail) = &self.jail {
-            require(jail.uid != 0 && jail.gid != 0, &|| {
-                "jail: uid and gid must not be root's".into()
-            })?;
+            // The last one means "leave it as it is" (setresuid(2)).
+            let unfit = [0, u32::MAX];
+            require(
+                !unfit.contains(&jail.uid) && !unfit.contains(&jail.gid),
+                &|| "jail: uid and gid must be a user's, not root's or 4294967295".into(),
+            )?;
             require(jail.root.is_absolute(), &|| {
                 "jail: root must be an absolute path".into()
             })?;

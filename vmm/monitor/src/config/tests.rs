@@ -129,6 +129,8 @@ fn refuses_values_outside_their_limits() {
             "burst",
         ),
         ("/jail/uid", json!(0), "root"),
+        ("/jail/uid", json!(u32::MAX), "4294967295"),
+        ("/jail/gid", json!(u32::MAX), "4294967295"),
         ("/jail/root", json!("/elsewhere"), "snapshot_dir"),
         ("/cmdline", json!("a\nb"), "ASCII"),
         ("/cmdline", json!("a".repeat(2000)), "cmdline"),
