@@ -148,8 +148,9 @@ impl Logs {
         last_words(kept.iter().map(|line| line.line.as_str()))
     }
 
-    /// Opens the ends of what is kept, the older file first, to read this much of each at most. No line comes in meanwhile: one could rename the file that is not
-    /// open yet to the one that already is. Each is read to where it ends now, which is the end of a line.
+    /// Opens the ends of what is kept, the older file first, to read this much of each at most. No line comes in
+    /// meanwhile: one could rename the file that is not open yet to the one that already is. Each is read to
+    /// where it ends now, which is the end of a line.
     fn open_kept(&self, _no_line_comes: &Inner, most: u64) -> io::Result<Vec<Take<File>>> {
         let open = |path: &Path| match open_end(path, most) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
