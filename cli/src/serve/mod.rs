@@ -109,6 +109,7 @@ async fn serve(args: Serve) -> Result<()> {
         host,
         autostop_after: args.autostop_after,
         wake_timeout: args.wake_timeout,
+        threads: EdgeConfig::threads_of_this_host(),
     };
     let edge = Edge::start(edge, view.clone(), issuer.resolver(), adapter.clone())
         .await

@@ -133,6 +133,7 @@ impl World {
             host: HostId(1),
             autostop_after: idle,
             wake_timeout: WAKE_TIMEOUT,
+            threads: 2,
         };
         let resolver = Arc::new(OneCertificate(certificate));
         let edge = Edge::start(config, view.clone(), resolver, agent.clone())
