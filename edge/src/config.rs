@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::control::MachineControl;
 use crate::entrance::Entrance;
 use crate::gate::Gate;
+use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::worker::{self, Door, Shared};
 use crate::{sleep, socket, tls};
@@ -34,6 +35,8 @@ pub struct EdgeConfig {
     pub wake_timeout: Duration,
     /// Threads that serve; each takes its share of the connections.
     pub threads: usize,
+    /// How long clients may take.
+    pub limits: Limits,
 }
 
 /// A running edge.
@@ -77,6 +80,7 @@ impl Edge {
             metrics: Arc::clone(&metrics),
             region: config.region.as_str().into(),
             tls: Arc::new(tls::config(resolver).map_err(std::io::Error::other)?),
+            limits: config.limits,
             ending: CancellationToken::new(),
             ended: CancellationToken::new(),
             alt_svc: None,

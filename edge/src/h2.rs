@@ -27,11 +27,7 @@ use crate::worker::Worker;
 
 /// Streams of one connection at once; nginx allows 128.
 const MAX_STREAMS: u32 = 256;
-/// Longest a connection may take to say that it speaks HTTP/2.
-const PREFACE: Duration = Duration::from_secs(10);
-/// A connection without a stream is told to end after this time.
-const IDLE: Duration = Duration::from_secs(75);
-/// And then has this long to do so.
+/// A connection that was told to end has this long to do so.
 const GOODBYE: Duration = Duration::from_secs(5);
 /// Content of requests that a client may send ahead of the app, per stream and per connection.
 const STREAM_WINDOW: u32 = 256 << 10;
@@ -55,12 +51,13 @@ where
         .max_header_list_size(MAX_HEADER_LIST)
         .max_send_buffer_size(SEND_BUFFER)
         .enable_connect_protocol();
-    let Ok(Ok(mut connection)) = timeout(PREFACE, builder.handshake::<_, Bytes>(io)).await else {
+    let handshake = timeout(worker.limits.handshake, builder.handshake::<_, Bytes>(io));
+    let Ok(Ok(mut connection)) = handshake.await else {
         return;
     };
     let facts = Rc::new(relay::Connection::new(client, entrance));
     let mut streams = FuturesUnordered::new();
-    let mut timer = Timer::new(IDLE);
+    let mut timer = Timer::new(worker.limits.keep_alive);
     let mut told_to_end = false;
     let ending = worker.ending.cancelled();
     tokio::pin!(ending);
@@ -73,7 +70,7 @@ where
             // Streams first: what they give is written by the connection's own turn below.
             while let Poll::Ready(Some(())) = Pin::new(&mut streams).poll_next(cx) {
                 if streams.is_empty() {
-                    timer.set(IDLE);
+                    timer.set(worker.limits.keep_alive);
                 }
             }
             match connection.poll_accept(cx) {
@@ -120,7 +117,7 @@ async fn stream(
         waiting: Bytes::new(),
         last: false,
     };
-    let mut timer = Timer::new(IDLE);
+    let mut timer = Timer::new(worker.limits.idle);
     let no_content = client.receive.is_end_stream();
     let ended = match head(parts, no_content, Version::HTTP_2) {
         Ok(head) => relay::exchange(&worker, &facts, &mut client, &mut timer, &head).await,

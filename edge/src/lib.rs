@@ -19,6 +19,7 @@ mod gate;
 mod h1;
 mod h2;
 mod headers;
+mod limits;
 mod message;
 mod metrics;
 mod pages;
@@ -32,4 +33,5 @@ mod worker;
 
 pub use config::{Edge, EdgeConfig};
 pub use control::{MachineControl, StartError};
+pub use limits::Limits;
 pub use metrics::Metrics;

@@ -41,20 +41,27 @@ pub enum NoSite {
     NoService(AppName),
 }
 
-/// Time without a byte in either direction after which a request is given up, where the service says nothing:
-/// longer than what clients and apps commonly keep silent for, event streams' comments (15 to 60 s) included.
-const IDLE: Duration = Duration::from_secs(120);
 /// Names remembered, in all the ways that clients write them.
 const REMEMBERED: usize = 4096;
 
 /// The sites that one thread has been asked for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Sites {
+    /// Where a service says nothing.
+    idle_timeout: Duration,
     revision: Revision,
     known: HashMap<(Entrance, Bytes), Rc<Site>>,
 }
 
 impl Sites {
+    pub fn new(idle_timeout: Duration) -> Self {
+        Self {
+            idle_timeout,
+            revision: Revision::default(),
+            known: HashMap::new(),
+        }
+    }
+
     /// Finds the service of the app that answers to an authority.
     pub fn find(
         &mut self,
@@ -72,7 +79,8 @@ impl Sites {
             return Ok(Rc::clone(site));
         }
         let name = std::str::from_utf8(authority).ok().and_then(hostname);
-        let site = Rc::new(find(snapshot, &name.ok_or(NoSite::UnknownHost)?, entrance)?);
+        let name = name.ok_or(NoSite::UnknownHost)?;
+        let site = Rc::new(find(snapshot, &name, entrance, self.idle_timeout)?);
         // A copy of its own: the request's buffer is not to be kept for it.
         let key = (entrance, Bytes::copy_from_slice(authority));
         self.known.insert(key, Rc::clone(&site));
@@ -98,7 +106,12 @@ pub fn hostname(authority: &str) -> Option<Hostname> {
         .ok()
 }
 
-fn find(snapshot: &Snapshot, hostname: &Hostname, entrance: Entrance) -> Result<Site, NoSite> {
+fn find(
+    snapshot: &Snapshot,
+    hostname: &Hostname,
+    entrance: Entrance,
+    idle_timeout: Duration,
+) -> Result<Site, NoSite> {
     let route = snapshot.hostnames.get(hostname);
     let app = &route.ok_or(NoSite::UnknownHost)?.app;
     let mut machines = snapshot
@@ -118,7 +131,7 @@ fn find(snapshot: &Snapshot, hostname: &Hostname, entrance: Entrance) -> Result<
         internal_port: service.internal_port,
         h2_backend: options.is_some_and(|o| o.h2_backend),
         force_https: port.force_https && entrance == Entrance::Http,
-        idle_timeout: seconds.map_or(IDLE, |s| Duration::from_secs(s.into())),
+        idle_timeout: seconds.map_or(idle_timeout, |s| Duration::from_secs(s.into())),
         changes: Changes::new(options.and_then(|o| o.response.as_ref())),
     })
 }

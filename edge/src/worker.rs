@@ -21,6 +21,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::entrance::Entrance;
 use crate::gate::Gate;
+use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::relay::{Pool, tells_of_h3};
 use crate::site::Sites;
@@ -34,6 +35,7 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     pub region: Arc<str>,
     pub tls: Arc<ServerConfig>,
+    pub limits: Limits,
     /// Set when no more is accepted, and connections end with their current requests.
     pub ending: CancellationToken,
     /// Set when they are given up.
@@ -56,6 +58,7 @@ pub struct Worker {
     pub gate: Gate,
     pub metrics: Arc<Metrics>,
     pub region: Arc<str>,
+    pub limits: Limits,
     pub ending: CancellationToken,
     alt_svc: Option<Arc<str>>,
     acceptor: TlsAcceptor,
@@ -63,8 +66,6 @@ pub struct Worker {
     sites: RefCell<Sites>,
 }
 
-/// Longest a TLS handshake may take.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Pause after a failed accept: what it lacks (descriptors) comes back when connections end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Between two looks at idle connections to apps.
@@ -89,11 +90,12 @@ async fn serve(doors: Vec<Door>, shared: Shared) -> io::Result<()> {
         gate: shared.gate,
         metrics: shared.metrics,
         region: shared.region,
+        sites: RefCell::new(Sites::new(shared.limits.idle)),
+        limits: shared.limits,
         ending: shared.ending,
         alt_svc: shared.alt_svc,
         acceptor: TlsAcceptor::from(shared.tls),
         pool: RefCell::default(),
-        sites: RefCell::default(),
     });
     let connections = TaskTracker::new();
     for door in doors {
@@ -170,7 +172,7 @@ impl Worker {
         if !entrance.is_tls() {
             return h1::client::serve(stream, client.ip(), entrance, self).await;
         }
-        let stream = match timeout(HANDSHAKE, self.acceptor.accept(stream)).await {
+        let stream = match timeout(self.limits.handshake, self.acceptor.accept(stream)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => {
                 self.metrics.tls_failures.add();

@@ -23,11 +23,6 @@ use crate::relay::{self, Client, Ended, Gone, Reply, ReplyFields};
 use crate::timer::Timer;
 use crate::worker::Worker;
 
-/// Longest pause before a request.
-const KEEP: Duration = Duration::from_secs(75);
-/// Longest a head may take, from its first byte on. In all, so that a client that sends a byte now and then
-/// (slowloris) does not hold a connection for ever.
-const HEAD: Duration = Duration::from_secs(30);
 /// Longest a page, or the rest of a reply, may take to be written.
 const LAST_WRITE: Duration = Duration::from_secs(30);
 /// Content that nobody wants is read for so long, and so much of it, before the connection is closed: closing
@@ -45,12 +40,12 @@ pub async fn serve<S>(
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let connection = relay::Connection::new(client, entrance);
-    let mut timer = Timer::new(KEEP);
+    let mut timer = Timer::new(worker.limits.keep_alive);
     let mut h1 = Http1::new(io);
     loop {
         let head = tokio::select! {
             biased;
-            head = h1.next_head(&mut timer) => head,
+            head = h1.next_head(&mut timer, worker.limits.head) => head,
             () = worker.ending.cancelled(), if h1.is_idle() => return,
         };
         let ended = match head {
@@ -74,7 +69,7 @@ pub async fn serve<S>(
             // Closing without a last chunk, or short of the length, says that the reply is not whole.
             Ended::Broken => return,
         }
-        timer.set(KEEP);
+        timer.set(worker.limits.keep_alive);
     }
 }
 
@@ -119,7 +114,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Http1<S> {
     }
 
     /// The next request's head; `None` when the connection ends before one, or takes too long with it.
-    async fn next_head(&mut self, timer: &mut Timer) -> Result<Option<RequestHead>, BadHead> {
+    async fn next_head(
+        &mut self,
+        timer: &mut Timer,
+        longest: Duration,
+    ) -> Result<Option<RequestHead>, BadHead> {
         let mut begun = false;
         poll_fn(|cx| {
             loop {
@@ -130,7 +129,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Http1<S> {
                 }
                 if !begun && !self.input.is_empty() {
                     begun = true;
-                    timer.set(HEAD);
+                    timer.set(longest);
                 }
                 if self.ended || timer.poll(cx).is_ready() {
                     return Poll::Ready(Ok(None));
