@@ -14,7 +14,7 @@ use tern_catalog::{
     Catalog, Desired, DesiredState, HostId, HostnameRoute, Machine, MachineId, MachineNumber,
     MachineState, MachineStatus, NetworkId, SqliteStore, Store, View,
 };
-use tern_edge::{Edge, EdgeConfig, MachineControl, StartError};
+use tern_edge::{Edge, EdgeConfig, Limits, MachineControl, StartError};
 
 use crate::HOST;
 use crate::contender::Kind;
@@ -65,6 +65,8 @@ pub fn run() -> Result<()> {
             host: HostId(1),
             autostop_after: Duration::from_secs(3600),
             wake_timeout: Duration::from_secs(20),
+            threads: 1,
+            limits: Limits::default(),
         };
         let _edge = Edge::start(config, view, resolver, Arc::new(Runs))
             .await
