@@ -24,6 +24,10 @@ pub enum Temper {
     Strict,
     /// Lenient, after a while.
     Slow,
+    /// Answers 413 as soon as a head is there, and closes without a look at what follows.
+    Hasty,
+    /// Reads a head, and nothing ever after.
+    Deaf,
 }
 
 pub struct App {
@@ -42,6 +46,12 @@ struct State {
     release: Notify,
     /// Requests that `/held` holds.
     held: AtomicU32,
+    /// Those of them that the edge did not wait for.
+    given_up: AtomicU32,
+    /// Bytes that `/sink` had when its connection ended.
+    sunk: AtomicU32,
+    /// Answers that `/late` gave unasked, and the edge's kernel has.
+    late: AtomicU32,
 }
 
 /// What an app never was asked for.
@@ -71,20 +81,50 @@ impl App {
 
     /// The requests of all connections, each of which must have brought whole, well-formed ones and nothing else.
     pub fn requests(&self) -> Vec<Got> {
-        let mut all = Vec::new();
+        let (whole, begun) = self.judged();
+        assert!(begun.is_empty(), "half a request: {begun:?}");
+        whole
+    }
+
+    /// The whole requests of all connections, and those that may still become one. Nothing else may have come.
+    pub fn judged(&self) -> (Vec<Got>, Vec<String>) {
+        let (mut whole, mut begun) = (Vec::new(), Vec::new());
         for bytes in self.state.connections.lock().iter() {
+            let text = String::from_utf8_lossy(bytes);
             let mut rest = bytes.as_slice();
             while !rest.is_empty() {
-                let (got, end) = match strict::request(rest) {
-                    Ok(Some(found)) => found,
-                    Ok(None) => panic!("half a request: {:?}", String::from_utf8_lossy(bytes)),
-                    Err(why) => panic!("{why}, in {:?}", String::from_utf8_lossy(bytes)),
-                };
-                all.push(got);
-                rest = &rest[end..];
+                match strict::request(rest) {
+                    Ok(Some((got, end))) => {
+                        whole.push(got);
+                        rest = &rest[end..];
+                    }
+                    Ok(None) => {
+                        begun.push(String::from_utf8_lossy(rest).into_owned());
+                        break;
+                    }
+                    Err(why) => panic!("{why}, in {text:?}"),
+                }
             }
         }
-        all
+        (whole, begun)
+    }
+
+    /// The first request for a path, whatever follows it.
+    pub fn judged_head(&self, path: &str) -> Got {
+        let connections = self.state.connections.lock();
+        let mut first = connections
+            .iter()
+            .filter_map(|bytes| strict::request(bytes).unwrap());
+        first.find(|(got, _)| got.path() == path).unwrap().0
+    }
+
+    /// The one whole request with this nonce.
+    #[track_caller]
+    pub fn request(&self, nonce: &str) -> Got {
+        let mut all = self.judged().0;
+        all.retain(|got| got.one("x-nonce") == Some(nonce));
+        assert_eq!(all.len(), 1, "{nonce}: {all:?}");
+        all.remove(0)
     }
 
     /// Waits until it has so many bytes that this is found in them.
@@ -105,6 +145,35 @@ impl App {
             self.state.held.load(Ordering::SeqCst) >= requests
         })
         .await;
+    }
+
+    pub async fn until_given_up(&self, requests: u32) {
+        until("the edge gives held requests up", || {
+            self.state.given_up.load(Ordering::SeqCst) >= requests
+        })
+        .await;
+    }
+
+    pub async fn until_late(&self, answers: u32) {
+        until("the edge's kernel has what the app sent late", || {
+            self.state.late.load(Ordering::SeqCst) >= answers
+        })
+        .await;
+    }
+
+    pub fn sunk(&self) -> u32 {
+        self.state.sunk.load(Ordering::SeqCst)
+    }
+
+    pub async fn until_sunk(&self, bytes: usize) {
+        until("the app has all of a tunnel's bytes", || {
+            self.sunk() as usize == bytes
+        })
+        .await;
+    }
+
+    pub fn closed(&self) -> u32 {
+        self.state.closed.load(Ordering::SeqCst)
     }
 
     pub fn connections(&self) -> usize {
@@ -148,6 +217,14 @@ async fn serve(mut stream: TcpStream, temper: Temper, state: Arc<State>) {
                 }
             },
             Temper::Lenient | Temper::Slow => loosely(&buffer),
+            Temper::Hasty | Temper::Deaf if find(&buffer, b"\r\n\r\n").is_none() => None,
+            Temper::Hasty => {
+                let _ = stream
+                    .write_all(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 4\r\nConnection: close\r\n\r\nmuch")
+                    .await;
+                return;
+            }
+            Temper::Deaf => std::future::pending().await,
         };
         if let Some((head, body, end)) = request {
             buffer.drain(..end);
@@ -205,12 +282,7 @@ pub fn field<'a>(head: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// Whether the connection goes on.
-async fn answer(
-    stream: &mut TcpStream,
-    state: &State,
-    head: &str,
-    body: &[u8],
-) -> bool {
+async fn answer(stream: &mut TcpStream, state: &State, head: &str, body: &[u8]) -> bool {
     let nonce = field(head, "x-nonce").unwrap_or("none").to_owned();
     let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
     let ok = |body: &str| {
@@ -233,12 +305,36 @@ async fn answer(
                 return false;
             }
             state.release.notified().await;
-            ok(STRAY)
+            if stream.write_all(ok(STRAY).as_bytes()).await.is_err() {
+                return false;
+            }
+            taken(stream).await;
+            state.late.fetch_add(1, Ordering::SeqCst);
+            return true;
+        }
+        "/cut" => {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhello").await;
+            return false;
+        }
+        "/cut-chunks" => {
+            let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n";
+            let _ = stream.write_all(head.as_bytes()).await;
+            return false;
         }
         "/held" => {
+            let released = state.release.notified();
+            tokio::pin!(released);
+            released.as_mut().enable();
             state.held.fetch_add(1, Ordering::SeqCst);
-            state.release.notified().await;
-            plain
+            let mut byte = [0];
+            tokio::select! {
+                () = released => plain,
+                // The edge sends nothing before it has the answer.
+                _ = stream.peek(&mut byte) => {
+                    state.given_up.fetch_add(1, Ordering::SeqCst);
+                    return false;
+                }
+            }
         }
         "/chunked" => {
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n6\r\nhello \r\n5\r\nworld\r\n0\r\n\r\n".into()
@@ -254,7 +350,20 @@ async fn answer(
             return false;
         }
         "/drip" => return drip(stream).await,
+        "/big" => return big(stream).await,
         "/websocket" => return websocket(stream, state).await,
+        "/sink" => {
+            let mut bytes = Vec::new();
+            if stream.write_all(SWITCHING.as_bytes()).await.is_ok() {
+                let _ = stream.read_to_end(&mut bytes).await;
+            }
+            state.sunk.fetch_add(bytes.len() as u32, Ordering::SeqCst);
+            return false;
+        }
+        "/ticks" => {
+            let _ = stream.write_all(SWITCHING.as_bytes()).await.is_ok() && ticks(stream).await;
+            return false;
+        }
         "/echo" => {
             let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nX-Echo: {nonce}\r\n\r\n", body.len());
             return stream.write_all(&[head.as_bytes(), body].concat()).await.is_ok();
@@ -264,15 +373,18 @@ async fn answer(
     stream.write_all(said.as_bytes()).await.is_ok()
 }
 
-/// How long `/drip` takes: longer than the idle timeout of who asks for it, in pauses that are shorter.
-pub const DRIPS: u32 = 32;
-pub const DRIP: Duration = Duration::from_millis(250);
+/// How long `/drip` and `/ticks` take: longer than the idle limit of who asks for them, in much shorter pauses.
+pub const DRIPS: usize = 45;
+pub const DRIP: Duration = Duration::from_millis(100);
+/// The idle limit of those.
+pub const IDLE: Duration = Duration::from_secs(3);
 
 async fn drip(stream: &mut TcpStream) -> bool {
     let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {DRIPS}\r\n\r\n");
-    if stream.write_all(head.as_bytes()).await.is_err() {
-        return false;
-    }
+    stream.write_all(head.as_bytes()).await.is_ok() && ticks(stream).await
+}
+
+async fn ticks(stream: &mut TcpStream) -> bool {
     for _ in 0..DRIPS {
         tokio::time::sleep(DRIP).await;
         if stream.write_all(b".").await.is_err() {
@@ -282,12 +394,48 @@ async fn drip(stream: &mut TcpStream) -> bool {
     true
 }
 
-/// After the handshake, which says no more than it must, the connection's bytes come back; it ends with them.
-async fn websocket(stream: &mut TcpStream, state: &State) -> bool {
-    // RFC 6455 section 1.3: the answer to its sample key.
-    let head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
-         Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n";
+/// More than all buffers on the way to a client take.
+pub const BIG: usize = 24 << 20;
+
+async fn big(stream: &mut TcpStream) -> bool {
+    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {BIG}\r\n\r\n");
     if stream.write_all(head.as_bytes()).await.is_err() {
+        return false;
+    }
+    let part = vec![b'b'; 1 << 20];
+    for _ in 0..BIG / part.len() {
+        if stream.write_all(&part).await.is_err() {
+            return false;
+        }
+    }
+    true
+}
+
+/// Waits until the other end's kernel has all that was written.
+async fn taken(stream: &TcpStream) {
+    let ports = (
+        stream.local_addr().unwrap().port(),
+        stream.peer_addr().unwrap().port(),
+    );
+    let port = |address: &str| u16::from_str_radix(address.rsplit(':').next()?, 16).ok();
+    until("what the app wrote is acknowledged", || {
+        let table = std::fs::read_to_string("/proc/self/net/tcp6").unwrap();
+        table.lines().skip(1).all(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            (port(words[1]), port(words[2])) != (Some(ports.0), Some(ports.1))
+                || words[4].starts_with("00000000:")
+        })
+    })
+    .await;
+}
+
+/// A handshake's answer that says no more than it must; the key is of RFC 6455 section 1.3.
+const SWITCHING: &str = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+     Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n";
+
+/// After the handshake the connection's bytes come back; it ends with them.
+async fn websocket(stream: &mut TcpStream, state: &State) -> bool {
+    if stream.write_all(SWITCHING.as_bytes()).await.is_err() {
         return false;
     }
     let mut chunk = vec![0; 64 << 10];

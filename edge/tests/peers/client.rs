@@ -159,6 +159,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         }
     }
 
+    /// The next head, whatever follows it.
+    pub async fn head(&mut self) -> String {
+        let head = self.until(b"\r\n\r\n").await.expect("a head");
+        String::from_utf8(head).unwrap()
+    }
+
     /// Everything up to the end.
     pub async fn rest(&mut self) -> Vec<u8> {
         while self.more().await {}
@@ -173,7 +179,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
 
     pub async fn exactly(&mut self, n: usize) -> Vec<u8> {
         while self.ahead.len() < n {
-            assert!(self.more().await, "it ends early: {:?}", String::from_utf8_lossy(&self.ahead));
+            assert!(
+                self.more().await,
+                "it ends early: {:?}",
+                String::from_utf8_lossy(&self.ahead)
+            );
         }
         self.ahead.drain(..n).collect()
     }

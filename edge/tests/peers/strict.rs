@@ -30,9 +30,7 @@ impl Got {
 }
 
 fn values<'a>(headers: &'a [(String, String)], name: &str) -> Vec<&'a str> {
-    let its = headers
-        .iter()
-        .filter(|(n, _)| n.eq_ignore_ascii_case(name));
+    let its = headers.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name));
     its.map(|(_, value)| value.as_str()).collect()
 }
 
@@ -120,9 +118,15 @@ fn line(bytes: &[u8], at: usize) -> Result<Option<(String, usize)>, String> {
     };
     let text = &rest[..end];
     if text.iter().any(|&b| (b < b' ' && b != b'\t') || b == 0x7f) {
-        return Err(format!("control characters: {:?}", String::from_utf8_lossy(text)));
+        return Err(format!(
+            "control characters: {:?}",
+            String::from_utf8_lossy(text)
+        ));
     }
-    Ok(Some((String::from_utf8_lossy(text).into_owned(), at + end + 2)))
+    Ok(Some((
+        String::from_utf8_lossy(text).into_owned(),
+        at + end + 2,
+    )))
 }
 
 #[allow(clippy::type_complexity, reason = "body, trailers, end")]

@@ -1,4 +1,4 @@
-//! An edge in this process before one app, whose Machine runs.
+//! An edge in this process before one app, whose Machine runs, or sleeps until it may wake.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -14,8 +14,9 @@ use tern_catalog::{
     Catalog, Desired, DesiredState, HostId, HostnameRoute, Machine, MachineId, MachineNumber,
     MachineState, MachineStatus, NetworkId, SqliteStore, Store, View,
 };
-use tern_edge::{Edge, EdgeConfig, MachineControl, StartError};
+use tern_edge::{Edge, EdgeConfig, Limits, MachineControl, StartError};
 use tokio::io::AsyncWriteExt as _;
+use tokio::sync::Notify;
 
 pub const HOST: &str = "shop.tern.test";
 
@@ -23,44 +24,82 @@ pub struct World {
     pub http: SocketAddr,
     pub https: SocketAddr,
     pub certificate: rustls::pki_types::CertificateDer<'static>,
+    agent: Arc<Agent>,
     _edge: Edge,
     files: tempfile::TempDir,
 }
 
+/// What a world is like, where not as usual.
+pub struct Options<'a> {
+    /// `http_options` of the service's ports.
+    pub http: &'a str,
+    pub limits: Limits,
+    /// The Machine sleeps, and wakes no sooner than by [`World::wake`].
+    pub asleep: bool,
+}
+
+impl Default for Options<'_> {
+    fn default() -> Self {
+        Self {
+            http: "{}",
+            limits: Limits::default(),
+            asleep: false,
+        }
+    }
+}
+
 impl World {
     pub async fn new(app_port: u16) -> Self {
-        Self::with(app_port, "{}").await
+        Self::with(app_port, Options::default()).await
     }
 
-    /// With `http_options` of its ports.
-    pub async fn with(app_port: u16, http_options: &str) -> Self {
+    /// An app that speaks HTTP/2 without TLS.
+    pub async fn h2(app_port: u16) -> Self {
+        let http = r#"{"h2_backend": true}"#;
+        let options = Options {
+            http,
+            ..Options::default()
+        };
+        Self::with(app_port, options).await
+    }
+
+    /// With limits of its own.
+    pub async fn limited(app_port: u16, limits: Limits) -> Self {
+        let options = Options {
+            limits,
+            ..Options::default()
+        };
+        Self::with(app_port, options).await
+    }
+
+    pub async fn with(app_port: u16, options: Options<'_>) -> Self {
         let files = tempfile::tempdir().unwrap();
         let store: Arc<dyn Store> =
             Arc::new(SqliteStore::open(&files.path().join("catalog.db")).unwrap());
         let catalog = Catalog::new(Arc::clone(&store));
         let view = View::follow(store).await.unwrap();
-        let machine = machine(app_port, http_options);
+        let machine = machine(app_port, options.http);
         let route = HostnameRoute {
             hostname: HOST.parse().unwrap(),
             app: machine.app.clone(),
             created_at: Timestamp::now(),
         };
-        let status = MachineStatus {
-            id: machine.id.clone(),
-            state: MachineState::Started,
-            reason: None,
-            generation: 1,
-            instance_id: machine.instance_id.clone(),
-            image_digest: None,
-            events: Vec::new(),
-            checks: Vec::new(),
-            updated_at: Timestamp::now(),
+        let state = if options.asleep {
+            MachineState::Suspended
+        } else {
+            MachineState::Started
         };
         catalog.create(&route).await.unwrap();
         catalog.create(&machine).await.unwrap();
-        catalog.put(&status).await.unwrap();
+        catalog.put(&status(&machine, state)).await.unwrap();
         view.wait_for(|s| s.machine_status.contains_key(&machine.id).then_some(()))
             .await;
+        let agent = Arc::new(Agent {
+            catalog,
+            machine,
+            starting: Notify::new(),
+            may_wake: Notify::new(),
+        });
 
         let made = rcgen::generate_simple_self_signed(vec![HOST.to_owned()]).unwrap();
         std::fs::write(files.path().join("ca.pem"), made.cert.pem()).unwrap();
@@ -74,25 +113,37 @@ impl World {
             region: "ams".into(),
             host: HostId(1),
             autostop_after: Duration::from_secs(3600),
-            wake_timeout: Duration::from_secs(20),
+            wake_timeout: Duration::from_secs(60),
+            // One, so that all clients share its connections to the app.
+            threads: 1,
+            limits: options.limits,
         };
-        let edge = Edge::start(config, view, Arc::new(resolver), Arc::new(Runs))
+        let edge = Edge::start(config, view, Arc::new(resolver), agent.clone())
             .await
             .unwrap();
         Self {
             http: edge.addresses()[0],
             https: edge.addresses()[1],
             certificate,
+            agent,
             _edge: edge,
             files,
         }
     }
 
-    /// A file for a tool to read.
-    pub fn file(&self, name: &str, content: &[u8]) -> PathBuf {
-        let path = self.files.path().join(name);
-        std::fs::write(&path, content).unwrap();
-        path
+    /// The certificate, for tools.
+    pub fn ca(&self) -> PathBuf {
+        self.files.path().join("ca.pem")
+    }
+
+    /// Waits until a request has the Machine started.
+    pub async fn until_starting(&self) {
+        self.agent.starting.notified().await;
+    }
+
+    /// Lets it.
+    pub fn wake(&self) {
+        self.agent.may_wake.notify_one();
     }
 
     /// `curl https://shop.tern.test<path>`, with something on its standard input.
@@ -101,7 +152,7 @@ impl World {
         let port = self.https.port();
         command
             .args(["-sS", "-i", "--max-time", "60", "--cacert"])
-            .arg(self.files.path().join("ca.pem"))
+            .arg(self.ca())
             .arg("--resolve")
             .arg(format!("{HOST}:{port}:127.0.0.1"))
             .args(more)
@@ -159,16 +210,42 @@ fn machine(port: u16, http_options: &str) -> Machine {
     }
 }
 
-/// A Machine that always runs.
-struct Runs;
+fn status(machine: &Machine, state: MachineState) -> MachineStatus {
+    MachineStatus {
+        id: machine.id.clone(),
+        state,
+        reason: None,
+        generation: 1,
+        instance_id: machine.instance_id.clone(),
+        image_digest: None,
+        events: Vec::new(),
+        checks: Vec::new(),
+        updated_at: Timestamp::now(),
+    }
+}
+
+/// Starts the Machine when it may.
+struct Agent {
+    catalog: Catalog,
+    machine: Machine,
+    starting: Notify,
+    may_wake: Notify,
+}
 
 #[async_trait]
-impl MachineControl for Runs {
+impl MachineControl for Agent {
     async fn start(&self, _: &MachineId) -> Result<(), StartError> {
+        self.starting.notify_one();
+        self.may_wake.notified().await;
+        let status = status(&self.machine, MachineState::Started);
+        self.catalog.put(&status).await.unwrap();
         Ok(())
     }
 
-    async fn reachable(&self, _: &MachineId) {}
+    /// Its app listens all the time; nobody is to find that out before it wakes.
+    async fn reachable(&self, _: &MachineId) {
+        std::future::pending().await
+    }
 
     fn ipv4(&self, _: &MachineId) -> Option<Ipv4Addr> {
         Some(Ipv4Addr::LOCALHOST)
