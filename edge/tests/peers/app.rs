@@ -261,14 +261,17 @@ pub fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
 
 /// As sloppy servers read: head, body and end of whatever comes first.
 fn loosely(bytes: &[u8]) -> Option<(String, Vec<u8>, usize)> {
+    if let Ok(Some((got, end))) = strict::request(bytes) {
+        return Some((head_of(bytes), got.body, end));
+    }
     let at = find(bytes, b"\r\n\r\n")? + 4;
     let head = head_of(bytes);
-    let lower = head.to_ascii_lowercase();
-    if lower.contains("chunked") {
+    let coding = field(&head, "transfer-encoding").unwrap_or_default();
+    if coding.to_ascii_lowercase().contains("chunked") {
         let end = at + find(&bytes[at..], b"0\r\n\r\n")? + 5;
         return Some((head, bytes[at..end].to_vec(), end));
     }
-    let length = field(&lower, "content-length").and_then(|value| value.parse().ok());
+    let length = field(&head, "content-length").and_then(|value| value.parse().ok());
     let end = at + length.unwrap_or(0);
     (bytes.len() >= end).then(|| (head, bytes[at..end].to_vec(), end))
 }
@@ -350,7 +353,13 @@ async fn answer(stream: &mut TcpStream, state: &State, head: &str, body: &[u8]) 
             return false;
         }
         "/drip" => return drip(stream).await,
-        "/big" => return big(stream).await,
+        "/big" => {
+            let whole = big(stream).await;
+            if !whole {
+                state.closed.fetch_add(1, Ordering::SeqCst);
+            }
+            return whole;
+        }
         "/websocket" => return websocket(stream, state).await,
         "/sink" => {
             let mut bytes = Vec::new();

@@ -268,6 +268,9 @@ async fn clients_of_http_1_share_an_apps_connection() {
     let app = H2App::new().await;
     let world = World::h2(app.port).await;
     let world = &world;
+    let mut first = plain(world).await;
+    first.get("/", "first", "").await;
+    first.answer().await.is_for("first");
     let clients = (0..20).map(|c| async move {
         let mut client = plain(world).await;
         for n in 0..5 {

@@ -119,7 +119,7 @@ pub async fn whole(reply: ResponseFuture) -> Result<Answer, h2::Error> {
         let trailers = receive.trailers().await?.unwrap_or_default();
         Ok(Answer {
             head: format!(
-                "HTTP/2 {}\r\n{}\r\n",
+                "HTTP/2 {} \r\n{}\r\n",
                 parts.status.as_u16(),
                 lines(&parts.headers)
             ),

@@ -179,6 +179,7 @@ REQUESTS = {
     "connect": ([(":method", "CONNECT"), (":authority", HOST + ":443")], []),
     "protocol-get": (request()[:4] + [(":protocol", "websocket"), ("x-nonce", "bad")], []),
     "protocol-crlf": ([(":method", "CONNECT"), (":protocol", "a\r\nX-Injected: 2")] + request()[1:], []),
+    "protocol-smuggles": ([(":method", "CONNECT"), (":protocol", "a\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n")] + request()[1:], []),
     "protocol-h2c": ([(":method", "CONNECT"), (":protocol", "h2c")] + request()[1:], []),
 }
 
@@ -301,9 +302,6 @@ def settings_flood(peer):
 def empty_data_flood(peer):
     peer.send(peer.headers(request(), end=False))
     peer.flood(data(b"", end=False).serialize() * 1000, 1000)
-    peer.socket.settimeout(PATIENCE)
-    peer.send(data(b""))
-    peer.until_over()
 
 
 CASES = {
@@ -323,12 +321,24 @@ def window_zero(ca, port):
     peer.until_over()
 
 
+def long_path(ca, port):
+    """Beyond what some parsers take, within what a head may be."""
+    peer = Peer(ca, port)
+    fields = request(method="GET", path="/" + "a" * 100_000)
+    block = peer.encoder.encode(fields, huffman=False)
+    parts = [block[at:at + 16_000] for at in range(0, len(block), 16_000)]
+    peer.send(HeadersFrame(1, data=parts[0], flags=["END_STREAM"]))
+    for n, part in enumerate(parts[1:], 2):
+        peer.send(ContinuationFrame(1, data=part, flags=["END_HEADERS"] if n == len(parts) else []))
+    peer.until_over()
+
+
 def main():
     ca, port, case = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     if case == "window-zero":
         return window_zero(ca, port)
-    if case == "list":
-        return print("\n".join(REQUESTS))
+    if case == "long-path":
+        return long_path(ca, port)
     peer = Peer(ca, port)
     if case in REQUESTS:
         one_request(peer, *REQUESTS[case])

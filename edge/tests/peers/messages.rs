@@ -13,7 +13,8 @@ async fn cookies_of_http_2_become_one_line() {
         .header("cookie", "a=1")
         .header("cookie", "b=2; c=3")
         .header("cookie", "d=4");
-    let (reply, _) = H2::new(&world).await.begin(request, true).await;
+    let h2 = H2::new(&world).await;
+    let (reply, _) = h2.begin(request, true).await;
     h2_client::whole(reply).await.unwrap().is_for("n");
     assert_eq!(app.request("n").one("cookie"), Some("a=1; b=2; c=3; d=4"));
     // By a client that splits them itself.
@@ -160,6 +161,10 @@ async fn a_url_too_long_and_a_head_too_large_get_a_page() {
         assert_eq!(client.answer().await.status(), status);
         client.ends().await;
 
+        if path == long {
+            // No client that keeps to the rules sends it: see `long-path` of `h2_hostile`.
+            continue;
+        }
         let h2 = H2::new(&world).await;
         let mut request = h2_client::request("GET", path, "n");
         for line in more.lines() {
@@ -178,7 +183,7 @@ async fn a_url_too_long_and_a_head_too_large_get_a_page() {
         // The connection goes on.
         h2.get("/", "next").await.is_for("next");
     }
-    assert_eq!(app.requests().len(), 3);
+    assert_eq!(app.requests().len(), 2);
     // What fits passes.
     let mut client = plain(&world).await;
     client

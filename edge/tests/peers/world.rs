@@ -17,6 +17,7 @@ use tern_catalog::{
 use tern_edge::{Edge, EdgeConfig, Limits, MachineControl, StartError};
 use tokio::io::AsyncWriteExt as _;
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 pub const HOST: &str = "shop.tern.test";
 
@@ -98,7 +99,7 @@ impl World {
             catalog,
             machine,
             starting: Notify::new(),
-            may_wake: Notify::new(),
+            may_wake: CancellationToken::new(),
         });
 
         let made = rcgen::generate_simple_self_signed(vec![HOST.to_owned()]).unwrap();
@@ -143,7 +144,7 @@ impl World {
 
     /// Lets it.
     pub fn wake(&self) {
-        self.agent.may_wake.notify_one();
+        self.agent.may_wake.cancel();
     }
 
     /// `curl https://shop.tern.test<path>`, with something on its standard input.
@@ -229,14 +230,14 @@ struct Agent {
     catalog: Catalog,
     machine: Machine,
     starting: Notify,
-    may_wake: Notify,
+    may_wake: CancellationToken,
 }
 
 #[async_trait]
 impl MachineControl for Agent {
     async fn start(&self, _: &MachineId) -> Result<(), StartError> {
         self.starting.notify_one();
-        self.may_wake.notified().await;
+        self.may_wake.cancelled().await;
         let status = status(&self.machine, MachineState::Started);
         self.catalog.put(&status).await.unwrap();
         Ok(())
