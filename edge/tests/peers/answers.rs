@@ -174,12 +174,6 @@ async fn a_page_that_answers_head_is_a_head_alone() {
     assert!(head.starts_with("HTTP/1.1 404"), "{head:?}");
     client.get("/", "next", "").await;
     client.answer().await.is_for("next");
-    let mut client = plain(&world).await;
-    client
-        .send(b"HEAD / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
-        .await;
-    assert!(client.head().await.starts_with("HTTP/1.1 400"));
-    client.ends().await;
     let text = world
         .curl(
             "/",

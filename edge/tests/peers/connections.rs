@@ -126,6 +126,29 @@ async fn a_client_that_resets_takes_its_request_back() {
     h2.get("/", "on").await.is_for("on");
 }
 
+/// What one client does is no reason to give up connections that others will use.
+#[tokio::test]
+async fn a_client_that_resets_costs_one_connection_to_the_app() {
+    let app = App::new(Temper::Lenient).await;
+    let world = World::new(app.port).await;
+    let (mut first, mut second) = (plain(&world).await, plain(&world).await);
+    first.get("/held", "first", "").await;
+    app.until_held(1).await;
+    second.get("/", "second", "").await;
+    second.answer().await.is_for("second");
+    app.release();
+    first.answer().await.is_for("first");
+    // Two idle ones, of which this takes one.
+    first.get("/held", "resets", "").await;
+    app.until_held(2).await;
+    first.stream.set_zero_linger().unwrap();
+    drop(first);
+    app.until_given_up(1).await;
+    second.get("/", "third", "").await;
+    second.answer().await.is_for("third");
+    assert_eq!(app.connections(), 2);
+}
+
 #[tokio::test]
 async fn who_says_nothing_is_closed_and_nobody_else() {
     let limits = Limits {
