@@ -103,6 +103,7 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
         receive.flow_control().release_capacity(data.len()).unwrap();
         body.extend_from_slice(&data);
     }
+    let is_head = head.method == http::Method::HEAD;
     state.requests.lock().push((head, body.clone()));
     let reply = |status: u16| Response::builder().status(status).body(()).unwrap();
     let trailers = || {
@@ -114,7 +115,9 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
     match path.as_str() {
         "/grpc" => {
             let mut send = respond.send_response(reply(200), false).unwrap();
-            send.send_data(body.into(), false).unwrap();
+            if !is_head {
+                send.send_data(body.into(), false).unwrap();
+            }
             send.send_trailers(trailers()).unwrap();
         }
         "/trailers-only" => {
@@ -133,6 +136,9 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
             respond.send_response(reply(status), true).unwrap();
         }
         "/reset" => respond.send_reset(Reason::REFUSED_STREAM),
+        _ if is_head => {
+            respond.send_response(reply(200), true).unwrap();
+        }
         _ => {
             let body = format!("nonce={nonce};");
             let mut send = respond.send_response(reply(200), false).unwrap();
@@ -183,46 +189,24 @@ async fn a_call_with_trailers_passes_over_http_2() {
         );
         assert_eq!(requests[0].0.headers.get("host"), None);
     }
-    let answer = h2.get("/trailers-only", "n").await;
-    assert_eq!(
-        (answer.header("grpc-status"), answer.header("grpc-message")),
-        (Some("0"), Some("n"))
-    );
-    assert_eq!(answer.header("content-length"), None, "{answer:?}");
 }
 
-/// By an app that ends them with an empty frame or without one: what follows a head that has no content is the
-/// next answer's head.
-#[tokio::test]
-async fn an_answer_without_content_has_none_over_http_1() {
+/// What follows a head that has no content is the next answer's head.
+async fn has_no_content(paths: &[(&str, u16)]) {
     let app = H2App::new().await;
     let world = World::h2(app.port).await;
     let mut client = plain(&world).await;
-    for (path, status) in [
-        ("/204", 204),
-        ("/304", 304),
-        ("/204-data", 204),
-        ("/304-data", 304),
-        ("/200-data", 200),
-    ] {
+    for &(path, status) in paths {
         client.get(path, "n", "").await;
         let answer = client.answer().await;
-        assert_eq!(
-            (answer.status(), answer.body.as_str()),
-            (status, ""),
-            "{path}: {answer:?}"
-        );
-        if status != 200 {
-            let framing = (
-                answer.header("content-length"),
-                answer.header("transfer-encoding"),
-            );
-            assert_eq!(framing, (None, None), "{path}");
-        }
+        assert_eq!(answer.status(), status, "{path}: {answer:?}");
         client.get("/", "next", "").await;
         client.answer().await.is_for("next");
-    }
-    for path in ["/", "/200-data", "/204-data"] {
+        let framing = (
+            answer.header("content-length"),
+            answer.header("transfer-encoding"),
+        );
+        assert_eq!(framing, (None, None), "{path}");
         client
             .send(format!("HEAD {path} HTTP/1.1\r\nHost: {HOST}\r\n\r\n").as_bytes())
             .await;
@@ -230,6 +214,41 @@ async fn an_answer_without_content_has_none_over_http_1() {
         client.get("/", "next", "").await;
         client.answer().await.is_for("next");
     }
+}
+
+#[tokio::test]
+async fn an_answer_without_content_has_none_over_http_1() {
+    has_no_content(&[("/204", 204), ("/304", 304)]).await;
+}
+
+/// Where an app ends them with an empty frame.
+#[tokio::test]
+async fn an_answer_with_an_empty_frame_has_no_content_over_http_1() {
+    has_no_content(&[("/204-data", 204), ("/304-data", 304)]).await;
+}
+
+#[tokio::test]
+async fn an_answer_to_head_has_no_content_over_http_1() {
+    let app = H2App::new().await;
+    let world = World::h2(app.port).await;
+    let mut client = plain(&world).await;
+    for path in ["/", "/200-data", "/trailers-only", "/grpc"] {
+        client
+            .send(format!("HEAD {path} HTTP/1.1\r\nHost: {HOST}\r\n\r\n").as_bytes())
+            .await;
+        client.head().await;
+        client.get("/", "next", "").await;
+        client.answer().await.is_for("next");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_of_trailers_alone_passes() {
+    let app = H2App::new().await;
+    let world = World::h2(app.port).await;
+    let answer = H2::new(&world).await.get("/trailers-only", "n").await;
+    let status = (answer.header("grpc-status"), answer.header("grpc-message"));
+    assert_eq!((status, answer.body.as_str()), ((Some("0"), Some("n")), ""));
 }
 
 #[tokio::test]
