@@ -70,6 +70,10 @@ pub struct Worker {
     sites: RefCell<Sites>,
 }
 
+/// Bytes that the kernel takes beyond what a client has room for. It would hold megabytes, and say that there is
+/// room again only after a third of them: a client that reads slowly would seem to stand still meanwhile.
+const UNSENT: u32 = 128 << 10;
+
 /// Pause after a failed accept: what it lacks (descriptors) comes back when connections end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Between two looks at idle connections to apps.
@@ -180,6 +184,7 @@ impl Worker {
         if let Err(error) = stream
             .set_nodelay(true)
             .and(socket.set_tcp_keepalive(&KEEPALIVE))
+            .and(socket.set_tcp_notsent_lowat(UNSENT))
         {
             tracing::debug!(%error, "a connection has ended before it began");
             return;
