@@ -123,7 +123,7 @@ async fn stream(
         Ok(head) => relay::exchange(&worker, &facts, &mut client, &mut timer, &head).await,
         Err(bad) => {
             worker.metrics.refused.add();
-            Page::from(bad).send(&mut client, &mut timer, "").await
+            Page::from(bad).send(&mut client, &mut timer, None).await
         }
     };
     if ended == Ended::Broken {

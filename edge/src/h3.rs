@@ -217,7 +217,7 @@ async fn stream(resolver: Resolver, worker: Rc<Worker>, facts: Rc<relay::Connect
         Ok(head) => relay::exchange(&worker, &facts, &mut client, &mut timer, &head).await,
         Err(bad) => {
             worker.metrics.refused.add();
-            Page::from(bad).send(&mut client, &mut timer, "").await
+            Page::from(bad).send(&mut client, &mut timer, None).await
         }
     };
     client.end(ended, &mut timer).await;

@@ -225,6 +225,11 @@ impl Worker {
         self.pool.borrow_mut()
     }
 
+    /// The same, for those that borrow it themselves.
+    pub fn shared_pool(&self) -> &RefCell<Pool> {
+        &self.pool
+    }
+
     /// The sites that this thread knows. Not to be held over an `await`.
     pub fn sites(&self) -> RefMut<'_, Sites> {
         self.sites.borrow_mut()
