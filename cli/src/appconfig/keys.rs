@@ -23,18 +23,15 @@ pub(super) enum Verdict {
     NotYet(String),
 }
 
-/// Documented keys that change nothing dangerous when they are left out.
+/// Documented keys that change nothing dangerous when they are left out. `?` stands for any index or name.
 const NOT_YET: &[&str] = &[
     "console_command",
-    "deploy.release_command",
-    "deploy.release_command_timeout",
-    "deploy.release_command_vm",
     "deploy.max_unavailable",
     "deploy.seed_command",
     "experimental",
     "host_dedication_id",
-    "http_service.checks.?.headers",
     "http_service.checks.?.protocol",
+    "http_service.checks.?.restart_limit",
     "http_service.checks.?.tls_server_name",
     "http_service.checks.?.tls_skip_verify",
     "http_service.http_options.compress",
@@ -42,6 +39,22 @@ const NOT_YET: &[&str] = &[
     "http_service.http_options.replay_cache",
     "http_service.machine_checks",
     "http_service.tls_options.default_self_signed",
+    "services.?.http_checks.?.protocol",
+    "services.?.http_checks.?.restart_limit",
+    "services.?.http_checks.?.tls_server_name",
+    "services.?.http_checks.?.tls_skip_verify",
+    "services.?.machine_checks",
+    "services.?.script_checks",
+    "services.?.tcp_checks.?.restart_limit",
+    "services.?.ports.?.http_options.compress",
+    "services.?.ports.?.http_options.headers_read_timeout",
+    "services.?.ports.?.http_options.replay_cache",
+    "services.?.ports.?.tls_options.default_self_signed",
+    "checks.?.kind",
+    "checks.?.protocol",
+    "checks.?.restart_limit",
+    "checks.?.tls_server_name",
+    "checks.?.tls_skip_verify",
     "metrics",
     "machine_config",
     "mounts.auto_extend_size_increment",
@@ -68,7 +81,23 @@ const NOT_YET: &[&str] = &[
     "build.compression",
     "build.compression_level",
     "statics",
-    "checks",
+];
+
+/// Keys that files have and no schema does, with what was meant by them.
+const MEANT: &[(&str, &str)] = &[
+    (
+        "max_machines_running",
+        "is not acted on: no more Machines run than the app has; see `tern machine list`, and take one away with \
+         `tern machine destroy`",
+    ),
+    (
+        "min_machines",
+        "is not acted on; min_machines_running keeps so many from being stopped",
+    ),
+    (
+        "build.command",
+        "is not acted on: what builds the app stands in its Dockerfile",
+    ),
 ];
 
 /// Keys that the schema takes, to guess what was meant.
@@ -160,8 +189,15 @@ pub(super) fn judge(path: &str) -> Verdict {
         .collect();
     let within = |known: &str| {
         let known: Vec<&str> = known.split('.').collect();
-        shape.len() >= known.len() && shape[..known.len()] == known[..]
+        let fits = |(known, is): (&&str, &&str)| *known == "?" || known == is;
+        shape.len() >= known.len() && known.iter().zip(&shape).all(fits)
     };
+    let meant = MEANT
+        .iter()
+        .find(|(key, _)| path == *key || path.ends_with(&format!(".{key}")));
+    if let Some((_, text)) = meant {
+        return Verdict::NotYet(format!("`{path}` {text}"));
+    }
     if NOT_YET.iter().any(|known| within(known)) {
         return Verdict::NotYet(format!("`{path}` is not acted on yet"));
     }
@@ -180,6 +216,32 @@ pub(super) fn judge(path: &str) -> Verdict {
         .map(|(_, k)| format!("; did you mean `{k}`?"))
         .unwrap_or_default();
     Verdict::Unknown(format!("there is no key `{path}`{hint}"))
+}
+
+/// Whether the value at this path asks for nothing: an empty array or table, `false`, or no text.
+pub(super) fn asks_nothing(table: &DeTable<'_>, path: &str) -> bool {
+    let mut parts = path.split('.');
+    let Some(mut value) = parts.next().and_then(|first| table.get(first)) else {
+        return false;
+    };
+    for part in parts {
+        let next = match value.get_ref() {
+            DeValue::Table(inner) => inner.get(part),
+            DeValue::Array(items) => part.parse::<usize>().ok().and_then(|i| items.get(i)),
+            _ => None,
+        };
+        match next {
+            Some(next) => value = next,
+            None => return false,
+        }
+    }
+    match value.get_ref() {
+        DeValue::Table(table) => table.is_empty(),
+        DeValue::Array(items) => items.is_empty(),
+        DeValue::Boolean(switch) => !switch,
+        DeValue::String(text) => text.is_empty(),
+        _ => false,
+    }
 }
 
 /// The line on which the key at this path stands; that of its nearest parent where it has none.

@@ -3,6 +3,7 @@
 //! [`AppConfig::parse`] accepts the documented schema and says exactly where a file departs from it:
 //! a key nobody knows is an error with its line; a key that Tern does not act on yet is a warning. [`machine`] turns the result into Machine configurations.
 
+mod forms;
 mod keys;
 pub mod machine;
 mod schema;
@@ -87,6 +88,7 @@ impl AppConfig {
             let line = keys::line_of(text, table.get_ref(), &path);
             match keys::judge(&path) {
                 keys::Verdict::Unknown(text) => errors.push(Problem { line, text }),
+                keys::Verdict::NotYet(_) if keys::asks_nothing(table.get_ref(), &path) => {}
                 keys::Verdict::NotYet(text) => warnings.push(Problem { line, text }),
             }
         }
@@ -99,6 +101,12 @@ impl AppConfig {
                 text: "no [[services.ports]]: this service is reachable on the private network alone, whose \
                        traffic wakes a suspended Machine but does not keep one from being stopped"
                     .into(),
+            });
+        }
+        if config.deploy.strategy == Some(Strategy::Bluegreen) {
+            warnings.push(Problem {
+                line: keys::line_of(text, table.get_ref(), "deploy.strategy"),
+                text: "bluegreen is done as rolling: each Machine is replaced in its place".into(),
             });
         }
         for (path, text_of) in config.check() {
