@@ -30,11 +30,13 @@ pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        tokio::select! {
+        let outcome = tokio::select! {
             outcome = dispatch(command, global) => outcome,
             // Exit as a shell expects of a program that was interrupted; children end by kill_on_drop.
             _ = tokio::signal::ctrl_c() => Ok(ExitCode::from(130)),
-        }
+        };
+        deploy::released().await;
+        outcome
     })
 }
 
