@@ -7,7 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use tern_catalog::{
     Check, CheckKind, FileConfig, GoDuration, Guest, Handler, HttpOptions, InitConfig,
-    MachineConfig, Port, Restart, Service, ServiceProtocol, StopConfig, TlsOptions,
+    MachineConfig, Port, Restart, RestartPolicy, Service, ServiceProtocol, StopConfig, TlsOptions,
 };
 
 use super::{
@@ -17,6 +17,47 @@ use super::{
 
 /// The metadata key that names a Machine's process group.
 pub const GROUP_KEY: &str = "fly_process_group";
+
+/// The process group of the Machine that runs a release command.
+pub const RELEASE_GROUP: &str = "fly_app_release_command";
+
+/// The configuration of the Machine that runs the release command, if there is one: the app's image, environment and
+/// files, and nothing that serves or stays.
+pub fn release_config(
+    config: &AppConfig,
+    image: &str,
+    base: &Path,
+) -> Result<Option<MachineConfig>> {
+    let Some(command) = &config.deploy.release_command else {
+        return Ok(None);
+    };
+    let groups = config.groups();
+    let group = groups.iter().find(|g| *g == super::DEFAULT_GROUP);
+    let group = group
+        .or(groups.first())
+        .map_or(super::DEFAULT_GROUP, String::as_str);
+    let mut machine = machine_config(config, group, image, base)?;
+    machine.init.cmd = Some(command.clone());
+    machine.init.exec = None;
+    if let Some(vm) = &config.deploy.release_command_vm {
+        machine.guest = guest(vm)?;
+    }
+    for (key, value) in [
+        ("RELEASE_COMMAND", "1"),
+        ("FLY_PROCESS_GROUP", RELEASE_GROUP),
+    ] {
+        machine.env.insert(key.to_owned(), value.to_owned());
+    }
+    let name = RELEASE_GROUP.to_owned();
+    machine.metadata.insert(GROUP_KEY.to_owned(), name);
+    machine.services.clear();
+    machine.checks.clear();
+    machine.restart = Restart {
+        policy: RestartPolicy::No,
+        max_retries: None,
+    };
+    Ok(Some(machine))
+}
 
 /// The configuration of a Machine in `group`, running `image`. Files are read beside `base`.
 pub fn machine_config(

@@ -146,6 +146,14 @@ pub struct Deploy {
     /// Longest wait for a Machine to become healthy.
     #[serde(default, deserialize_with = "seconds")]
     pub wait_timeout: Option<Duration>,
+    /// Runs in a Machine of its own before any is replaced; its failure ends the deploy.
+    #[serde(default, deserialize_with = "words")]
+    pub release_command: Option<Vec<String>>,
+    /// Longest that it may run.
+    #[serde(default, deserialize_with = "seconds")]
+    pub release_command_timeout: Option<Duration>,
+    /// Size of its Machine; that of the first process group when absent.
+    pub release_command_vm: Option<Vm>,
 }
 
 /// How Machines are replaced.

@@ -9,6 +9,8 @@ mod logs;
 mod machine;
 mod orgs;
 mod status;
+#[cfg(test)]
+mod testing;
 mod volumes;
 mod wire;
 mod wireguard;
@@ -106,8 +108,9 @@ fn config_path(given: &Path) -> PathBuf {
 fn validate(arg: &AppArg) -> Result<ExitCode> {
     let path = config_path(&arg.config);
     let loaded = load(&path)?;
+    let base = path.parent().unwrap_or(Path::new("."));
+    crate::appconfig::machine::release_config(&loaded.config, "image", base)?;
     for group in loaded.config.groups() {
-        let base = path.parent().unwrap_or(Path::new("."));
         crate::appconfig::machine::machine_config(&loaded.config, &group, "image", base)?;
     }
     println!("{} is right", path.display());

@@ -78,6 +78,12 @@ impl Machine {
         group.map_or(crate::appconfig::DEFAULT_GROUP, String::as_str)
     }
 
+    /// The id of its newest event: what happens after it has a greater one.
+    pub fn newest_event(&self) -> String {
+        let ids = self.events.iter().map(|event| event.id.as_str());
+        ids.max().unwrap_or_default().to_owned()
+    }
+
     /// Why it is in the state it is in, as its newest event with a reason tells.
     pub fn last_reason(&self) -> Option<String> {
         let newest = self.events.iter().max_by_key(|e| e.timestamp)?;

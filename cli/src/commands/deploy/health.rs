@@ -20,7 +20,7 @@ use crate::client::Client;
 use crate::commands::wire::{Event, Machine};
 
 /// Time between two looks.
-const POLL: Duration = Duration::from_millis(500);
+pub const POLL: Duration = Duration::from_millis(500);
 /// How long an app must run that nothing else can be asked of. One that cannot run mostly ends within a second.
 const STEADY: Duration = Duration::from_secs(5);
 /// An app that has listened elsewhere for so long, and not where it should, will not any more. Some open a port for
@@ -90,12 +90,6 @@ fn told(exit: &Value) -> String {
         text.push_str("; it is being started again");
     }
     text
-}
-
-/// The newest event of a Machine: what happens after it has a greater id.
-pub fn newest(machine: &Machine) -> String {
-    let ids = machine.events.iter().map(|event| event.id.as_str());
-    ids.max().unwrap_or_default().to_owned()
 }
 
 /// Waits until a Machine is well. Ends at once when it cannot become so.
@@ -348,8 +342,6 @@ mod tests {
             stand(&machine("starting", plain(), &events), "2"),
             Standing::Coming
         );
-        assert_eq!(newest(&machine("started", plain(), &events)), "5");
-        assert_eq!(newest(&machine("started", plain(), &[])), "");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use http::{Method, StatusCode};
 use serde_json::{Value, json};
 use tern_catalog::AppName;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
 use crate::client::{Body, Client, empty, full, is_status};
@@ -27,7 +28,8 @@ static RELEASES: LazyLock<TaskTracker> = LazyLock::new(TaskTracker::new);
 /// The lease of an app. Dropped, it is given back.
 pub struct Lock {
     lease: Arc<Lease>,
-    _held: oneshot::Sender<()>,
+    held: oneshot::Sender<()>,
+    release: JoinHandle<()>,
 }
 
 struct Lease {
@@ -63,20 +65,27 @@ impl Lock {
         });
         let (held, dropped) = oneshot::channel::<()>();
         let own = Arc::clone(&lease);
-        RELEASES.spawn(async move {
+        let release = RELEASES.spawn(async move {
             let _ = dropped.await;
             // It ends by itself where this fails.
             let _ = own.call(Method::DELETE, empty()).await;
         });
-        Ok(Self { lease, _held: held })
+        Ok(Self {
+            lease,
+            held,
+            release,
+        })
     }
 
-    /// Does something while the lease is held. Where it is lost, what is under way is broken off.
+    /// Does something while the lease is held, and gives it back. Where it is lost, what is under way is broken off.
     pub async fn during<T>(self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        tokio::select! {
+        let outcome = tokio::select! {
             outcome = work => outcome,
             lost = self.lease.keep() => Err(lost),
-        }
+        };
+        drop(self.held);
+        let _ = tokio::time::timeout(RELEASE_TIME, self.release).await;
+        outcome
     }
 }
 

@@ -4,11 +4,13 @@
 //! |---|---|
 //! | `lock` | one deploy of an app at a time |
 //! | `region` | where new Machines are made |
+//! | `release` | the release command |
 //! | `health`, `sockets` | whether a Machine has come up, and where its app listens instead |
 
 mod health;
 mod lock;
 mod region;
+mod release;
 mod sockets;
 
 use std::path::Path;
@@ -22,7 +24,8 @@ use tern_catalog::{AppName, MachineConfig, Mount};
 
 use super::wire::Machine;
 use super::{app_named_by, certs, config_path, load, volumes};
-use crate::appconfig::{Loaded, Strategy, machine::machine_config};
+use crate::appconfig::machine::{machine_config, release_config};
+use crate::appconfig::{Loaded, Strategy};
 use crate::args::Deploy;
 use crate::client::{Client, is_status};
 use crate::image::{self, Layout, REGISTRY};
@@ -84,6 +87,9 @@ impl Deployment<'_> {
         let image = self.image().await?;
         step(&format!("Image {image}"));
         let base = self.loaded.path.parent().unwrap_or(Path::new("."));
+        if let Some(config) = release_config(&self.loaded.config, &image, base)? {
+            release::run(&self, &config).await?;
+        }
         let machines: Vec<Machine> = self.client.get(&self.machines_path()).await?;
         let groups = self.loaded.config.groups();
         for group in &groups {
@@ -161,7 +167,8 @@ impl Deployment<'_> {
     }
 
     async fn finish(&self, started: Instant) -> Result<ExitCode> {
-        let hostnames = certs::hostnames(self.client, &self.app).await?;
+        let certificates = certs::list(self.client, &self.app).await?;
+        let hostnames = certs::hostnames(&certificates);
         if self.args.json {
             let machines: Vec<Machine> = self.client.get(&self.machines_path()).await?;
             output::json(&json!({"app": self.app, "machines": machines, "hostnames": hostnames}))?;
@@ -174,6 +181,9 @@ impl Deployment<'_> {
         );
         for hostname in hostnames {
             println!("https://{hostname}/");
+        }
+        for trouble in certs::troubles(&certificates) {
+            eprintln!("Warning: {trouble}");
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -239,7 +249,7 @@ impl Deployment<'_> {
             old.id
         ));
         let updated = self.update(old, config).await?;
-        let Err(failure) = self.healthy(&updated, config, &health::newest(old)).await else {
+        let Err(failure) = self.healthy(&updated, config, &old.newest_event()).await else {
             return Ok(());
         };
         step(&format!(
@@ -249,7 +259,7 @@ impl Deployment<'_> {
         let back = async {
             let before: Machine = self.client.get(&self.path_of(old)).await?;
             let back = self.update(old, &old.config).await?;
-            self.healthy(&back, &old.config, &health::newest(&before))
+            self.healthy(&back, &old.config, &before.newest_event())
                 .await
         };
         match back.await {
@@ -338,3 +348,6 @@ impl Deployment<'_> {
 fn step(text: &str) {
     eprintln!("==> {text}");
 }
+
+#[cfg(test)]
+mod tests;
