@@ -264,9 +264,13 @@ pub struct ServiceConfig {
 /// `[[services.ports]]`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct PortConfig {
-    /// The public port.
-    #[serde(deserialize_with = "port")]
+    /// The public port; 0 where there is a range instead, which is refused.
+    #[serde(default, deserialize_with = "port")]
     pub port: u16,
+    /// The first port of a range.
+    pub start_port: Option<u16>,
+    /// The last one.
+    pub end_port: Option<u16>,
     /// What the edge does with a connection.
     #[serde(default)]
     pub handlers: Vec<Handler>,
@@ -509,6 +513,14 @@ impl AppConfig {
         for (i, service) in self.services.iter().enumerate() {
             for (j, given) in service.ports.iter().enumerate() {
                 let path = format!("services.{i}.ports.{j}");
+                if given.port == 0 {
+                    let text = match (given.start_port, given.end_port) {
+                        (None, None) => "`port` is missing",
+                        _ => "ranges of ports are not served; there is port 80 and port 443",
+                    };
+                    wrong.push((path, text.to_owned()));
+                    continue;
+                }
                 let port = super::machine::port(given);
                 wrong.extend(port.unserved().into_iter().map(|(key, text)| match key {
                     "" => (format!("{path}.port"), text),

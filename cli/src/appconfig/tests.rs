@@ -343,6 +343,8 @@ fn what_the_edge_does_not_serve_is_refused_with_its_line() {
         http[0].starts_with("line 3:") && http[0].contains("h2"),
         "{http:?}"
     );
+    assert!(one("start_port = 100\nend_port = 200").starts_with("line 3: ranges of ports"));
+    assert!(one("handlers = [\"http\"]").contains("`port` is missing"));
     let zero = errors("[http_service]\ninternal_port = 0\n");
     assert!(
         zero[0].starts_with("line 2") && zero[0].contains("no port"),

@@ -11,12 +11,15 @@ use serde_json::Value;
 use tern_catalog::AppName;
 
 use super::{app_named_by, apps, config_path, deploy, load};
+use crate::appconfig::Build;
 use crate::args::{Deploy, Launch};
 use crate::client::{Client, is_status};
-use crate::image::{Layout, of_dockerfile};
+use crate::image::{self, Layout, of_dockerfile};
 use crate::output;
 
-pub async fn run(client: &Client, args: Launch) -> Result<ExitCode> {
+pub async fn run(client: &Client, mut args: Launch) -> Result<ExitCode> {
+    // Holds an image that is built here, until it is deployed.
+    let scratch = tempfile::tempdir().context("no temporary directory can be made")?;
     let path = args
         .deploy
         .config
@@ -41,7 +44,18 @@ pub async fn run(client: &Client, args: Launch) -> Result<ExitCode> {
         }
         let port = match args.internal_port {
             Some(port) => port,
-            None => port(&exposed(&args.deploy)?),
+            None => {
+                let mut exposed = exposed(&args.deploy)?;
+                if exposed.is_empty() && args.deploy.image.is_none() && !args.no_deploy {
+                    // What it is made from may expose one; that shows once it is built.
+                    let directory = &args.deploy.directory;
+                    let (build, name) = (Build::default(), app.as_str());
+                    let built = image::build(directory, &build, name, scratch.path()).await?;
+                    exposed = built.exposed;
+                    args.deploy.image = Some(format!("oci:{}", scratch.path().display()));
+                }
+                port(&exposed)
+            }
         };
         std::fs::write(&path, template(&app, port, args.deploy.image.as_deref()))
             .with_context(|| format!("{} cannot be written", path.display()))?;

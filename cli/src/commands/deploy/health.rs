@@ -50,12 +50,14 @@ pub fn stand(machine: &Machine, since: &str) -> Standing {
         .filter(|event| event.id.as_str() > since)
         .collect();
     news.sort_by(|a, b| a.id.cmp(&b.id));
-    // What came before is the end of the last configuration.
-    if let Some(begun) = news
+    // What came before is of the last configuration, whose end may only just be told.
+    let begun = news
         .iter()
-        .rposition(|event| matches!(event.kind.as_str(), "launch" | "update"))
-    {
-        news.drain(..begun);
+        .rposition(|event| matches!(event.kind.as_str(), "launch" | "update"));
+    match begun {
+        Some(begun) => drop(news.drain(..begun)),
+        None if machine.state == "failed" => return Standing::Ended(reason(machine)),
+        None => return Standing::Coming,
     }
     if let Some(exit) = news.iter().find(|event| event.kind == "exit") {
         let exit = &exit.request["exit_event"];
@@ -67,15 +69,17 @@ pub fn stand(machine: &Machine, since: &str) -> Standing {
     }
     match machine.state.as_str() {
         "started" => Standing::Running,
-        "failed" | "stopped" | "destroying" | "destroyed" => Standing::Ended(
-            machine
-                .last_reason()
-                .unwrap_or_else(|| format!("it is {}", machine.state)),
-        ),
+        "failed" | "stopped" | "destroying" | "destroyed" => Standing::Ended(reason(machine)),
         // The gate puts to sleep what has run.
         "suspending" | "suspended" => Standing::Running,
         _ => Standing::Coming,
     }
+}
+
+fn reason(machine: &Machine) -> String {
+    machine
+        .last_reason()
+        .unwrap_or_else(|| format!("it is {}", machine.state))
 }
 
 /// How it ended, and whether its host goes on trying.
@@ -341,6 +345,20 @@ mod tests {
         assert_eq!(
             stand(&machine("starting", plain(), &events), "2"),
             Standing::Coming
+        );
+    }
+
+    #[test]
+    fn the_end_of_the_last_configuration_may_be_told_after_the_update() {
+        let late = [("3", "exit", exit(1, true))];
+        for state in ["starting", "stopped", "started"] {
+            let stands = stand(&machine(state, plain(), &late), "2");
+            assert_eq!(stands, Standing::Coming, "{state}");
+        }
+        // A Machine that its host cannot even take up has no events.
+        assert_eq!(
+            stand(&machine("failed", plain(), &[]), ""),
+            Standing::Ended("it is failed".into())
         );
     }
 
