@@ -413,11 +413,6 @@ impl Port {
                 found.push(("tls_options.versions", text.to_owned()));
             }
         }
-        let options = self.http_options.as_ref();
-        if options.is_some_and(|o| o.idle_timeout.is_some()) {
-            let text = "how long a connection may be idle cannot be chosen";
-            found.push(("http_options.idle_timeout", text.to_owned()));
-        }
         found
     }
 }
@@ -522,11 +517,7 @@ mod tests {
         );
         let all = r#""tls_options":{"versions":["TLSv1.3","TLSv1.2"],"alpn":["h2","http/1.1"]}"#;
         assert!(options(all).is_empty());
-        assert_eq!(
-            options(r#""http_options":{"idle_timeout":10}"#),
-            ["http_options.idle_timeout"]
-        );
-        assert!(options(r#""http_options":{"h2_backend":true}"#).is_empty());
+        assert!(options(r#""http_options":{"h2_backend":true,"idle_timeout":10}"#).is_empty());
     }
 
     #[test]

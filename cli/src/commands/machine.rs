@@ -334,7 +334,7 @@ mod tests {
         let slept = ("3", "suspend", json!({"took_ms": 9}));
         let woken = ("4", "start", json!({"cold": false}));
         assert_eq!(
-            of("suspended", &[slept.clone()]).unwrap(),
+            of("suspended", std::slice::from_ref(&slept)).unwrap(),
             "Machine 1 is suspended."
         );
         assert_eq!(of("suspended", &[]).unwrap(), "Machine 1 is suspended.");

@@ -232,8 +232,11 @@ mod tests {
         );
     }
 
+    /// Made of the digests of those before it.
+    type Document<'a> = &'a dyn Fn(&[String]) -> serde_json::Value;
+
     /// A layout of these blobs, whose index points to the last one, written as one of this type.
-    fn layout(documents: &[(&str, &dyn Fn(&[String]) -> serde_json::Value)]) -> tempfile::TempDir {
+    fn layout(documents: &[(&str, Document<'_>)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         let blobs = dir.path().join("blobs/sha256");
         std::fs::create_dir_all(&blobs).unwrap();
