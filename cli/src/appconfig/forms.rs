@@ -14,18 +14,40 @@ enum NumberOrText {
     Text(String),
 }
 
+/// What stands where text is meant.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Scalar {
+    Text(String),
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+}
+
+impl Scalar {
+    fn text(self) -> String {
+        match self {
+            Self::Text(s) => s,
+            Self::Bool(b) => b.to_string(),
+            Self::Int(i) => i.to_string(),
+            Self::Float(f) => f.to_string(),
+        }
+    }
+}
+
 fn duration<'de, D: Deserializer<'de>>(
     deserializer: D,
     bare: fn(u64) -> Duration,
 ) -> Result<Option<Duration>, D::Error> {
-    Ok(Some(match NumberOrText::deserialize(deserializer)? {
-        NumberOrText::Number(n) => bare(n),
+    match NumberOrText::deserialize(deserializer)? {
+        NumberOrText::Number(n) => Ok(Some(bare(n))),
+        // As if it were not there: flyctl has written that too.
+        NumberOrText::Text(text) if text.is_empty() => Ok(None),
         NumberOrText::Text(text) => {
-            GoDuration::parse(&text)
-                .map_err(serde::de::Error::custom)?
-                .0
+            let parsed = GoDuration::parse(&text).map_err(serde::de::Error::custom)?;
+            Ok(Some(parsed.0))
         }
-    }))
+    }
 }
 
 pub(super) fn seconds<'de, D: Deserializer<'de>>(
@@ -92,23 +114,9 @@ pub(super) fn gigabytes<'de, D: Deserializer<'de>>(
 pub(super) fn text_map<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<BTreeMap<String, String>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Scalar {
-        Text(String),
-        Bool(bool),
-        Int(i64),
-        Float(f64),
-    }
     let maps: Vec<BTreeMap<String, Scalar>> = one_or_many(deserializer)?;
-    let text = |scalar| match scalar {
-        Scalar::Text(s) => s,
-        Scalar::Bool(b) => b.to_string(),
-        Scalar::Int(i) => i.to_string(),
-        Scalar::Float(f) => f.to_string(),
-    };
     let all = maps.into_iter().flatten();
-    Ok(all.map(|(key, value)| (key, text(value))).collect())
+    Ok(all.map(|(key, value)| (key, value.text())).collect())
 }
 
 /// A port, as a number or, in files of 2021, as text.
@@ -121,6 +129,13 @@ pub(super) fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D:
         NumberOrText::Text(text) => text.trim().parse().map_err(|_| wrong(&text)),
     };
     port.and_then(|port: u16| if port == 0 { Err(wrong("0")) } else { Ok(port) })
+}
+
+/// As [`port`], where it may be left out.
+pub(super) fn some_port<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<u16>, D::Error> {
+    port(deserializer).map(Some)
 }
 
 /// `[processes]`, or as it was written in 2021: an empty array, or one of tables with `name` and `command`.
@@ -209,8 +224,8 @@ pub(super) fn headers<'de, D: Deserializer<'de>>(
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Values {
-        One(String),
-        Many(Vec<String>),
+        One(Scalar),
+        Many(Vec<Scalar>),
     }
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -226,8 +241,8 @@ pub(super) fn headers<'de, D: Deserializer<'de>>(
     let header = |(name, values)| CheckHeader {
         name,
         values: match values {
-            Values::One(value) => vec![value],
-            Values::Many(values) => values,
+            Values::One(value) => vec![value.text()],
+            Values::Many(values) => values.into_iter().map(Scalar::text).collect(),
         },
     };
     Ok(pairs.map(header).collect())

@@ -23,38 +23,38 @@ pub(super) enum Verdict {
     NotYet(String),
 }
 
-/// Documented keys that change nothing dangerous when they are left out. `?` stands for any index or name.
+/// Documented keys that change nothing dangerous when they are left out, without indices; `*` stands for any name.
 const NOT_YET: &[&str] = &[
     "console_command",
     "deploy.max_unavailable",
     "deploy.seed_command",
     "experimental",
     "host_dedication_id",
-    "http_service.checks.?.protocol",
-    "http_service.checks.?.restart_limit",
-    "http_service.checks.?.tls_server_name",
-    "http_service.checks.?.tls_skip_verify",
+    "http_service.checks.protocol",
+    "http_service.checks.restart_limit",
+    "http_service.checks.tls_server_name",
+    "http_service.checks.tls_skip_verify",
     "http_service.http_options.compress",
     "http_service.http_options.headers_read_timeout",
     "http_service.http_options.replay_cache",
     "http_service.machine_checks",
     "http_service.tls_options.default_self_signed",
-    "services.?.http_checks.?.protocol",
-    "services.?.http_checks.?.restart_limit",
-    "services.?.http_checks.?.tls_server_name",
-    "services.?.http_checks.?.tls_skip_verify",
-    "services.?.machine_checks",
-    "services.?.script_checks",
-    "services.?.tcp_checks.?.restart_limit",
-    "services.?.ports.?.http_options.compress",
-    "services.?.ports.?.http_options.headers_read_timeout",
-    "services.?.ports.?.http_options.replay_cache",
-    "services.?.ports.?.tls_options.default_self_signed",
-    "checks.?.kind",
-    "checks.?.protocol",
-    "checks.?.restart_limit",
-    "checks.?.tls_server_name",
-    "checks.?.tls_skip_verify",
+    "services.http_checks.protocol",
+    "services.http_checks.restart_limit",
+    "services.http_checks.tls_server_name",
+    "services.http_checks.tls_skip_verify",
+    "services.machine_checks",
+    "services.script_checks",
+    "services.tcp_checks.restart_limit",
+    "services.ports.http_options.compress",
+    "services.ports.http_options.headers_read_timeout",
+    "services.ports.http_options.replay_cache",
+    "services.ports.tls_options.default_self_signed",
+    "checks.*.kind",
+    "checks.*.protocol",
+    "checks.*.restart_limit",
+    "checks.*.tls_server_name",
+    "checks.*.tls_skip_verify",
     "metrics",
     "machine_config",
     "mounts.auto_extend_size_increment",
@@ -62,17 +62,12 @@ const NOT_YET: &[&str] = &[
     "mounts.auto_extend_size_threshold",
     "mounts.scheduled_snapshots",
     "mounts.snapshot_retention",
-    "mounts.?.auto_extend_size_increment",
-    "mounts.?.auto_extend_size_limit",
-    "mounts.?.auto_extend_size_threshold",
-    "mounts.?.scheduled_snapshots",
-    "mounts.?.snapshot_retention",
     "swap_size_mb",
-    "vm.?.gpu_kind",
-    "vm.?.gpus",
-    "vm.?.host_dedication_id",
-    "vm.?.kernel_args",
-    "vm.?.persist_rootfs",
+    "vm.gpu_kind",
+    "vm.gpus",
+    "vm.host_dedication_id",
+    "vm.kernel_args",
+    "vm.persist_rootfs",
     "build.builder",
     "build.buildpacks",
     "build.builtin",
@@ -176,20 +171,17 @@ pub(super) fn written(path: &str) -> String {
 
 /// What to say of an unknown key at this path (`http_service.checks.0.hedaers`).
 pub(super) fn judge(path: &str) -> Verdict {
-    // Array indices do not matter to the lists above.
-    let shape: Vec<&str> = path
-        .split('.')
-        .map(|p| {
-            if p.bytes().all(|b| b.is_ascii_digit()) {
-                "?"
-            } else {
-                p
-            }
-        })
-        .collect();
+    // Indices do not matter to the lists above: what stands in an array of tables may stand in one table too.
+    let is_index = |step: &str| step.bytes().all(|b| b.is_ascii_digit());
+    let mut shape: Vec<&str> = path.split('.').filter(|step| !is_index(step)).collect();
+    match shape.first_mut() {
+        Some(first) if *first == "mount" => *first = "mounts",
+        Some(first) if *first == "compute" || *first == "computes" => *first = "vm",
+        _ => {}
+    }
     let within = |known: &str| {
         let known: Vec<&str> = known.split('.').collect();
-        let fits = |(known, is): (&&str, &&str)| *known == "?" || known == is;
+        let fits = |(known, is): (&&str, &&str)| *known == "*" || known == is;
         shape.len() >= known.len() && known.iter().zip(&shape).all(fits)
     };
     let meant = MEANT
@@ -201,12 +193,7 @@ pub(super) fn judge(path: &str) -> Verdict {
     if NOT_YET.iter().any(|known| within(known)) {
         return Verdict::NotYet(format!("`{path}` is not acted on yet"));
     }
-    let key = shape
-        .iter()
-        .rev()
-        .find(|p| **p != "?")
-        .copied()
-        .unwrap_or(path);
+    let key = shape.last().copied().unwrap_or(path);
     let guess = TAKEN
         .iter()
         .map(|k| (distance(key, k), k))
@@ -220,28 +207,32 @@ pub(super) fn judge(path: &str) -> Verdict {
 
 /// Whether the value at this path asks for nothing: an empty array or table, `false`, or no text.
 pub(super) fn asks_nothing(table: &DeTable<'_>, path: &str) -> bool {
-    let mut parts = path.split('.');
-    let Some(mut value) = parts.next().and_then(|first| table.get(first)) else {
-        return false;
-    };
-    for part in parts {
-        let next = match value.get_ref() {
-            DeValue::Table(inner) => inner.get(part),
-            DeValue::Array(items) => part.parse::<usize>().ok().and_then(|i| items.get(i)),
-            _ => None,
-        };
-        match next {
-            Some(next) => value = next,
-            None => return false,
-        }
-    }
-    match value.get_ref() {
-        DeValue::Table(table) => table.is_empty(),
-        DeValue::Array(items) => items.is_empty(),
-        DeValue::Boolean(switch) => !switch,
-        DeValue::String(text) => text.is_empty(),
+    match value_at(table, path) {
+        Some(DeValue::Table(table)) => table.is_empty(),
+        Some(DeValue::Array(items)) => items.is_empty(),
+        Some(DeValue::Boolean(switch)) => !switch,
+        Some(DeValue::String(text)) => text.is_empty(),
         _ => false,
     }
+}
+
+/// Whether there is a table at this path with nothing in it.
+pub(super) fn is_empty_table(table: &DeTable<'_>, path: &str) -> bool {
+    matches!(value_at(table, path), Some(DeValue::Table(table)) if table.is_empty())
+}
+
+fn value_at<'a, 'i>(table: &'a DeTable<'i>, path: &str) -> Option<&'a DeValue<'i>> {
+    let mut parts = path.split('.');
+    let mut value = table.get(parts.next()?)?.get_ref();
+    for part in parts {
+        value = match value {
+            DeValue::Table(inner) => inner.get(part)?,
+            DeValue::Array(items) => items.get(part.parse::<usize>().ok()?)?,
+            _ => return None,
+        }
+        .get_ref();
+    }
+    Some(value)
 }
 
 /// The line on which the key at this path stands; that of its nearest parent where it has none.

@@ -110,7 +110,7 @@ pub fn machine_config(
         checks: checks
             .map(|(name, given)| {
                 let check = Check {
-                    port: Some(given.port),
+                    port: given.port,
                     ..check(&given.how(), given.kind)
                 };
                 (name.clone(), check)
@@ -124,7 +124,10 @@ pub fn machine_config(
             .unwrap_or_default(),
         stop_config: StopConfig {
             signal: config.kill_signal.clone(),
-            timeout: config.kill_timeout.map(GoDuration),
+            timeout: config
+                .kill_timeout
+                .or(config.experimental.kill_timeout)
+                .map(GoDuration),
         },
         files: files
             .map(|file| {

@@ -78,7 +78,7 @@ impl AppConfig {
         let table = toml::de::DeTable::parse(text).map_err(syntax)?;
         let mut unknown = Vec::new();
         let deserializer = toml::de::Deserializer::from(table.clone());
-        let config: Self = serde_ignored::deserialize(deserializer, |path| {
+        let mut config: Self = serde_ignored::deserialize(deserializer, |path| {
             unknown.push(keys::written(&path.to_string()))
         })
         .map_err(syntax)?;
@@ -92,8 +92,10 @@ impl AppConfig {
                 keys::Verdict::NotYet(text) => warnings.push(Problem { line, text }),
             }
         }
+        config.vm.append(&mut config.compute);
+        let is_empty = |i: usize| keys::is_empty_table(table.get_ref(), &format!("services.{i}"));
         for (i, service) in config.services.iter().enumerate() {
-            if !service.ports.is_empty() {
+            if !service.ports.is_empty() || is_empty(i) {
                 continue;
             }
             warnings.push(Problem {
@@ -115,6 +117,9 @@ impl AppConfig {
                 text: text_of,
             });
         }
+        // Its lines are told: indices may shift. A service of which nothing is said is none.
+        let mut i = 0..;
+        config.services.retain(|_| !i.next().is_some_and(is_empty));
         if errors.is_empty() {
             Ok((config, warnings))
         } else {

@@ -11,7 +11,7 @@ use tern_catalog::{
 
 use super::forms::{
     concurrency, gigabytes, headers, memory, millis, one_or_many, port, processes, seconds,
-    text_map, words,
+    some_port, text_map, words,
 };
 
 /// A whole `fly.toml`.
@@ -44,13 +44,11 @@ pub struct AppConfig {
     #[serde(default)]
     pub services: Vec<ServiceConfig>,
     /// Size of Machines.
-    #[serde(
-        default,
-        alias = "compute",
-        alias = "computes",
-        deserialize_with = "one_or_many"
-    )]
+    #[serde(default, deserialize_with = "one_or_many")]
     pub vm: Vec<Vm>,
+    /// As `vm`, under its older name; `vm` has them all once the file is read.
+    #[serde(default, alias = "computes", deserialize_with = "one_or_many")]
+    pub(super) compute: Vec<Vm>,
     /// What to do when the app exits.
     #[serde(default, deserialize_with = "one_or_many")]
     pub restart: Vec<RestartConfig>,
@@ -80,6 +78,9 @@ pub struct Experimental {
     /// Replaces both.
     #[serde(default, deserialize_with = "words")]
     pub exec: Option<Vec<String>>,
+    /// `kill_timeout`, where it once stood.
+    #[serde(default, deserialize_with = "seconds")]
+    pub kill_timeout: Option<Duration>,
 }
 
 /// `[checks.NAME]`.
@@ -88,9 +89,9 @@ pub struct MachineCheck {
     /// What is checked.
     #[serde(rename = "type")]
     pub kind: CheckKind,
-    /// The port.
-    #[serde(deserialize_with = "port")]
-    pub port: u16,
+    /// The port; that of the first service when absent.
+    #[serde(default, deserialize_with = "some_port")]
+    pub port: Option<u16>,
     /// Process groups it is for; all when empty.
     #[serde(default)]
     pub processes: Vec<String>,

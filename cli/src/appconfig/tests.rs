@@ -228,6 +228,37 @@ fn a_file_of_2021_is_read() {
     assert_eq!(config.processes["web"], "serve");
 }
 
+#[test]
+fn quirks_of_older_files_are_read() {
+    let text = "[mount]\nsource = \"d\"\ndestination = \"/d\"\nsnapshot_retention = 9\n\
+                [[services]]\n\
+                [checks.alive]\ntype = \"tcp\"\ngrace_period = \"\"\n\
+                [checks.alive.headers]\na = 1\nb = true\n\
+                [[vm]]\nmemory = 512\n[[compute]]\nmemory = 1024\nprocesses = [\"app\"]\n\
+                [experimental]\nkill_timeout = 9\n";
+    let (config, warnings) = AppConfig::parse(text).unwrap();
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    let (_, one) = AppConfig::parse("[vm]\nkernel_args = [\"a\"]\n").unwrap();
+    assert_eq!(one.len(), 1, "{one:?}");
+    assert!(
+        warnings[0].text.contains("mount.snapshot_retention"),
+        "{warnings:?}"
+    );
+    let machine = machine::machine_config(&config, "app", "img", Path::new(".")).unwrap();
+    assert!(machine.services.is_empty());
+    let check = &machine.checks["alive"];
+    assert_eq!((check.port, check.grace_period), (None, None));
+    assert_eq!(
+        check.sent().collect::<Vec<_>>(),
+        [("a", "1"), ("b", "true")]
+    );
+    assert_eq!(machine.guest.memory_mb, 1024);
+    assert_eq!(
+        machine.stop_config.timeout.unwrap().0,
+        Duration::from_secs(9)
+    );
+}
+
 fn machine_of(text: &str, group: &str) -> tern_catalog::MachineConfig {
     let (config, _) = AppConfig::parse(text).unwrap();
     machine::machine_config(&config, group, "img", Path::new(".")).unwrap()
