@@ -50,7 +50,7 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
     }
     let client = Client::new(Target::find(global)?)?;
     match command {
-        Command::Launch(args) => launch::run(&client, args).await,
+        Command::Launch(args) => Box::pin(launch::run(&client, args)).await,
         Command::Deploy(args) => deploy::run(&client, args).await,
         Command::Status(args) => status::run(&client, &args).await,
         Command::Logs(args) => logs::run(&client, &args).await,
