@@ -260,7 +260,10 @@ impl HostGateway for FakeHost {
             })
     }
 
-    async fn exec(&self, _: &MachineId, _: ExecRequest) -> Result<ExecResult, GatewayError> {
+    async fn exec(&self, id: &MachineId, _: ExecRequest) -> Result<ExecResult, GatewayError> {
+        if self.image(id).contains("scratch") {
+            return Err(GatewayError::Failed("there is no program cat".into()));
+        }
         // An app that listens on port 3000 of 0.0.0.0.
         let table = "  sl  local_address rem_address   st\n   0: 00000000:0BB8 00000000:0000 0A\n";
         Ok(ExecResult {

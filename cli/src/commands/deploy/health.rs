@@ -26,6 +26,8 @@ const STEADY: Duration = Duration::from_secs(5);
 /// An app that has listened elsewhere for so long, and not where it should, will not any more. Some open a port for
 /// metrics or debugging long before their own.
 const ELSEWHERE: Duration = Duration::from_secs(30);
+/// Where web frameworks listen of their own accord.
+const USUAL: [u16; 10] = [80, 3000, 4000, 4567, 5000, 5173, 8000, 8080, 8081, 9000];
 /// When somebody who waits is told what for.
 const TELL: Duration = Duration::from_secs(10);
 
@@ -234,17 +236,30 @@ impl Watch<'_> {
         }
     }
 
-    /// Where the app listens instead, where its image has what it takes to tell.
+    /// Where the app listens instead, as far as that can be told.
     async fn explain(&self) -> Option<String> {
         let Wanted::Ports(ports) = &self.wanted else {
             return None;
         };
+        let mut listening = self.listening().await.unwrap_or_default();
+        if listening == Listening::default() {
+            // An image without so much as `cat`: a look at where apps mostly are.
+            for port in USUAL {
+                if self.open(port).await.unwrap_or(false) {
+                    listening.open.insert(port);
+                }
+            }
+        }
+        let told = ports.iter().find_map(|port| listening.instead_of(*port))?;
+        Some(format!("the app {told}"))
+    }
+
+    /// Where it listens by its own kernel's word.
+    async fn listening(&self) -> Option<Listening> {
         let body = json!({"command": ["cat", "/proc/net/tcp", "/proc/net/tcp6"], "timeout": 10});
         let path = format!("{}/exec", self.path);
         let answer: Value = self.client.post(&path, &body).await.ok()?;
-        let listening = Listening::read(answer["stdout"].as_str()?);
-        let told = ports.iter().find_map(|port| listening.instead_of(*port))?;
-        Some(format!("the app {told}"))
+        Some(Listening::read(answer["stdout"].as_str()?))
     }
 }
 

@@ -228,7 +228,8 @@ impl Deployment<'_> {
             eprintln!("Warning: {warning}");
         }
         let digest = image::push(self.client, &layout, self.app.as_str(), &tag).await?;
-        Ok(format!("{REGISTRY}/{}@{digest}", self.app))
+        // The tag is for people; what runs is what the digest says.
+        Ok(format!("{REGISTRY}/{}:{tag}@{digest}", self.app))
     }
 
     async fn create(&self, group: &str, config: &MachineConfig) -> Result<()> {

@@ -69,12 +69,12 @@ async fn an_image_that_cannot_be_had_changes_nothing() {
 #[tokio::test]
 async fn an_app_that_listens_elsewhere_is_told_where() {
     let world = World::new().await;
-    let dir = world.app("shop", HTTP).await;
-    let failed = deploy(&world, &dir, "elsewhere").await.unwrap_err();
-    assert!(
-        failed.contains("listens on 3000, fly.toml says 8080"),
-        "{failed}"
-    );
+    for (name, image) in [("shop", "elsewhere"), ("bare", "elsewhere-scratch")] {
+        let dir = world.app(name, HTTP).await;
+        let failed = deploy(&world, &dir, image).await.unwrap_err();
+        let said = "listens on 3000, fly.toml says 8080";
+        assert!(failed.contains(said), "{failed}");
+    }
 }
 
 #[tokio::test]
