@@ -6,6 +6,8 @@
 //! - with checks, all must pass;
 //! - without, every service's port must take connections. An app that listens elsewhere is told where;
 //! - without either, it must run for [`STEADY`].
+//!
+//! A Machine that its gate puts to sleep before that is seen is started again, and looked at while it starts.
 
 use std::time::Duration;
 
@@ -36,8 +38,12 @@ const TELL: Duration = Duration::from_secs(10);
 pub enum Standing {
     /// On its way.
     Coming,
+    /// Its host starts its new configuration.
+    Starting,
     /// Its app runs.
     Running,
+    /// Its app has run, and was put to sleep for want of requests.
+    Asleep,
     /// Its app has done what it was for, and is not to be started again.
     Done,
     /// Its app, or its start, has ended. The reason.
@@ -69,11 +75,16 @@ pub fn stand(machine: &Machine, since: &str) -> Standing {
         }
         return Standing::Ended(told(exit));
     }
+    let by_gate = || {
+        let stop = news.iter().rev().find(|event| event.kind == "stop");
+        stop.is_some_and(|event| event.source == "proxy")
+    };
     match machine.state.as_str() {
         "started" => Standing::Running,
+        "starting" => Standing::Starting,
+        "suspending" | "suspended" => Standing::Asleep,
+        "stopping" | "stopped" if by_gate() => Standing::Asleep,
         "failed" | "stopped" | "destroying" | "destroyed" => Standing::Ended(reason(machine)),
-        // The gate puts to sleep what has run.
-        "suspending" | "suspended" => Standing::Running,
         _ => Standing::Coming,
     }
 }
@@ -121,10 +132,15 @@ pub async fn wait(
             Standing::Done => return Ok(()),
             Standing::Ended(reason) => bail!("Machine {}: {reason}", machine.id),
             Standing::Coming => format!("it is still {}", machine.state),
-            Standing::Running => match watch.look(&machine).await? {
-                None => return Ok(()),
-                Some(lacking) => lacking,
-            },
+            standing => {
+                if standing == Standing::Asleep {
+                    watch.wake(&machine).await;
+                }
+                match watch.look(&machine, &standing).await? {
+                    None => return Ok(()),
+                    Some(lacking) => lacking,
+                }
+            }
         };
         if Instant::now() >= deadline {
             let lacking = watch.explain().await.unwrap_or(lacking);
@@ -181,16 +197,32 @@ struct Watch<'a> {
 }
 
 impl Watch<'_> {
-    /// Looks at a Machine that runs: what it lacks, if anything.
-    async fn look(&mut self, machine: &Machine) -> Result<Option<String>> {
-        let ran = self
-            .running_since
-            .get_or_insert_with(Instant::now)
-            .elapsed();
+    /// Has a Machine that fell asleep before it was seen to be well run again: its gate's patience may be shorter than
+    /// the time between two looks.
+    async fn wake(&self, machine: &Machine) {
+        let seen = match &self.wanted {
+            Wanted::Checks(wanted) => checks(machine, *wanted).is_none(),
+            Wanted::Steady => true,
+            Wanted::Ports(_) => false,
+        };
+        if !seen {
+            // Where this fails, the next look tells.
+            let path = format!("{}/start", self.path);
+            let _: Result<Value> = self.client.post(&path, &json!({})).await;
+        }
+    }
+
+    /// Looks at a Machine that runs, or is about to: what it lacks, if anything.
+    async fn look(&mut self, machine: &Machine, standing: &Standing) -> Result<Option<String>> {
+        let running = *standing != Standing::Starting;
+        let since = running.then(|| *self.running_since.get_or_insert_with(Instant::now));
+        let ran = since.map_or(Duration::ZERO, |since| since.elapsed());
         let lacking = match &self.wanted {
             Wanted::Checks(wanted) => checks(machine, *wanted),
             Wanted::Steady => (ran < STEADY).then(|| "it has only just begun".to_owned()),
             Wanted::Ports(ports) => {
+                // Its host waits with the answer until a start is over: however short the Machine then runs, the
+                // first moment is not missed.
                 let mut closed = Vec::new();
                 for port in ports {
                     if !self.open(*port).await? {
@@ -359,7 +391,7 @@ mod tests {
         );
         assert_eq!(
             stand(&machine("starting", plain(), &events), "2"),
-            Standing::Coming
+            Standing::Starting
         );
     }
 
@@ -385,6 +417,25 @@ mod tests {
             stand(&machine("failed", plain(), &events), ""),
             Standing::Ended("no kernel".into())
         );
+    }
+
+    #[test]
+    fn what_its_gate_puts_to_sleep_has_run() {
+        let begun = [("2", "update", Value::Null), ("3", "start", Value::Null)];
+        let stands = |state: &str| stand(&machine(state, plain(), &begun), "1");
+        assert_eq!(stands("suspending"), Standing::Asleep);
+        assert_eq!(stands("suspended"), Standing::Asleep);
+        // Before the new configuration has begun it is the old one's sleep.
+        let before = machine("suspended", plain(), &[]);
+        assert_eq!(stand(&before, "1"), Standing::Coming);
+        let mut stopped = machine("stopped", plain(), &begun);
+        assert!(matches!(stand(&stopped, "1"), Standing::Ended(_)));
+        for (source, asleep) in [("user", false), ("proxy", true)] {
+            let stop = json!({"id": "4", "type": "stop", "status": "stopped", "source": source, "timestamp": 0});
+            stopped.events.push(serde_json::from_value(stop).unwrap());
+            assert_eq!(stand(&stopped, "1") == Standing::Asleep, asleep, "{source}");
+            stopped.events.pop();
+        }
     }
 
     #[test]

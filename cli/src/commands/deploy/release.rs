@@ -41,7 +41,7 @@ async fn ended(deployment: &Deployment<'_>, path: &str) -> Result<()> {
         match stand(&machine, "") {
             Standing::Done => return Ok(()),
             Standing::Ended(reason) => bail!("{reason}"),
-            Standing::Coming | Standing::Running => {}
+            Standing::Coming | Standing::Starting | Standing::Running | Standing::Asleep => {}
         }
         if Instant::now() >= deadline {
             bail!(
