@@ -154,8 +154,11 @@ impl Fields {
 impl RequestHead {
     /// Whether it may be sent again without asking, its content set aside (RFC 9110 section 9.2.2).
     pub fn is_repeatable(&self) -> bool {
-        self.method.is_idempotent()
-            && matches!(self.length, Length::None | Length::Exact(0))
-            && self.upgrade.is_none()
+        self.method.is_idempotent() && self.has_no_content() && self.upgrade.is_none()
+    }
+
+    /// Whether its head is all of it.
+    pub fn has_no_content(&self) -> bool {
+        matches!(self.length, Length::None | Length::Exact(0))
     }
 }

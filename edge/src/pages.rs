@@ -4,10 +4,11 @@ use std::future::poll_fn;
 use std::task::Poll;
 
 use bytes::Bytes;
+use http::Method;
 
 use crate::gate::Refused;
 use crate::h1::head::BadHead;
-use crate::message::Length;
+use crate::message::{Length, RequestHead};
 use crate::relay::{Client, Ended, Gone, Reply, ReplyFields};
 use crate::site::NoSite;
 use crate::timer::Timer;
@@ -40,14 +41,15 @@ impl Page {
         }
     }
 
-    /// Gives it to a client, within the timer.
+    /// Gives it to a client, within the timer. `request` is what it answers, and under which name; nothing where
+    /// that could not be read.
     pub async fn send<C: Client>(
         self,
         client: &mut C,
         timer: &mut Timer,
-        request_id: &str,
+        request: Option<(&RequestHead, &str)>,
     ) -> Ended {
-        let sent = self.begin(client, request_id);
+        let sent = self.begin(client, request);
         let flushed = poll_fn(|cx| match client.poll_flush(cx) {
             Poll::Pending => timer.poll(cx).map(|()| Err(Gone::Closed)),
             flushed => flushed,
@@ -58,25 +60,36 @@ impl Page {
         }
     }
 
-    fn begin<C: Client>(self, client: &mut C, request_id: &str) -> Result<(), Gone> {
+    fn begin<C: Client>(
+        self,
+        client: &mut C,
+        request: Option<(&RequestHead, &str)>,
+    ) -> Result<(), Gone> {
         let retry_after = self.retry_after.map(|s| s.to_string());
+        let length = self.body.len().to_string();
         let mut fields = vec![
             ("content-type", "text/plain; charset=utf-8"),
             ("server", "tern"),
         ];
-        if !request_id.is_empty() {
-            fields.push(("fly-request-id", request_id));
-        }
+        fields.extend(request.map(|(_, id)| ("fly-request-id", id)));
         fields.extend(self.location.as_deref().map(|to| ("location", to)));
         fields.extend(retry_after.as_deref().map(|s| ("retry-after", s)));
+        // To HEAD it says what it would be to GET, and is not sent (RFC 9110 section 9.3.2).
+        let head_only = request.is_some_and(|(head, _)| head.method == Method::HEAD);
+        if head_only {
+            fields.push(("content-length", &length));
+        }
         let reply = Reply {
             status: self.status,
             reason: b"",
             fields: ReplyFields::Page(&fields),
-            length: Length::Exact(self.body.len() as u64),
+            length: match self.body.len() {
+                _ if head_only => Length::None,
+                length => Length::Exact(length as u64),
+            },
         };
         client.begin(&reply)?;
-        if self.body.is_empty() {
+        if head_only || self.body.is_empty() {
             return Ok(());
         }
         client.give(Bytes::from(self.body), true)

@@ -11,6 +11,8 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Method, Version};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio_rustls::server::TlsStream;
 
 use super::body::{BadContent, Decoder};
 use super::buffer::{self, LARGE, SMALL};
@@ -30,6 +32,25 @@ const LAST_WRITE: Duration = Duration::from_secs(30);
 const LINGER: Duration = Duration::from_secs(5);
 const LINGER_BYTES: usize = 1 << 20;
 
+/// What a connection runs over.
+pub trait Transport: AsyncRead + AsyncWrite + Unpin {
+    /// Closing it will reset the connection.
+    fn reset_when_closed(&self);
+}
+
+impl Transport for TcpStream {
+    fn reset_when_closed(&self) {
+        // One that is closed already needs none.
+        let _ = socket2::SockRef::from(self).set_linger(Some(Duration::ZERO));
+    }
+}
+
+impl Transport for TlsStream<TcpStream> {
+    fn reset_when_closed(&self) {
+        self.get_ref().0.reset_when_closed();
+    }
+}
+
 /// Serves a connection until it ends.
 pub async fn serve<S>(
     io: S,
@@ -37,7 +58,7 @@ pub async fn serve<S>(
     entrance: crate::entrance::Entrance,
     worker: Rc<Worker>,
 ) where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: Transport,
 {
     let connection = relay::Connection::new(client, entrance);
     let mut timer = Timer::new(worker.limits.keep_alive);
@@ -59,7 +80,7 @@ pub async fn serve<S>(
                 h1.keep = false;
                 worker.metrics.refused.add();
                 timer.set(LAST_WRITE);
-                Page::from(bad).send(&mut h1, &mut timer, "").await
+                Page::from(bad).send(&mut h1, &mut timer, None).await
             }
         };
         timer.set(LAST_WRITE);
@@ -67,7 +88,12 @@ pub async fn serve<S>(
             Ended::Whole if h1.may_go_on() => {}
             Ended::Whole => return h1.close(&mut timer).await,
             // Closing without a last chunk, or short of the length, says that the reply is not whole.
-            Ended::Broken => return,
+            Ended::Broken => {
+                if h1.ends_with_connection {
+                    h1.io.reset_when_closed();
+                }
+                return;
+            }
         }
         timer.set(worker.limits.keep_alive);
     }
@@ -84,6 +110,8 @@ struct Http1<S> {
     version: Version,
     /// The reply has a head only.
     is_head: bool,
+    /// The reply's end is the connection's: only a reset can say that it is not whole.
+    ends_with_connection: bool,
     /// Another request may follow.
     keep: bool,
     content: Decoder,
@@ -102,6 +130,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Http1<S> {
             ended: false,
             version: Version::HTTP_11,
             is_head: false,
+            ends_with_connection: false,
             keep: true,
             content: Decoder::Done,
             tunnel: false,
@@ -227,6 +256,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client for Http1<S> {
         let unframed = matches!(reply.length, Length::Unknown | Length::Tunnel);
         if unframed && self.version == Version::HTTP_10 && !tunnel {
             self.keep = false;
+            self.ends_with_connection = true;
         }
         // Nobody will read the rest of the content of a request that the edge answers itself.
         if matches!(reply.fields, ReplyFields::Page(_)) && !self.content.is_done() {

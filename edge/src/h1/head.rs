@@ -118,7 +118,7 @@ pub fn request(input: &mut BytesMut, scan: &mut Scan) -> Result<Option<RequestHe
 }
 
 /// `tchar` of RFC 9110 section 5.6.2.
-fn is_token(byte: u8) -> bool {
+pub fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
@@ -197,10 +197,11 @@ fn upgrade(fields: &Fields, bytes: &Bytes) -> Option<Upgrade> {
     let asked = fields
         .members("connection")
         .any(|m| m.eq_ignore_ascii_case(b"upgrade"));
-    let to = fields.all("upgrade").next().filter(|_| asked)?;
-    // HTTP/2 without TLS is asked for by prior knowledge alone (RFC 9113 section 3.1).
-    let ours = to.eq_ignore_ascii_case(b"h2c");
-    (!ours).then(|| Upgrade::Header(part(bytes, to)))
+    // HTTP/2 without TLS is asked for by prior knowledge alone (RFC 9113 section 3.1): an app that changed to it would
+    // take requests past the edge.
+    let ours = |protocol: &&[u8]| !protocol.eq_ignore_ascii_case(b"h2c");
+    let to = fields.members("upgrade").filter(|_| asked).find(ours)?;
+    Some(Upgrade::Header(part(bytes, to)))
 }
 
 /// A part of `bytes` that shares them; copied where it is none (an empty value).

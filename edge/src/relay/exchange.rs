@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::Version;
 use tern_catalog::ChallengeKind;
 
-use super::pool::{self, H2App, Key};
+use super::pool::{self, Key};
 use super::pump::{Failure, Pump};
 use super::sides::{App, Client, Gone, Lost};
 use crate::entrance::Entrance;
@@ -86,7 +86,8 @@ pub async fn exchange<C: Client>(
             worker.metrics.refused.add();
             timer.set(PAGE);
             let status = page.status;
-            (page.send(client, timer, &request_id).await, status)
+            let request = Some((head, request_id.as_str()));
+            (page.send(client, timer, request).await, status)
         }
     };
     tracing::debug!(
@@ -162,7 +163,8 @@ impl<C: Client> Attempts<'_, C> {
                 Tried::Page(page) => {
                     self.timer.set(PAGE);
                     let status = page.status;
-                    let sent = page.send(self.client, self.timer, self.facts.request_id);
+                    let request = Some((self.head, self.facts.request_id));
+                    let sent = page.send(self.client, self.timer, request);
                     return (sent.await, status);
                 }
             }
@@ -200,11 +202,12 @@ impl<C: Client> Attempts<'_, C> {
                 Tried::Ended(Ended::Whole, status)
             }
             Err(failure) => {
-                if reused {
+                if reused && matches!(failure, Failure::App(Lost::Connection(_))) {
+                    // Others of that time are likely to be lost too.
                     self.worker.pool().forget(&key);
                 }
                 drop(admission);
-                self.failed(failure, status, app.is_silent())
+                self.failed(failure, status, app.is_silent()).await
             }
         }
     }
@@ -234,17 +237,11 @@ impl<C: Client> Attempts<'_, C> {
     async fn connect(&self, key: Key) -> std::io::Result<(App, bool)> {
         // An upgrade is HTTP/1.1's, whatever else the app speaks.
         if self.site.h2_backend && self.head.upgrade.is_none() {
-            let shared = self.worker.pool().shared(&key);
-            if let Some(sender) = shared {
-                if let Ok(app) = H2App::new(sender).await {
-                    return Ok((App::H2(Box::new(app)), true));
-                }
-                self.worker.pool().forget(&key);
-            }
-            let sender = pool::h2(key.address).await?;
-            self.worker.pool().share(key, sender.clone());
-            let app = H2App::new(sender).await.map_err(std::io::Error::other)?;
-            return Ok((App::H2(Box::new(app)), false));
+            return match pool::h2(self.worker.shared_pool(), key).await {
+                // It had ended since: the next try makes a new one.
+                Err(_) if self.connects == 0 => pool::h2(self.worker.shared_pool(), key).await,
+                app => app,
+            };
         }
         let idle = self.worker.pool().take(&key);
         match idle {
@@ -272,7 +269,7 @@ impl<C: Client> Attempts<'_, C> {
     }
 
     /// What a failure means to the client.
-    fn failed(&mut self, failure: Failure, status: u16, silent: bool) -> Tried {
+    async fn failed(&mut self, failure: Failure, status: u16, silent: bool) -> Tried {
         tracing::debug!(
             request = self.facts.request_id,
             ?failure,
@@ -280,6 +277,16 @@ impl<C: Client> Attempts<'_, C> {
             "not relayed to its end"
         );
         if status > 0 {
+            if matches!(failure, Failure::App(_)) {
+                // What there is of the reply is the client's.
+                self.timer.set(PAGE);
+                let (client, timer) = (&mut *self.client, &mut *self.timer);
+                poll_fn(|cx| match client.poll_flush(cx) {
+                    Poll::Pending => timer.poll(cx),
+                    Poll::Ready(_) => Poll::Ready(()),
+                })
+                .await;
+            }
             return Tried::Ended(Ended::Broken, status);
         }
         Tried::Page(match failure {
@@ -295,17 +302,23 @@ impl<C: Client> Attempts<'_, C> {
                 self.worker.metrics.replayed.add();
                 return Tried::Again;
             }
-            Failure::App(Lost::Connection(_)) => {
+            // Nothing was done with it (RFC 9113 section 8.7).
+            Failure::App(Lost::Refused) if !self.replayed && self.head.has_no_content() => {
+                self.replayed = true;
+                self.worker.metrics.replayed.add();
+                return Tried::Again;
+            }
+            Failure::App(Lost::Connection(_) | Lost::Refused | Lost::Reset) => {
                 Page::new(502, "The app closed the connection without an answer.\n")
             }
             Failure::App(Lost::Reply(what)) => Page::new(
                 502,
                 format!("The app's reply cannot be passed on: {what}.\n"),
             ),
-            Failure::Idle { app_has_all: true } => {
+            Failure::Idle { of_client: false } => {
                 Page::new(504, "The app did not answer in time.\n")
             }
-            Failure::Idle { app_has_all: false } => {
+            Failure::Idle { of_client: true } => {
                 Page::new(408, "The request's content did not come in time.\n")
             }
         })

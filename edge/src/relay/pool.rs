@@ -1,10 +1,12 @@
 //! Connections to apps, kept by one thread and used again.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::future::{Future as _, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -13,6 +15,7 @@ use h2::client::{ResponseFuture, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
 use super::sides::{App, Lost};
@@ -48,8 +51,11 @@ pub struct Key {
 #[derive(Default)]
 pub struct Pool {
     idle: HashMap<Key, Vec<Idle>>,
-    shared: HashMap<Key, SendRequest<Bytes>>,
+    shared: HashMap<Key, Shared>,
 }
+
+/// A connection that many requests share, once the first of them has made it.
+type Shared = Rc<OnceCell<SendRequest<Bytes>>>;
 
 struct Idle {
     connection: Box<h1::app::Connection>,
@@ -92,19 +98,20 @@ impl Pool {
             idle.retain(|i| i.since.elapsed() < KEEP && i.connection.is_quiet());
             !idle.is_empty()
         });
-        // Connections that have ended say so when they are asked for a stream.
-        self.shared.retain(|_, sender| {
+        self.shared.retain(|_, shared| {
+            // One that nobody has now: somebody else's request may be making it.
+            let Some(sender) = shared.get() else {
+                return Rc::strong_count(shared) > 1;
+            };
+            // One that has ended says so when it is asked for a stream.
             let mut cx = Context::from_waker(std::task::Waker::noop());
-            !matches!(sender.poll_ready(&mut cx), Poll::Ready(Err(_)))
+            !matches!(sender.clone().poll_ready(&mut cx), Poll::Ready(Err(_)))
         });
     }
 
-    pub fn shared(&self, key: &Key) -> Option<SendRequest<Bytes>> {
-        self.shared.get(key).cloned()
-    }
-
-    pub fn share(&mut self, key: Key, sender: SendRequest<Bytes>) {
-        self.shared.insert(key, sender);
+    /// The connection that requests to this app share.
+    fn shared(&mut self, key: Key) -> Shared {
+        Rc::clone(self.shared.entry(key).or_default())
     }
 }
 
@@ -126,9 +133,24 @@ pub async fn h1(address: SocketAddr) -> io::Result<App> {
     Ok(App::H1(Box::new(h1::app::Connection::new(stream))))
 }
 
+/// A stream of an app's HTTP/2 connection, and whether that was there before. Who asks while it is being made waits
+/// for it.
+pub async fn h2(pool: &RefCell<Pool>, key: Key) -> io::Result<(App, bool)> {
+    let shared = pool.borrow_mut().shared(key);
+    let reused = shared.initialized();
+    let sender = shared.get_or_try_init(|| dial(key.address)).await?.clone();
+    match H2App::new(sender).await {
+        Ok(app) => Ok((App::H2(Box::new(app)), reused)),
+        Err(error) => {
+            pool.borrow_mut().forget(&key);
+            Err(io::Error::other(error))
+        }
+    }
+}
+
 /// A connection with prior knowledge of HTTP/2, for many requests at once. It lives as long as somebody has its
 /// sender, and requests on it.
-pub async fn h2(address: SocketAddr) -> io::Result<SendRequest<Bytes>> {
+async fn dial(address: SocketAddr) -> io::Result<SendRequest<Bytes>> {
     let stream = connect(address).await?;
     let mut builder = h2::client::Builder::new();
     builder
@@ -251,14 +273,16 @@ impl H2App {
         self.reply = None;
         let told = parts.headers.get(http::header::CONTENT_LENGTH);
         let told = told.and_then(|v| v.to_str().ok()?.parse().ok());
-        let length = if receive.is_end_stream() {
-            if self.is_head {
-                Length::None
-            } else {
-                told.map_or(Length::Exact(0), Length::Exact)
+        let length = match told {
+            _ if self.is_head || matches!(parts.status.as_u16(), 204 | 304) => Length::None,
+            Some(told) if told > 0 && receive.is_end_stream() => {
+                return Poll::Ready(Err(Lost::Reply(
+                    "it says that there is content, and there is none",
+                )));
             }
-        } else {
-            told.map_or(Length::Unknown, Length::Exact)
+            Some(told) => Length::Exact(told),
+            None if receive.is_end_stream() => Length::Exact(0),
+            None => Length::Unknown,
         };
         self.receive = Some(receive);
         Poll::Ready(Ok(reply_head(parts.status, parts.headers, length)))
@@ -296,7 +320,11 @@ fn reply_head(status: http::StatusCode, map: HeaderMap, length: Length) -> Reply
 }
 
 fn lost(error: h2::Error) -> Lost {
-    Lost::Connection(io::Error::other(error))
+    match error.reason() {
+        Some(Reason::REFUSED_STREAM) => Lost::Refused,
+        _ if error.is_reset() => Lost::Reset,
+        _ => Lost::Connection(io::Error::other(error)),
+    }
 }
 
 /// Appends a field, unless HTTP's own types do not take it.

@@ -54,9 +54,9 @@ enum Down {
 pub enum Failure {
     Client(Gone),
     App(Lost),
-    /// Nothing moved for the service's idle time; whether the app had all of the request.
+    /// Nothing moved for the service's idle time; whether it was the client's turn.
     Idle {
-        app_has_all: bool,
+        of_client: bool,
     },
 }
 
@@ -91,11 +91,6 @@ impl<'a, C: Client> Pump<'a, C> {
         self.status
     }
 
-    /// Whether the app was given all of the request.
-    pub fn sent_all(&self) -> bool {
-        matches!(self.up, Up::Done)
-    }
-
     /// Runs until the reply is with the client, and in a tunnel until both directions have ended.
     pub fn poll(&mut self, cx: &mut Context<'_>, timer: &mut Timer) -> Poll<Result<(), Failure>> {
         loop {
@@ -122,8 +117,9 @@ impl<'a, C: Client> Pump<'a, C> {
                 timer.set(self.site.idle_timeout);
             }
             ready!(timer.poll(cx));
+            let wants_content = matches!(self.up, Up::Content) && self.app.poll_room(cx).is_ready();
             return Poll::Ready(Err(Failure::Idle {
-                app_has_all: self.sent_all(),
+                of_client: wants_content,
             }));
         }
     }

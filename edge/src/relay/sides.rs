@@ -58,6 +58,12 @@ pub enum Lost {
     /// The connection.
     #[error("the connection to the app was lost: {0}")]
     Connection(#[from] io::Error),
+    /// This request alone was given up, by an app that may have begun with it.
+    #[error("the app gave the request up")]
+    Reset,
+    /// This request alone was given up, by an app that has not begun with it.
+    #[error("the app refused the request")]
+    Refused,
     /// What came is no reply.
     #[error("the app's reply cannot be passed on: {0}")]
     Reply(&'static str),
