@@ -175,6 +175,7 @@ pub async fn destroy(
                 .ok_or_else(|| ApiError::not_found(&name))?,
         ),
     }];
+    ops.push(crate::lease::removal(&name));
     ops.extend(
         snapshot
             .hostnames

@@ -16,6 +16,8 @@ use crate::server::Shared;
 
 /// Longest token looked at; ours have 69 characters.
 const MAX_TOKEN_BYTES: usize = 512;
+/// Most tokens of one call that are looked at.
+const MAX_TOKENS: usize = 32;
 
 /// Whoever sent a request, as its token says.
 #[derive(Debug, Clone)]
@@ -77,21 +79,22 @@ impl Caller {
         internal: &str,
         header: Option<&str>,
     ) -> Result<Self, ApiError> {
-        let token = header
-            .and_then(token_of)
-            .ok_or_else(ApiError::unauthenticated)?;
+        let internal = token_hash(internal);
         // Hashes are compared, so the time it takes tells nothing of the token.
-        let hash = token_hash(&token);
-        if hash == token_hash(internal) {
-            return Ok(Self { organization: None });
-        }
-        let known = snapshot
-            .tokens
-            .get(&hash)
-            .ok_or_else(ApiError::unauthenticated)?;
-        Ok(Self {
-            organization: known.organization.clone(),
-        })
+        let mut hashes = tokens_of(header.unwrap_or_default())
+            .into_iter()
+            .map(|token| token_hash(&token));
+        let known = hashes.find_map(|hash| {
+            if hash == internal {
+                return Some(None);
+            }
+            snapshot
+                .tokens
+                .get(&hash)
+                .map(|token| token.organization.clone())
+        });
+        let organization = known.ok_or_else(ApiError::unauthenticated)?;
+        Ok(Self { organization })
     }
 }
 
@@ -111,23 +114,31 @@ impl FromRequestParts<Shared> for Caller {
     }
 }
 
-/// `Bearer x`, `FlyV1 x` as flyctl sends it, or the password of `Basic`.
-fn token_of(header: &str) -> Option<String> {
-    let (scheme, rest) = header.split_once(' ')?;
+/// `Bearer x`, `FlyV1 x,y` as flyctl sends it (any good one counts), or the password of `Basic`.
+fn tokens_of(header: &str) -> Vec<String> {
+    let Some((scheme, rest)) = header.split_once(' ') else {
+        return Vec::new();
+    };
     let rest = rest.trim();
-    if rest.is_empty() || rest.len() > MAX_TOKEN_BYTES {
-        return None;
-    }
-    if scheme.eq_ignore_ascii_case("bearer") || scheme.eq_ignore_ascii_case("flyv1") {
-        return Some(rest.to_owned());
-    }
-    if scheme.eq_ignore_ascii_case("basic") {
-        let decoded = String::from_utf8(STANDARD.decode(rest).ok()?).ok()?;
-        return decoded
-            .split_once(':')
+    let mut tokens: Vec<String> = if scheme.eq_ignore_ascii_case("bearer") {
+        vec![rest.to_owned()]
+    } else if scheme.eq_ignore_ascii_case("flyv1") {
+        let listed = rest.split(',').map(|token| token.trim().to_owned());
+        listed.take(MAX_TOKENS).collect()
+    } else if scheme.eq_ignore_ascii_case("basic") && rest.len() <= 2 * MAX_TOKEN_BYTES {
+        let decoded = STANDARD.decode(rest).ok();
+        let decoded = decoded.and_then(|bytes| String::from_utf8(bytes).ok());
+        let password = decoded
+            .as_deref()
+            .and_then(|d| d.split_once(':'))
             .map(|(_, password)| password.to_owned());
-    }
-    None
+        password.into_iter().collect()
+    } else {
+        Vec::new()
+    };
+    // Others' may be longer: those are not ours.
+    tokens.retain(|token| (1..=MAX_TOKEN_BYTES).contains(&token.len()));
+    tokens
 }
 
 #[cfg(test)]
@@ -136,12 +147,10 @@ mod tests {
 
     #[test]
     fn tokens_come_in_three_schemes() {
-        assert_eq!(token_of("Bearer abc").as_deref(), Some("abc"));
-        assert_eq!(token_of("FlyV1 abc").as_deref(), Some("abc"));
-        assert_eq!(
-            token_of(&format!("Basic {}", STANDARD.encode("x:abc"))).as_deref(),
-            Some("abc")
-        );
+        assert_eq!(tokens_of("Bearer abc"), ["abc"]);
+        assert_eq!(tokens_of("FlyV1 abc"), ["abc"]);
+        let basic = format!("Basic {}", STANDARD.encode("x:abc"));
+        assert_eq!(tokens_of(&basic), ["abc"]);
         for bad in [
             "",
             "abc",
@@ -150,7 +159,18 @@ mod tests {
             "Basic %%%",
             &format!("Bearer {}", "a".repeat(9999)),
         ] {
-            assert_eq!(token_of(bad), None, "{bad}");
+            assert!(tokens_of(bad).is_empty(), "{bad}");
         }
+    }
+
+    #[test]
+    fn of_several_tokens_each_is_tried() {
+        let others = format!("fm2_{}", "x".repeat(900));
+        assert_eq!(
+            tokens_of(&format!("FlyV1 fm2_x, {others},abc,")),
+            ["fm2_x", "abc"]
+        );
+        let many = vec!["t"; 1000].join(",");
+        assert_eq!(tokens_of(&format!("FlyV1 {many}")).len(), MAX_TOKENS);
     }
 }

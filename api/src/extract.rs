@@ -7,12 +7,17 @@ use bytes::Bytes;
 use http::request::Parts;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use serde_json::error::Category;
 
 use crate::error::ApiError;
 
-/// A JSON body, of a call or an answer.
+/// A JSON body, of a call or an answer. In a call a key whose value is `null` is as good as absent: clients in
+/// languages with optional fields send all of them.
 pub struct Json<T>(pub T);
+
+/// A JSON body of a call in which `null` says something.
+pub struct JsonWithNulls<T>(pub T);
 
 /// Parameters in the path.
 pub struct Path<T>(pub T);
@@ -24,21 +29,51 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let body = Bytes::from_request(request, state)
-            .await
-            .map_err(|e| ApiError::of_status(e.status(), e.body_text()))?;
-        read(&body).map(Self)
+        read(&body(request, state).await?).map(Self)
     }
 }
 
-/// Reads a JSON body: 400 where it is not JSON, 422 where it is not what the call takes.
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for JsonWithNulls<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        parse(&body(request, state).await?).map(Self)
+    }
+}
+
+async fn body<S: Send + Sync>(request: Request, state: &S) -> Result<Bytes, ApiError> {
+    let body = Bytes::from_request(request, state).await;
+    body.map_err(|e| ApiError::of_status(e.status(), e.body_text()))
+}
+
+/// Reads a JSON body, without its nulls: 400 where it is not JSON, 422 where it is not what the call takes.
 pub fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    let mut value = parse(body)?;
+    drop_nulls(&mut value);
+    T::deserialize(value).map_err(refused)
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     serde_json::from_slice(body).map_err(|error| match error.classify() {
-        Category::Data => {
-            ApiError::invalid(format!("the body is not what this call takes: {error}"))
-        }
+        Category::Data => refused(error),
         _ => ApiError::bad_request(format!("the body is not JSON: {error}")),
     })
+}
+
+fn refused(error: serde_json::Error) -> ApiError {
+    ApiError::invalid(format!("the body is not what this call takes: {error}"))
+}
+
+/// As deep as the parser went, which has a limit.
+fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            map.retain(|_, value| !value.is_null());
+            map.values_mut().for_each(drop_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(drop_nulls),
+        _ => {}
+    }
 }
 
 impl<T: Serialize> IntoResponse for Json<T> {

@@ -11,6 +11,12 @@ use thiserror::Error;
 /// The way to the agents of hosts. `tern serve` implements it.
 #[async_trait]
 pub trait HostGateway: Send + Sync + 'static {
+    /// Has the image on the Machine's host, ready to be booted, when it returns. Touches no Machine.
+    async fn prepare(&self, machine: &MachineId, image: &str) -> Result<(), GatewayError>;
+
+    /// Whether a running Machine takes connections on this TCP port from outside.
+    async fn accepts(&self, machine: &MachineId, port: u16) -> Result<bool, GatewayError>;
+
     /// Runs a command in a running Machine and answers when it has ended.
     async fn exec(
         &self,

@@ -8,7 +8,9 @@ use axum::routing::{delete, get, post, put};
 use http::{HeaderName, HeaderValue, StatusCode};
 
 use crate::server::Shared;
-use crate::{apps, certificates, logs, machines, orgs, peers, platform, registry, tokens, volumes};
+use crate::{
+    apps, certificates, lease, logs, machines, orgs, peers, platform, registry, tokens, volumes,
+};
 
 /// Largest body of a call: a configuration with files in it. Images go to the registry, which streams.
 const MAX_BODY_BYTES: usize = 4 << 20;
@@ -32,6 +34,7 @@ pub fn router(shared: Shared) -> Router {
         .route("/exec", post(machines::exec))
         .route("/memory", get(machines::memory).put(machines::limit_memory))
         .route("/boot-trace", get(machines::boot_trace))
+        .route("/ports/{port}", get(machines::port))
         .route("/wait", get(machines::wait))
         .route("/events", get(machines::events))
         .route(
@@ -88,6 +91,10 @@ pub fn router(shared: Shared) -> Router {
         .route("/platform/regions", get(platform::regions))
         // From here on: what Fly.io keeps outside its Machines API.
         .route("/apps/{app}/logs", get(logs::stream))
+        .route(
+            "/apps/{app}/lease",
+            get(lease::get).post(lease::take).delete(lease::release),
+        )
         .route("/orgs", get(orgs::list).post(orgs::create))
         .route(
             "/orgs/{org}/wireguard_peers",

@@ -12,6 +12,7 @@ use futures::stream::{self, BoxStream};
 use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::BodyExt as _;
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use serde_json::Value;
 use tern_catalog::{
     Catalog, DesiredState, Host, HostId, Machine, MachineId, MachineState, MachineStatus, Network,
@@ -45,6 +46,8 @@ pub struct World {
 pub struct FakeGateway {
     pub signals: AtomicU32,
     pub memory_limit: AtomicU32,
+    /// Images that hosts were to have, in order.
+    pub prepared: Mutex<Vec<String>>,
 }
 
 pub struct Answer {
@@ -286,6 +289,19 @@ async fn tend(catalog: &Catalog, volume: &Volume, seen: Option<&Arc<VolumeStatus
 
 #[async_trait]
 impl HostGateway for FakeGateway {
+    async fn prepare(&self, _: &MachineId, image: &str) -> Result<(), GatewayError> {
+        if image.contains("absent") {
+            let text = format!("the image {image} cannot be had: manifest unknown");
+            return Err(GatewayError::Failed(text));
+        }
+        self.prepared.lock().push(image.to_owned());
+        Ok(())
+    }
+
+    async fn accepts(&self, _: &MachineId, port: u16) -> Result<bool, GatewayError> {
+        Ok(port == 3000)
+    }
+
     async fn exec(&self, _: &MachineId, request: ExecRequest) -> Result<ExecResult, GatewayError> {
         match request.command[0].as_str() {
             "absent" => Err(GatewayError::NotRunning("it is not running".into())),

@@ -28,9 +28,9 @@ pub use machine::{
     MachineStatus,
 };
 pub use machine_config::{
-    Autostop, Check, CheckKind, Concurrency, ConcurrencyKind, FileConfig, Guest, Handler,
-    HttpOptions, InitConfig, MachineConfig, Mount, Port, ResponseOptions, Restart, RestartPolicy,
-    Service, ServiceProtocol, StopConfig, TlsOptions,
+    Autostop, Check, CheckHeader, CheckKind, Concurrency, ConcurrencyKind, FileConfig, Guest,
+    Handler, HttpOptions, InitConfig, MachineConfig, Mount, Port, ResponseOptions, Restart,
+    RestartPolicy, Service, ServiceProtocol, StopConfig, TlsOptions,
 };
 pub use names::{
     AppName, Hostname, MachineId, NameError, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,

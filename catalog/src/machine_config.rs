@@ -1,7 +1,7 @@
 //! What a Machine should run: the `config` object of the Machines API.
 //!
 //! The same JSON is the wire format and the stored format, so that a config given to the API comes
-//! back as it was. Keys that Tern does not act on yet are refused by the API, not kept silently.
+//! back as it was. A key that is not here is passed over when it is read; the API tells its caller of each.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,6 @@ use crate::{GoDuration, VolumeId};
 
 /// The configuration of one Machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// The image reference, for example `registry.internal/hello:deployment-01…` or `…@sha256:…`.
     pub image: String,
@@ -52,7 +51,6 @@ pub struct MachineConfig {
 
 /// Overrides of the image's entrypoint and command; `exec` beats all.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct InitConfig {
     /// Replaces entrypoint and command.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -70,7 +68,6 @@ pub struct InitConfig {
 
 /// Size of the virtual machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Guest {
     /// `shared` or `performance`.
     #[serde(default = "Guest::default_kind")]
@@ -85,7 +82,6 @@ pub struct Guest {
 
 /// A port of the Machine that the edge serves.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Service {
     /// Transport.
     #[serde(default)]
@@ -139,7 +135,6 @@ pub enum Autostop {
 
 /// A public port.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Port {
     /// The port.
     pub port: u16,
@@ -169,7 +164,6 @@ pub enum Handler {
 
 /// TLS settings of a public port.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct TlsOptions {
     /// Protocols offered by ALPN, `h2` and `http/1.1` by default.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -181,7 +175,6 @@ pub struct TlsOptions {
 
 /// HTTP settings of a public port.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct HttpOptions {
     /// Speak HTTP/2 without TLS to the app.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -196,7 +189,6 @@ pub struct HttpOptions {
 
 /// Changes to responses.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ResponseOptions {
     /// Add no headers of ours.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -208,7 +200,6 @@ pub struct ResponseOptions {
 
 /// Load limits of a service.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Concurrency {
     /// What is counted.
     #[serde(default, rename = "type")]
@@ -234,7 +225,6 @@ pub enum ConcurrencyKind {
 
 /// A health check.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Check {
     /// What is checked.
     #[serde(rename = "type")]
@@ -257,6 +247,19 @@ pub struct Check {
     /// HTTP path, `/` when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
+    /// HTTP headers that are sent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub headers: Vec<CheckHeader>,
+}
+
+/// A header that a health check sends, once for each value.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckHeader {
+    /// Its name.
+    pub name: String,
+    /// Its values.
+    #[serde(default)]
+    pub values: Vec<String>,
 }
 
 /// What a health check looks at.
@@ -271,7 +274,6 @@ pub enum CheckKind {
 
 /// What to do when the app exits.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Restart {
     /// When to start it again.
     #[serde(default)]
@@ -297,7 +299,6 @@ pub enum RestartPolicy {
 
 /// How to stop the app.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct StopConfig {
     /// Signal name, `SIGINT` when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -309,7 +310,6 @@ pub struct StopConfig {
 
 /// A volume in the Machine's file system.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Mount {
     /// Which.
     pub volume: VolumeId,
@@ -328,7 +328,6 @@ pub struct Mount {
 
 /// A file written into the Machine before its app starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct FileConfig {
     /// Absolute path in the Machine.
     pub guest_path: String,
@@ -351,6 +350,25 @@ impl Guest {
     fn default_memory() -> u32 {
         256
     }
+
+    /// A size by its name: `shared-cpu-1x` to `8x`, with 256 MiB a processor, and `performance-1x` to `8x` with 2 GiB.
+    pub fn preset(name: &str) -> Option<Self> {
+        let (kind, count, per_cpu) = if let Some(rest) = name.strip_prefix("shared-cpu-") {
+            ("shared", rest, 256)
+        } else {
+            ("performance", name.strip_prefix("performance-")?, 2048)
+        };
+        let cpus: u8 = count
+            .strip_suffix('x')?
+            .parse()
+            .ok()
+            .filter(|n| matches!(n, 1 | 2 | 4 | 6 | 8))?;
+        Some(Self {
+            cpu_kind: kind.to_owned(),
+            cpus,
+            memory_mb: u32::from(cpus) * per_cpu,
+        })
+    }
 }
 
 impl Default for Guest {
@@ -360,6 +378,52 @@ impl Default for Guest {
             cpus: Self::default_cpus(),
             memory_mb: Self::default_memory(),
         }
+    }
+}
+
+impl Port {
+    /// What of this port the edge does not serve: the key within it, where it is not the port itself, and the text
+    /// for people. The one place that says so: what refuses or warns asks here.
+    pub fn unserved(&self) -> Vec<(&'static str, String)> {
+        let mut found = Vec::new();
+        let tls = self.handlers.contains(&Handler::Tls);
+        let http = self.handlers.contains(&Handler::Http);
+        match (self.port, tls, http) {
+            (80, false, true) | (443, true, true) => {}
+            (port, ..) => found.push((
+                "",
+                format!(
+                    "nothing listens on port {port} with these handlers; there is port 80 with [\"http\"] and port 443 \
+                     with [\"tls\", \"http\"], and the private network, which needs no public ports"
+                ),
+            )),
+        }
+        if let Some(options) = &self.tls_options {
+            let all = |given: &[String], offered: &[&str]| {
+                given.is_empty()
+                    || given.len() == offered.len()
+                        && offered.iter().all(|o| given.iter().any(|g| g == o))
+            };
+            if !all(&options.alpn, &["h2", "http/1.1"]) {
+                let text = "clients are always offered h2 and http/1.1";
+                found.push(("tls_options.alpn", text.to_owned()));
+            }
+            if !all(&options.versions, &["TLSv1.2", "TLSv1.3"]) {
+                let text = "clients are always offered TLSv1.2 and TLSv1.3";
+                found.push(("tls_options.versions", text.to_owned()));
+            }
+        }
+        found
+    }
+}
+
+impl Check {
+    /// The headers that are sent, one by one.
+    pub fn sent(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.headers.iter().flat_map(|header| {
+            let values = header.values.iter();
+            values.map(|value| (header.name.as_str(), value.as_str()))
+        })
     }
 }
 
@@ -419,6 +483,44 @@ mod tests {
     }
 
     #[test]
+    fn presets_are_those_of_the_documentation() {
+        let size = |s| Guest::preset(s).map(|g| (g.cpus, g.memory_mb));
+        assert_eq!(size("shared-cpu-2x"), Some((2, 512)));
+        assert_eq!(size("performance-4x"), Some((4, 8192)));
+        assert_eq!(size("shared-cpu-3x"), None);
+        assert_eq!(size("huge"), None);
+    }
+
+    #[test]
+    fn what_the_edge_does_not_serve_of_a_port_is_told() {
+        let keys = |json: &str| {
+            let port: Port = serde_json::from_str(json).unwrap();
+            let told = port.unserved();
+            told.into_iter().map(|(key, _)| key).collect::<Vec<_>>()
+        };
+        let https = r#""port":443,"handlers":["http","tls"]"#;
+        assert!(keys(r#"{"port":80,"handlers":["http"]}"#).is_empty());
+        assert!(keys(&format!("{{{https}}}")).is_empty());
+        for elsewhere in [
+            r#"{"port":4222,"handlers":["tls"]}"#,
+            r#"{"port":443,"handlers":["tls"]}"#,
+            r#"{"port":443,"handlers":["http"]}"#,
+            r#"{"port":80}"#,
+            r#"{"port":8443,"handlers":["tls","http"]}"#,
+        ] {
+            assert_eq!(keys(elsewhere), [""], "{elsewhere}");
+        }
+        let options = |more: &str| keys(&format!("{{{https},{more}}}"));
+        assert_eq!(
+            options(r#""tls_options":{"versions":["TLSv1.3"],"alpn":["http/1.1"]}"#),
+            ["tls_options.alpn", "tls_options.versions"]
+        );
+        let all = r#""tls_options":{"versions":["TLSv1.3","TLSv1.2"],"alpn":["h2","http/1.1"]}"#;
+        assert!(options(all).is_empty());
+        assert!(options(r#""http_options":{"h2_backend":true,"idle_timeout":10}"#).is_empty());
+    }
+
+    #[test]
     fn autostop_takes_both_spellings_and_answers_the_apis() {
         let read = |s: &str| serde_json::from_str::<Autostop>(s).unwrap();
         assert_eq!(read("\"stop\""), read("true"));
@@ -432,9 +534,19 @@ mod tests {
     }
 
     #[test]
-    fn unknown_keys_are_named() {
-        let error =
-            serde_json::from_str::<MachineConfig>(r#"{"image":"x","imgae":1}"#).unwrap_err();
-        assert!(error.to_string().contains("imgae"), "{error}");
+    fn a_config_that_a_newer_server_has_written_can_be_read() {
+        let read = serde_json::from_str::<MachineConfig>(r#"{"image":"x","guest":{"gpus":1}}"#);
+        assert_eq!(read.unwrap().guest, Guest::default());
+    }
+
+    #[test]
+    fn a_checks_headers_are_sent_once_for_each_value() {
+        let json = r#"{"type":"http","headers":[{"name":"A","values":["1","2"]},{"name":"B"}]}"#;
+        let check: Check = serde_json::from_str(json).unwrap();
+        assert_eq!(check.sent().collect::<Vec<_>>(), [("A", "1"), ("A", "2")]);
+        assert_eq!(
+            serde_json::to_value(&check).unwrap()["headers"][0]["values"][1],
+            "2"
+        );
     }
 }

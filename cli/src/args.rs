@@ -224,7 +224,7 @@ pub struct AppArg {
 }
 
 /// `tern deploy`.
-#[derive(Debug, Clone, ClapArgs)]
+#[derive(Debug, Clone, Default, ClapArgs)]
 pub struct Deploy {
     /// Directory with the Dockerfile and fly.toml
     #[arg(default_value = ".")]
@@ -257,9 +257,9 @@ pub struct Launch {
     /// The organization that will own the app
     #[arg(short, long, default_value = "personal")]
     pub org: OrgSlug,
-    /// Port the app listens on, for a new fly.toml
-    #[arg(long, default_value_t = 8080)]
-    pub internal_port: u16,
+    /// Port the app listens on, for a new fly.toml. Default: the one that the image exposes, else 8080
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    pub internal_port: Option<u16>,
     /// Write fly.toml and make the app, but do not deploy
     #[arg(long)]
     pub no_deploy: bool,

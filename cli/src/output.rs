@@ -63,6 +63,19 @@ pub fn confirm(question: &str) -> bool {
     std::io::stdin().read_line(&mut answer).is_ok() && matches!(answer.trim(), "y" | "Y" | "yes")
 }
 
+/// Asks for a number; `default` where nobody can answer, or answers with none.
+pub fn ask(question: &str, default: u16) -> u16 {
+    if !std::io::stdin().is_terminal() {
+        return default;
+    }
+    eprint!("{question} [{default}] ");
+    let mut answer = String::new();
+    match std::io::stdin().read_line(&mut answer) {
+        Ok(_) => answer.trim().parse().unwrap_or(default),
+        Err(_) => default,
+    }
+}
+
 /// How long ago, for people.
 pub fn ago(then: jiff::Timestamp, now: jiff::Timestamp) -> String {
     let seconds = now.duration_since(then).as_secs();

@@ -43,6 +43,7 @@ impl Target {
             .clone()
             .or(saved.api_url)
             .unwrap_or_else(|| DEFAULT_URL.to_owned());
+        check_url(&url)?;
         let token = match global.token.clone().or(saved.token).or_else(admin_token) {
             Some(token) => token,
             None => bail!(
@@ -106,7 +107,55 @@ pub fn write_secret(path: &Path, content: &[u8]) -> std::io::Result<()> {
     std::fs::rename(&temporary, path)
 }
 
+/// What would otherwise fail at the first call, with words that name neither the setting nor its form.
+fn check_url(url: &str) -> Result<()> {
+    let parsed: Option<http::Uri> = url.parse().ok();
+    let good = parsed.as_ref().is_some_and(|uri| {
+        matches!(uri.scheme_str(), Some("http" | "https"))
+            && uri.host().is_some_and(|host| !host.is_empty())
+    });
+    if good {
+        return Ok(());
+    }
+    let form = if url.contains("://") {
+        DEFAULT_URL.to_owned()
+    } else {
+        format!("http://{url}")
+    };
+    bail!(
+        "\"{url}\" is not where an API can be (TERN_API_URL, --api-url, or what `tern auth login` saved); write it \
+         with its scheme, as in {form}"
+    )
+}
+
 fn admin_token() -> Option<String> {
     let data = std::env::var_os("TERN_DATA_DIR").unwrap_or_else(|| DEFAULT_DATA_DIR.into());
     std::fs::read_to_string(Path::new(&data).join(ADMIN_TOKEN_FILE)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_without_its_scheme_is_told_with_the_variable_and_the_form() {
+        for good in [DEFAULT_URL, "https://tern.example", "http://[::1]:4280/"] {
+            assert!(check_url(good).is_ok(), "{good}");
+        }
+        let error = check_url("127.0.0.1:14280").unwrap_err().to_string();
+        assert!(
+            error.contains("TERN_API_URL") && error.contains("http://127.0.0.1:14280"),
+            "{error}"
+        );
+        for bad in [
+            "",
+            "localhost",
+            "ftp://x",
+            "http://",
+            "tern.example/api",
+            "http:// x",
+        ] {
+            assert!(check_url(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -215,6 +215,21 @@ impl AgentHandle {
         self.command(id, source, Order::Stop(request)).await
     }
 
+    /// Has the image on this host when it returns, so that a start finds it. It is spared by collections for
+    /// some minutes, whoever uses it.
+    pub async fn prepare(&self, image: &str) -> Result<(), CommandError> {
+        let had = self.shared.host.image(image, None).await;
+        had.map(drop).map_err(|e| CommandError::Failed(e.reason))
+    }
+
+    /// Whether a started Machine takes connections on this TCP port, as a health check would find.
+    pub async fn accepts(&self, id: &MachineId, port: u16) -> Result<bool, CommandError> {
+        let vm = self.started(id).await?;
+        let machine = self.shared.host.machine(id);
+        let machine = machine.ok_or_else(|| CommandError::Unknown(id.clone()))?;
+        Ok(crate::checks::accepts(&machine, vm.ipv4(), port).await)
+    }
+
     /// Sends the app of a started Machine a signal.
     pub async fn signal(&self, id: &MachineId, signo: i32) -> Result<(), CommandError> {
         let vm = self.started(id).await?;

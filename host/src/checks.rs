@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body_util::Empty;
 use hyper::Request;
+use hyper::header::{HeaderName, HeaderValue};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use tern_catalog::{Check, CheckKind, CheckState, CheckStatus, Machine};
@@ -46,15 +47,22 @@ struct Outcome {
 struct Plan {
     name: String,
     kind: CheckKind,
-    source: IpAddr,
-    target: SocketAddr,
-    /// For an app that listens on IPv4 alone.
-    target_v4: SocketAddr,
+    place: Place,
     interval: Duration,
     timeout: Duration,
     grace: Duration,
     method: String,
     path: String,
+    headers: Vec<(String, String)>,
+}
+
+/// A port of a Machine, as its host reaches it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Place {
+    source: IpAddr,
+    target: SocketAddr,
+    /// For an app that listens on IPv4 alone.
+    target_v4: SocketAddr,
 }
 
 impl Checks {
@@ -179,14 +187,16 @@ fn plan(
     Some(Plan {
         name,
         kind: check.kind,
-        source: IpAddr::V6(machine.host.address()),
-        target: SocketAddr::new(IpAddr::V6(machine.private_ip), port),
-        target_v4: SocketAddr::new(IpAddr::V4(ipv4), port),
+        place: Place::new(machine, ipv4, port),
         interval: time(check.interval, INTERVAL).max(SHORTEST),
         timeout: time(check.timeout, TIMEOUT).clamp(SHORTEST, LONGEST),
         grace: time(check.grace_period, GRACE),
         method: check.method.clone().unwrap_or_else(|| "GET".to_owned()),
         path: check.path.clone().unwrap_or_else(|| "/".to_owned()),
+        headers: check
+            .sent()
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect(),
     })
 }
 
@@ -231,41 +241,76 @@ async fn check_for_ever(
     }
 }
 
-/// Speaks to Machines from the address that they know the host by, where it has that yet.
-async fn connect(plan: &Plan) -> std::io::Result<TcpStream> {
-    let socket = TcpSocket::new_v6()?;
-    match socket.bind(SocketAddr::new(plan.source, 0)) {
-        Err(error) if error.kind() != std::io::ErrorKind::AddrNotAvailable => return Err(error),
-        _ => {}
-    }
-    match socket.connect(plan.target).await {
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-            // Both refuse: the first one's error is told.
-            TcpStream::connect(plan.target_v4).await.or(Err(error))
+/// Whether a Machine takes connections on a port: one look, as a check of this port would take it.
+pub(crate) async fn accepts(machine: &Machine, ipv4: Ipv4Addr, port: u16) -> bool {
+    let place = Place::new(machine, ipv4, port);
+    let looked = tokio::time::timeout(TIMEOUT, place.connect()).await;
+    matches!(looked, Ok(Ok(_)))
+}
+
+impl Place {
+    fn new(machine: &Machine, ipv4: Ipv4Addr, port: u16) -> Self {
+        Self {
+            source: IpAddr::V6(machine.host.address()),
+            target: SocketAddr::new(IpAddr::V6(machine.private_ip), port),
+            target_v4: SocketAddr::new(IpAddr::V4(ipv4), port),
         }
-        other => other,
+    }
+
+    /// Speaks to Machines from the address that they know the host by, where it has that yet.
+    async fn connect(&self) -> std::io::Result<TcpStream> {
+        let socket = TcpSocket::new_v6()?;
+        match socket.bind(SocketAddr::new(self.source, 0)) {
+            Err(error) if error.kind() != std::io::ErrorKind::AddrNotAvailable => {
+                return Err(error);
+            }
+            _ => {}
+        }
+        match socket.connect(self.target).await {
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                // Both refuse: the first one's error is told.
+                TcpStream::connect(self.target_v4).await.or(Err(error))
+            }
+            other => other,
+        }
     }
 }
 
+/// The config's headers go before ours, all but the one that keeps connections from piling up.
+fn request(plan: &Plan) -> hyper::http::Result<Request<Empty<Bytes>>> {
+    let request = Request::builder()
+        .method(plan.method.as_str())
+        .uri(&plan.path);
+    let mut request = request.body(Empty::new())?;
+    let headers = request.headers_mut();
+    for (name, value) in &plan.headers {
+        let name: HeaderName = name.parse()?;
+        headers.append(name, value.parse()?);
+    }
+    let host = plan.place.target.to_string();
+    for (name, value) in [("host", host.as_str()), ("user-agent", "tern-health-check")] {
+        if !headers.contains_key(name) {
+            headers.insert(HeaderName::from_static(name), value.parse()?);
+        }
+    }
+    headers.insert("connection", HeaderValue::from_static("close"));
+    Ok(request)
+}
+
 async fn look(plan: &Plan) -> Result<String, String> {
-    let stream = connect(plan)
+    let stream = plan
+        .place
+        .connect()
         .await
-        .map_err(|e| format!("port {}: {e}", plan.target.port()))?;
+        .map_err(|e| format!("port {}: {e}", plan.place.target.port()))?;
     if plan.kind == CheckKind::Tcp {
         return Ok("connected".to_owned());
     }
-    let told = |e: &dyn std::fmt::Display| format!("port {}: {e}", plan.target.port());
+    let told = |e: &dyn std::fmt::Display| format!("port {}: {e}", plan.place.target.port());
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .map_err(|e| told(&e))?;
-    let request = Request::builder()
-        .method(plan.method.as_str())
-        .uri(&plan.path)
-        .header("host", plan.target.to_string())
-        .header("user-agent", "tern-health-check")
-        .header("connection", "close")
-        .body(Empty::<Bytes>::new())
-        .map_err(|e| told(&e))?;
+    let request = request(plan).map_err(|e| told(&e))?;
     // The connection is driven by this same task. Its end is no news: the request then fails, or
     // has been answered.
     let driver = async {
@@ -352,6 +397,36 @@ mod tests {
         assert_eq!(output, "503 Service Unavailable");
     }
 
+    #[test]
+    fn a_check_sends_the_headers_of_its_config() {
+        let headers = r#"[{"name":"X-Forwarded-Proto","values":["https"]},{"name":"Host","values":["shop.example"]},
+            {"name":"Connection","values":["keep-alive"]}]"#;
+        let machine = checked(&format!(
+            r#"{{"type":"http","port":80,"headers":{headers}}}"#
+        ));
+        let request = request(&plans(&machine, Ipv4Addr::LOCALHOST)[0]).unwrap();
+        let sent = |name| request.headers().get_all(name).iter().collect::<Vec<_>>();
+        assert_eq!(sent("x-forwarded-proto"), ["https"]);
+        assert_eq!(sent("host"), ["shop.example"]);
+        assert_eq!(sent("connection"), ["close"]);
+        assert_eq!(sent("user-agent"), ["tern-health-check"]);
+    }
+
+    #[tokio::test]
+    async fn a_port_that_takes_connections_is_told_from_one_that_does_not() {
+        let app = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let port = app.local_addr().unwrap().port();
+        let machine = checked(r#"{"type":"tcp"}"#);
+        assert!(accepts(&machine, Ipv4Addr::LOCALHOST, port).await);
+        // Bound, so that nobody else gets it, and not listened at.
+        let silent = TcpSocket::new_v6().unwrap();
+        silent
+            .bind(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), 0))
+            .unwrap();
+        let port = silent.local_addr().unwrap().port();
+        assert!(!accepts(&machine, Ipv4Addr::LOCALHOST, port).await);
+    }
+
     #[tokio::test]
     async fn an_app_that_listens_on_ipv4_alone_passes() {
         let app = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
@@ -411,7 +486,7 @@ mod tests {
                 "services":[{"internal_port":8080,"checks":[{"type":"http","path":"/up"}]}]}"#,
         );
         let plans = plans(&machine, Ipv4Addr::LOCALHOST);
-        assert_eq!(plans[0].target.port(), 8080);
+        assert_eq!(plans[0].place.target.port(), 8080);
         assert_eq!(plans[1].name, "servicecheck-00-http-8080");
         assert_eq!(plans[1].path, "/up");
     }

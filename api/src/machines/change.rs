@@ -48,6 +48,25 @@ pub struct Update {
     lease_ttl: i64,
 }
 
+impl Update {
+    fn may_change(&self, machine: &Machine) -> Result<(), ApiError> {
+        let of_another = |v: &String| *v != machine.instance_id;
+        if self.current_version.as_ref().is_some_and(of_another) {
+            return Err(ApiError::precondition(format!(
+                "machine {} has version {}, not the one you changed",
+                machine.id, machine.instance_id
+            )));
+        }
+        if matches!(machine.desired.state, DesiredState::Destroyed { .. }) {
+            return Err(ApiError::precondition(format!(
+                "machine {} is being destroyed",
+                machine.id
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// `POST …/machines`.
 pub async fn create(
     State(shared): State<Shared>,
@@ -57,15 +76,20 @@ pub async fn create(
 ) -> Result<Json<Value>, ApiError> {
     let snapshot = shared.view.snapshot();
     let network = caller.app(&snapshot, &app)?.network;
-    let config = accept(&shared, &caller, create.config)?;
+    let (config, mut warnings) = accept(&shared, &caller, create.config)?;
     // A volume's data is on one host, and where it is not said otherwise its region is meant.
     let (host, region) = match attach::host(&snapshot, &config)? {
         Some(place) => place,
         None => {
-            let region = create
-                .region
-                .unwrap_or_else(|| shared.config.region.clone());
-            (place::choose(&snapshot, &region)?.id, region)
+            let region = create.region.as_ref().unwrap_or(&shared.config.region);
+            let host = place::choose(&snapshot, region)?;
+            if host.region != *region {
+                warnings.push(format!(
+                    "no host is in region \"{region}\"; the only region there is, \"{}\", was taken",
+                    host.region
+                ));
+            }
+            (host.id, host.region.clone())
         }
     };
     let number = number::next_in_network(&**shared.catalog.store(), network).await?;
@@ -105,6 +129,7 @@ pub async fn create(
     };
     attach::add(&shared, &machine, &mut transaction).await?;
     let mut answer = shape::machine(&machine, None);
+    warn(&mut answer, warnings);
     if create.lease_ttl > 0 {
         let lease = MachineLease::new(&machine.id, create.lease_ttl);
         transaction.ops.push(Op::put(&lease));
@@ -121,33 +146,24 @@ pub async fn update(
     caller: Caller,
     Path(at): Path<At>,
     mut headers: HeaderMap,
-    Json(update): Json<Update>,
+    Json(mut update): Json<Update>,
 ) -> Result<Json<Value>, ApiError> {
-    let config = accept(&shared, &caller, update.config)?;
+    let wanted = std::mem::take(&mut update.config);
+    let (config, warnings) = accept(&shared, &caller, wanted)?;
+    update.may_change(find(&shared.view.snapshot(), &caller, &at)?)?;
+    must_hold(&shared, &at, &headers).await?;
+    // Before anything is changed: what runs goes on until its successor's image is beside it, and an image that
+    // cannot be had changes nothing.
+    let prepared = shared.gateway.prepare(&at.id, &config.image).await;
+    prepared.map_err(|e| ApiError::invalid(format!("{e}. Machine {} is left as it was", at.id)))?;
     // Taken before the change, so that a caller who does not get it has changed nothing.
     let lease = if update.lease_ttl > 0 {
-        find(&shared.view.snapshot(), &caller, &at)?;
         Some(lease::take(&shared, &at, &mut headers, update.lease_ttl, String::new()).await?)
     } else {
         None
     };
     let machine = edit(&shared, &caller, &at, &headers, |machine| {
-        if update
-            .current_version
-            .as_ref()
-            .is_some_and(|v| *v != machine.instance_id)
-        {
-            return Err(ApiError::precondition(format!(
-                "machine {} has version {}, not the one you changed",
-                machine.id, machine.instance_id
-            )));
-        }
-        if matches!(machine.desired.state, DesiredState::Destroyed { .. }) {
-            return Err(ApiError::precondition(format!(
-                "machine {} is being destroyed",
-                machine.id
-            )));
-        }
+        update.may_change(machine)?;
         machine.config = config.clone();
         machine.version += 1;
         machine.instance_id = new_instance(Timestamp::now());
@@ -161,10 +177,18 @@ pub async fn update(
     let snapshot = shared.view.snapshot();
     let status = snapshot.machine_status.get(&at.id).map(|s| &**s);
     let mut answer = shape::machine(&machine, status);
+    warn(&mut answer, warnings);
     if let Some(lease) = lease {
         answer["nonce"] = lease.nonce.into();
     }
     Ok(Json(answer))
+}
+
+/// What was asked for in vain, told beside what was done.
+fn warn(answer: &mut Value, warnings: Vec<String>) {
+    if !warnings.is_empty() {
+        answer["warnings"] = warnings.into();
+    }
 }
 
 /// Changes a Machine's record, where the caller may and holds its lease, if there is one.

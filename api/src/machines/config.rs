@@ -7,6 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use tern_catalog::{AppName, MachineConfig};
 
+use super::wire;
 use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::server::Shared;
@@ -23,14 +24,14 @@ const MAX_METADATA_VALUE: usize = 4 << 10;
 /// Most keys of metadata.
 const MAX_METADATA: usize = 100;
 
-/// A configuration that can be run, its image pinned to a digest where it is in our registry.
+/// A configuration that can be run, its image pinned to a digest where it is in our registry, and what of it is
+/// not acted on.
 pub(super) fn accept(
     shared: &Shared,
     caller: &Caller,
     config: Value,
-) -> Result<MachineConfig, ApiError> {
-    let mut config: MachineConfig =
-        serde_json::from_value(config).map_err(|e| ApiError::invalid(format!("config: {e}")))?;
+) -> Result<(MachineConfig, Vec<String>), ApiError> {
+    let (mut config, warnings) = wire::read(config)?;
     let guest = &config.guest;
     if !(1..=8).contains(&guest.cpus) {
         return Err(ApiError::invalid(format!(
@@ -56,6 +57,27 @@ pub(super) fn accept(
         }
     }
     check_metadata(&config.metadata)?;
+    for (n, service) in config.services.iter().enumerate() {
+        if service.internal_port == 0 {
+            return Err(ApiError::invalid(format!(
+                "config.services[{n}].internal_port is 0; write the port that the app listens on"
+            )));
+        }
+    }
+    for check in config
+        .checks
+        .values()
+        .chain(config.services.iter().flat_map(|s| &s.checks))
+    {
+        for (name, value) in check.sent() {
+            let named = http::HeaderName::from_bytes(name.as_bytes());
+            if named.is_err() || http::HeaderValue::from_str(value).is_err() {
+                return Err(ApiError::invalid(format!(
+                    "config: a check cannot send the header {name:?}: {value:?}"
+                )));
+            }
+        }
+    }
     if config.mounts.len() > 1 {
         return Err(ApiError::invalid(
             "config.mounts: a machine has one volume at most",
@@ -89,7 +111,7 @@ pub(super) fn accept(
         let app: AppName = app.parse()?;
         caller.app(&shared.view.snapshot(), &app).map(drop)
     })?;
-    Ok(config)
+    Ok((config, warnings))
 }
 
 /// An error unless a Machine may have this metadata.

@@ -14,7 +14,7 @@ use crate::extract::{Json, Path, Query};
 use crate::server::Shared;
 
 /// Where the holder shows that it holds.
-const NONCE: &str = "fly-machine-lease-nonce";
+pub const NONCE: &str = "fly-machine-lease-nonce";
 const DEFAULT_TTL_S: i64 = 30;
 const MAX_TTL_S: i64 = 3600;
 

@@ -10,7 +10,7 @@ use super::config::check_metadata;
 use super::{At, change, find};
 use crate::auth::Caller;
 use crate::error::ApiError;
-use crate::extract::{Json, Path};
+use crate::extract::{Json, JsonWithNulls, Path};
 use crate::server::Shared;
 
 type Metadata = BTreeMap<String, String>;
@@ -58,7 +58,7 @@ pub async fn merge(
     caller: Caller,
     Path(at): Path<At>,
     headers: HeaderMap,
-    Json(changes): Json<BTreeMap<String, Option<String>>>,
+    JsonWithNulls(changes): JsonWithNulls<BTreeMap<String, Option<String>>>,
 ) -> Result<StatusCode, ApiError> {
     edit(&shared, &caller, &at, &headers, |metadata| {
         for (key, value) in &changes {

@@ -9,6 +9,10 @@ pub(crate) mod place;
 mod run;
 pub(crate) mod shape;
 mod wait;
+mod wire;
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
@@ -19,8 +23,8 @@ use serde_json::{Value, json};
 use tern_catalog::{AppName, DesiredState, Machine, MachineId, Snapshot};
 
 pub use change::{create, update};
-pub use lease::{get_lease, release_lease, take_lease};
-pub use run::{boot_trace, exec, limit_memory, memory, signal};
+pub use lease::{NONCE, get_lease, release_lease, take_lease};
+pub use run::{boot_trace, exec, limit_memory, memory, port, signal};
 pub use wait::{MOST, wait};
 
 use crate::auth::Caller;
@@ -201,6 +205,17 @@ pub async fn suspend(
     Path(at): Path<At>,
     headers: HeaderMap,
 ) -> Result<Json<Value>, ApiError> {
+    let snapshot = shared.view.snapshot();
+    let machine = find(&snapshot, &caller, &at)?;
+    let status = snapshot.machine_status.get(&at.id);
+    let state = shape::state(machine, status.map(|s| &**s));
+    // Otherwise it would be so for ever, and who waits for the sleep would as well.
+    if !shape::is_running(state) && state != tern_catalog::MachineState::Suspended {
+        return Err(ApiError::precondition(format!(
+            "machine {} is {state}; only a started machine can be suspended",
+            at.id
+        )));
+    }
     desire(&shared, &caller, &at, &headers, DesiredState::Suspended).await?;
     Ok(ok())
 }
@@ -312,7 +327,9 @@ fn find<'a>(snapshot: &'a Snapshot, caller: &Caller, at: &At) -> Result<&'a Mach
 }
 
 /// A body that may be left out.
-fn optional<T: serde::de::DeserializeOwned + Default>(body: &[u8]) -> Result<T, ApiError> {
+pub(crate) fn optional<T: serde::de::DeserializeOwned + Default>(
+    body: &[u8],
+) -> Result<T, ApiError> {
     if body.iter().all(u8::is_ascii_whitespace) {
         return Ok(T::default());
     }

@@ -121,6 +121,30 @@ pub async fn limit_memory(
     Ok(Json(shared.gateway.memory(&at.id).await?))
 }
 
+/// Which port of which Machine.
+#[derive(Debug, Deserialize)]
+pub struct AtPort {
+    #[serde(flatten)]
+    at: At,
+    port: String,
+}
+
+/// `GET …/ports/{port}`: whether the running Machine takes connections there. What `tern deploy` asks of services
+/// without checks.
+pub async fn port(
+    State(shared): State<Shared>,
+    caller: Caller,
+    Path(AtPort { at, port }): Path<AtPort>,
+) -> Result<Json<Value>, ApiError> {
+    find(&shared.view.snapshot(), &caller, &at)?;
+    let number = port.parse().ok().filter(|n| *n > 0);
+    let number = number.ok_or_else(|| {
+        ApiError::bad_request(format!("{port:?} is no TCP port; 1 to 65535 are possible"))
+    })?;
+    let open = shared.gateway.accepts(&at.id, number).await?;
+    Ok(Json(json!({"port": number, "open": open})))
+}
+
 /// `POST …/signal`.
 pub async fn signal(
     State(shared): State<Shared>,

@@ -11,7 +11,8 @@ pub fn machine(machine: &Machine, status: Option<&MachineStatus>) -> Value {
         "state": state(machine, status),
         "region": machine.region,
         "instance_id": machine.instance_id,
-        "version": machine.version,
+        // Clients in Go declare a string; it is what `wait` takes for it.
+        "version": machine.instance_id,
         "private_ip": machine.private_ip,
         "created_at": machine.created_at,
         "updated_at": status.map_or(machine.updated_at, |s| s.updated_at.max(machine.updated_at)),

@@ -207,10 +207,15 @@ impl Registry {
                 Ok(image.to_owned())
             };
         };
-        let (name, reference) = match rest.split_once('@') {
-            Some((name, digest)) => (name.split(':').next().unwrap_or(name), digest),
-            None => rest.rsplit_once(':').unwrap_or((rest, "latest")),
+        let (name, digest) = match rest.split_once('@') {
+            Some((name, digest)) => (name, Some(digest)),
+            None => (rest, None),
         };
+        let (name, tag) = match name.split_once(':') {
+            Some((name, tag)) => (name, Some(tag)),
+            None => (name, None),
+        };
+        let reference = digest.or(tag).unwrap_or("latest");
         may(name)?;
         let app: AppName = name.parse()?;
         let found = self.find_manifest(&app, reference).map_err(|e| {
@@ -222,7 +227,14 @@ impl Registry {
                 "image {image} is not in the registry; push it first, as `tern deploy` does"
             ))
         })?;
-        Ok(format!("{REGISTRY_NAME}/{app}@{digest}"))
+        // The tag stays, for people and for clients that look at what they have asked for; the digest is what runs.
+        match tag {
+            None => Ok(format!("{REGISTRY_NAME}/{app}@{digest}")),
+            Some(tag) if is_tag(tag) => Ok(format!("{REGISTRY_NAME}/{app}:{tag}@{digest}")),
+            Some(tag) => Err(ApiError::invalid(format!(
+                "image {image}: {tag:?} is no tag"
+            ))),
+        }
     }
 
     fn of(&self, app: &AppName) -> PathBuf {

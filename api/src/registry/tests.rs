@@ -81,8 +81,23 @@ async fn what_is_pushed_can_be_pulled() {
     let machine = world.post("/v1/apps/shop/machines", body).await.json();
     assert_eq!(
         machine["config"]["image"],
-        format!("registry.internal/shop@{manifest}")
+        format!("registry.internal/shop:v1@{manifest}")
     );
+    assert_eq!(
+        (
+            &machine["image_ref"]["tag"],
+            &machine["image_ref"]["digest"]
+        ),
+        (&json!("v1"), &json!(manifest))
+    );
+    let wrong = format!("registry.internal/shop:a b@{manifest}");
+    let refused = world
+        .post(
+            "/v1/apps/shop/machines",
+            json!({"config": {"image": wrong}}),
+        )
+        .await;
+    assert_eq!(refused.status, StatusCode::UNPROCESSABLE_ENTITY);
 }
 
 #[tokio::test]

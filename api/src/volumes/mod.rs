@@ -109,7 +109,8 @@ pub async fn create(
             let region = create
                 .region
                 .unwrap_or_else(|| shared.config.region.clone());
-            (place::choose(&snapshot, &region)?.id, region)
+            let host = place::choose(&snapshot, &region)?;
+            (host.id, host.region.clone())
         }
     };
     let volume = Volume {

@@ -23,25 +23,38 @@ pub(super) enum Verdict {
     NotYet(String),
 }
 
-/// Documented keys that change nothing dangerous when they are left out.
+/// Documented keys that change nothing dangerous when they are left out, without indices; `*` stands for any name.
 const NOT_YET: &[&str] = &[
     "console_command",
-    "deploy.release_command",
-    "deploy.release_command_timeout",
-    "deploy.release_command_vm",
     "deploy.max_unavailable",
     "deploy.seed_command",
     "experimental",
     "host_dedication_id",
-    "http_service.checks.?.headers",
-    "http_service.checks.?.protocol",
-    "http_service.checks.?.tls_server_name",
-    "http_service.checks.?.tls_skip_verify",
+    "http_service.checks.protocol",
+    "http_service.checks.restart_limit",
+    "http_service.checks.tls_server_name",
+    "http_service.checks.tls_skip_verify",
     "http_service.http_options.compress",
     "http_service.http_options.headers_read_timeout",
     "http_service.http_options.replay_cache",
     "http_service.machine_checks",
     "http_service.tls_options.default_self_signed",
+    "services.http_checks.protocol",
+    "services.http_checks.restart_limit",
+    "services.http_checks.tls_server_name",
+    "services.http_checks.tls_skip_verify",
+    "services.machine_checks",
+    "services.script_checks",
+    "services.tcp_checks.restart_limit",
+    "services.ports.http_options.compress",
+    "services.ports.http_options.headers_read_timeout",
+    "services.ports.http_options.replay_cache",
+    "services.ports.tls_options.default_self_signed",
+    "checks.*.kind",
+    "checks.*.protocol",
+    "checks.*.restart_limit",
+    "checks.*.tls_server_name",
+    "checks.*.tls_skip_verify",
     "metrics",
     "machine_config",
     "mounts.auto_extend_size_increment",
@@ -49,17 +62,12 @@ const NOT_YET: &[&str] = &[
     "mounts.auto_extend_size_threshold",
     "mounts.scheduled_snapshots",
     "mounts.snapshot_retention",
-    "mounts.?.auto_extend_size_increment",
-    "mounts.?.auto_extend_size_limit",
-    "mounts.?.auto_extend_size_threshold",
-    "mounts.?.scheduled_snapshots",
-    "mounts.?.snapshot_retention",
     "swap_size_mb",
-    "vm.?.gpu_kind",
-    "vm.?.gpus",
-    "vm.?.host_dedication_id",
-    "vm.?.kernel_args",
-    "vm.?.persist_rootfs",
+    "vm.gpu_kind",
+    "vm.gpus",
+    "vm.host_dedication_id",
+    "vm.kernel_args",
+    "vm.persist_rootfs",
     "build.builder",
     "build.buildpacks",
     "build.builtin",
@@ -68,7 +76,23 @@ const NOT_YET: &[&str] = &[
     "build.compression",
     "build.compression_level",
     "statics",
-    "checks",
+];
+
+/// Keys that files have and no schema does, with what was meant by them.
+const MEANT: &[(&str, &str)] = &[
+    (
+        "max_machines_running",
+        "is not acted on: no more Machines run than the app has; see `tern machine list`, and take one away with \
+         `tern machine destroy`",
+    ),
+    (
+        "min_machines",
+        "is not acted on; min_machines_running keeps so many from being stopped",
+    ),
+    (
+        "build.command",
+        "is not acted on: what builds the app stands in its Dockerfile",
+    ),
 ];
 
 /// Keys that the schema takes, to guess what was meant.
@@ -147,30 +171,29 @@ pub(super) fn written(path: &str) -> String {
 
 /// What to say of an unknown key at this path (`http_service.checks.0.hedaers`).
 pub(super) fn judge(path: &str) -> Verdict {
-    // Array indices do not matter to the lists above.
-    let shape: Vec<&str> = path
-        .split('.')
-        .map(|p| {
-            if p.bytes().all(|b| b.is_ascii_digit()) {
-                "?"
-            } else {
-                p
-            }
-        })
-        .collect();
+    // Indices do not matter to the lists above: what stands in an array of tables may stand in one table too.
+    let is_index = |step: &str| step.bytes().all(|b| b.is_ascii_digit());
+    let mut shape: Vec<&str> = path.split('.').filter(|step| !is_index(step)).collect();
+    match shape.first_mut() {
+        Some(first) if *first == "mount" => *first = "mounts",
+        Some(first) if *first == "compute" || *first == "computes" => *first = "vm",
+        _ => {}
+    }
     let within = |known: &str| {
         let known: Vec<&str> = known.split('.').collect();
-        shape.len() >= known.len() && shape[..known.len()] == known[..]
+        let fits = |(known, is): (&&str, &&str)| *known == "*" || known == is;
+        shape.len() >= known.len() && known.iter().zip(&shape).all(fits)
     };
+    let meant = MEANT
+        .iter()
+        .find(|(key, _)| path == *key || path.ends_with(&format!(".{key}")));
+    if let Some((_, text)) = meant {
+        return Verdict::NotYet(format!("`{path}` {text}"));
+    }
     if NOT_YET.iter().any(|known| within(known)) {
         return Verdict::NotYet(format!("`{path}` is not acted on yet"));
     }
-    let key = shape
-        .iter()
-        .rev()
-        .find(|p| **p != "?")
-        .copied()
-        .unwrap_or(path);
+    let key = shape.last().copied().unwrap_or(path);
     let guess = TAKEN
         .iter()
         .map(|k| (distance(key, k), k))
@@ -180,6 +203,36 @@ pub(super) fn judge(path: &str) -> Verdict {
         .map(|(_, k)| format!("; did you mean `{k}`?"))
         .unwrap_or_default();
     Verdict::Unknown(format!("there is no key `{path}`{hint}"))
+}
+
+/// Whether the value at this path asks for nothing: an empty array or table, `false`, or no text.
+pub(super) fn asks_nothing(table: &DeTable<'_>, path: &str) -> bool {
+    match value_at(table, path) {
+        Some(DeValue::Table(table)) => table.is_empty(),
+        Some(DeValue::Array(items)) => items.is_empty(),
+        Some(DeValue::Boolean(switch)) => !switch,
+        Some(DeValue::String(text)) => text.is_empty(),
+        _ => false,
+    }
+}
+
+/// Whether there is a table at this path with nothing in it.
+pub(super) fn is_empty_table(table: &DeTable<'_>, path: &str) -> bool {
+    matches!(value_at(table, path), Some(DeValue::Table(table)) if table.is_empty())
+}
+
+fn value_at<'a, 'i>(table: &'a DeTable<'i>, path: &str) -> Option<&'a DeValue<'i>> {
+    let mut parts = path.split('.');
+    let mut value = table.get(parts.next()?)?.get_ref();
+    for part in parts {
+        value = match value {
+            DeValue::Table(inner) => inner.get(part)?,
+            DeValue::Array(items) => items.get(part.parse::<usize>().ok()?)?,
+            _ => return None,
+        }
+        .get_ref();
+    }
+    Some(value)
 }
 
 /// The line on which the key at this path stands; that of its nearest parent where it has none.

@@ -7,15 +7,57 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use tern_catalog::{
     Check, CheckKind, FileConfig, GoDuration, Guest, Handler, HttpOptions, InitConfig,
-    MachineConfig, Port, Restart, Service, ServiceProtocol, StopConfig, TlsOptions,
+    MachineConfig, Port, Restart, RestartPolicy, Service, ServiceProtocol, StopConfig, TlsOptions,
 };
 
 use super::{
-    AppConfig, CheckConfig, HttpOptionsConfig, HttpService, ServiceConfig, TlsOptionsConfig, Vm,
+    AppConfig, CheckConfig, HttpOptionsConfig, HttpService, PortConfig, ServiceConfig,
+    TlsOptionsConfig, Vm,
 };
 
 /// The metadata key that names a Machine's process group.
 pub const GROUP_KEY: &str = "fly_process_group";
+
+/// The process group of the Machine that runs a release command.
+pub const RELEASE_GROUP: &str = "fly_app_release_command";
+
+/// The configuration of the Machine that runs the release command, if there is one: the app's image, environment and
+/// files, and nothing that serves or stays.
+pub fn release_config(
+    config: &AppConfig,
+    image: &str,
+    base: &Path,
+) -> Result<Option<MachineConfig>> {
+    let Some(command) = &config.deploy.release_command else {
+        return Ok(None);
+    };
+    let groups = config.groups();
+    let group = groups.iter().find(|g| *g == super::DEFAULT_GROUP);
+    let group = group
+        .or(groups.first())
+        .map_or(super::DEFAULT_GROUP, String::as_str);
+    let mut machine = machine_config(config, group, image, base)?;
+    machine.init.cmd = Some(command.clone());
+    machine.init.exec = None;
+    if let Some(vm) = &config.deploy.release_command_vm {
+        machine.guest = guest(vm)?;
+    }
+    for (key, value) in [
+        ("RELEASE_COMMAND", "1"),
+        ("FLY_PROCESS_GROUP", RELEASE_GROUP),
+    ] {
+        machine.env.insert(key.to_owned(), value.to_owned());
+    }
+    let name = RELEASE_GROUP.to_owned();
+    machine.metadata.insert(GROUP_KEY.to_owned(), name);
+    machine.services.clear();
+    machine.checks.clear();
+    machine.restart = Restart {
+        policy: RestartPolicy::No,
+        max_retries: None,
+    };
+    Ok(Some(machine))
+}
 
 /// The configuration of a Machine in `group`, running `image`. Files are read beside `base`.
 pub fn machine_config(
@@ -40,14 +82,22 @@ pub fn machine_config(
         .iter()
         .filter(|s| for_group(&s.processes))
         .map(service);
-    let vm = config.vm.iter().find(|v| for_group(&v.processes));
-    let restart = config.restart.iter().find(|r| for_group(&r.processes));
+    let vm = most_specific(&config.vm, group, |v| &v.processes);
+    let restart = most_specific(&config.restart, group, |r| &r.processes);
+    let checks = config.checks.iter();
+    let checks = checks.filter(|(_, check)| for_group(&check.processes));
     let files = config.files.iter().filter(|f| for_group(&f.processes));
     Ok(MachineConfig {
         image: image.to_owned(),
         env,
         init: InitConfig {
-            cmd: command(config, group)?,
+            // A process group's command goes before that for all.
+            cmd: match command(config, group)? {
+                Some(cmd) => Some(cmd),
+                None => config.experimental.cmd.clone(),
+            },
+            entrypoint: config.experimental.entrypoint.clone(),
+            exec: config.experimental.exec.clone(),
             ..InitConfig::default()
         },
         guest: vm.map(guest).transpose()?.unwrap_or_default(),
@@ -57,7 +107,15 @@ pub fn machine_config(
         ]
         .into(),
         services: http.chain(others).collect(),
-        checks: Default::default(),
+        checks: checks
+            .map(|(name, given)| {
+                let check = Check {
+                    port: given.port,
+                    ..check(&given.how(), given.kind)
+                };
+                (name.clone(), check)
+            })
+            .collect(),
         restart: restart
             .map(|r| Restart {
                 policy: r.policy,
@@ -66,7 +124,10 @@ pub fn machine_config(
             .unwrap_or_default(),
         stop_config: StopConfig {
             signal: config.kill_signal.clone(),
-            timeout: config.kill_timeout.map(GoDuration),
+            timeout: config
+                .kill_timeout
+                .or(config.experimental.kill_timeout)
+                .map(GoDuration),
         },
         files: files
             .map(|file| {
@@ -94,6 +155,16 @@ pub fn machine_config(
     })
 }
 
+/// What is written for this group, else what is written for all, in whatever order.
+fn most_specific<'a, T>(
+    all: &'a [T],
+    group: &str,
+    processes: impl Fn(&T) -> &[String],
+) -> Option<&'a T> {
+    let own = all.iter().find(|t| processes(t).iter().any(|g| g == group));
+    own.or_else(|| all.iter().find(|t| processes(t).is_empty()))
+}
+
 fn command(config: &AppConfig, group: &str) -> Result<Option<Vec<String>>> {
     let Some(command) = config.processes.get(group).filter(|c| !c.trim().is_empty()) else {
         return Ok(None);
@@ -107,7 +178,7 @@ fn command(config: &AppConfig, group: &str) -> Result<Option<Vec<String>>> {
 fn guest(vm: &Vm) -> Result<Guest> {
     let mut guest = match &vm.size {
         None => Guest::default(),
-        Some(size) => preset(size).with_context(|| {
+        Some(size) => Guest::preset(size).with_context(|| {
             format!("there is no size \"{size}\"; write shared-cpu-1x … 8x or performance-1x … 8x")
         })?,
     };
@@ -123,25 +194,7 @@ fn guest(vm: &Vm) -> Result<Guest> {
     Ok(guest)
 }
 
-fn preset(size: &str) -> Option<Guest> {
-    let (kind, count, per_cpu) = if let Some(rest) = size.strip_prefix("shared-cpu-") {
-        ("shared", rest, 256)
-    } else {
-        ("performance", size.strip_prefix("performance-")?, 2048)
-    };
-    let cpus: u8 = count
-        .strip_suffix('x')?
-        .parse()
-        .ok()
-        .filter(|n| matches!(n, 1 | 2 | 4 | 6 | 8))?;
-    Some(Guest {
-        cpu_kind: kind.to_owned(),
-        cpus,
-        memory_mb: u32::from(cpus) * per_cpu,
-    })
-}
-
-fn http_service(http: &HttpService) -> Service {
+pub(super) fn http_service(http: &HttpService) -> Service {
     let tls = http.tls_options.as_ref().map(tls_options);
     let options = http.http_options.as_ref().map(http_options);
     let port = |port, handlers, force_https, tls_options| Port {
@@ -173,22 +226,25 @@ fn http_service(http: &HttpService) -> Service {
 fn service(given: &ServiceConfig) -> Service {
     let tcp = given.tcp_checks.iter().map(|c| check(c, CheckKind::Tcp));
     let http = given.http_checks.iter().map(|c| check(c, CheckKind::Http));
-    let ports = given.ports.iter().map(|p| Port {
-        port: p.port,
-        handlers: p.handlers.clone(),
-        force_https: p.force_https,
-        tls_options: p.tls_options.as_ref().map(tls_options),
-        http_options: p.http_options.as_ref().map(http_options),
-    });
     Service {
         protocol: given.protocol,
         internal_port: given.internal_port,
         autostop: given.auto_stop_machines,
         autostart: given.auto_start_machines,
         min_machines_running: given.min_machines_running,
-        ports: ports.collect(),
+        ports: given.ports.iter().map(port).collect(),
         checks: tcp.chain(http).collect(),
         concurrency: given.concurrency.clone(),
+    }
+}
+
+pub(super) fn port(given: &PortConfig) -> Port {
+    Port {
+        port: given.port,
+        handlers: given.handlers.clone(),
+        force_https: given.force_https,
+        tls_options: given.tls_options.as_ref().map(tls_options),
+        http_options: given.http_options.as_ref().map(http_options),
     }
 }
 
@@ -201,6 +257,7 @@ fn check(given: &CheckConfig, kind: CheckKind) -> Check {
         grace_period: given.grace_period.map(GoDuration),
         method: given.method.clone(),
         path: given.path.clone(),
+        headers: given.headers.clone(),
     }
 }
 
@@ -239,14 +296,5 @@ mod tests {
         );
         assert!(split("a 'b").unwrap_err().to_string().contains("web"));
         assert_eq!(split(" ").unwrap(), None);
-    }
-
-    #[test]
-    fn presets_are_those_of_the_documentation() {
-        let size = |s| preset(s).map(|g| (g.cpus, g.memory_mb));
-        assert_eq!(size("shared-cpu-2x"), Some((2, 512)));
-        assert_eq!(size("performance-4x"), Some((4, 8192)));
-        assert_eq!(size("shared-cpu-3x"), None);
-        assert_eq!(size("huge"), None);
     }
 }

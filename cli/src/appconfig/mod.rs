@@ -3,6 +3,7 @@
 //! [`AppConfig::parse`] accepts the documented schema and says exactly where a file departs from it:
 //! a key nobody knows is an error with its line; a key that Tern does not act on yet is a warning. [`machine`] turns the result into Machine configurations.
 
+mod forms;
 mod keys;
 pub mod machine;
 mod schema;
@@ -77,7 +78,7 @@ impl AppConfig {
         let table = toml::de::DeTable::parse(text).map_err(syntax)?;
         let mut unknown = Vec::new();
         let deserializer = toml::de::Deserializer::from(table.clone());
-        let config: Self = serde_ignored::deserialize(deserializer, |path| {
+        let mut config: Self = serde_ignored::deserialize(deserializer, |path| {
             unknown.push(keys::written(&path.to_string()))
         })
         .map_err(syntax)?;
@@ -87,11 +88,14 @@ impl AppConfig {
             let line = keys::line_of(text, table.get_ref(), &path);
             match keys::judge(&path) {
                 keys::Verdict::Unknown(text) => errors.push(Problem { line, text }),
+                keys::Verdict::NotYet(_) if keys::asks_nothing(table.get_ref(), &path) => {}
                 keys::Verdict::NotYet(text) => warnings.push(Problem { line, text }),
             }
         }
+        config.vm.append(&mut config.compute);
+        let is_empty = |i: usize| keys::is_empty_table(table.get_ref(), &format!("services.{i}"));
         for (i, service) in config.services.iter().enumerate() {
-            if !service.ports.is_empty() {
+            if !service.ports.is_empty() || is_empty(i) {
                 continue;
             }
             warnings.push(Problem {
@@ -101,12 +105,21 @@ impl AppConfig {
                     .into(),
             });
         }
+        if config.deploy.strategy == Some(Strategy::Bluegreen) {
+            warnings.push(Problem {
+                line: keys::line_of(text, table.get_ref(), "deploy.strategy"),
+                text: "bluegreen is done as rolling: each Machine is replaced in its place".into(),
+            });
+        }
         for (path, text_of) in config.check() {
             errors.push(Problem {
                 line: keys::line_of(text, table.get_ref(), &path),
                 text: text_of,
             });
         }
+        // Its lines are told: indices may shift. A service of which nothing is said is none.
+        let mut i = 0..;
+        config.services.retain(|_| !i.next().is_some_and(is_empty));
         if errors.is_empty() {
             Ok((config, warnings))
         } else {

@@ -1,12 +1,17 @@
 //! The keys of `fly.toml` that Tern acts on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use tern_catalog::{
-    Autostop, Concurrency, GoDuration, Handler, ResponseOptions, RestartPolicy, ServiceProtocol,
-    VolumeName,
+    Autostop, CheckHeader, CheckKind, Concurrency, Handler, ResponseOptions, RestartPolicy,
+    ServiceProtocol, VolumeName,
+};
+
+use super::forms::{
+    concurrency, gigabytes, headers, memory, millis, one_or_many, port, processes, seconds,
+    some_port, text_map, words,
 };
 
 /// A whole `fly.toml`.
@@ -31,7 +36,7 @@ pub struct AppConfig {
     #[serde(default, deserialize_with = "text_map")]
     pub env: BTreeMap<String, String>,
     /// Process groups: name and command.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "processes")]
     pub processes: BTreeMap<String, String>,
     /// The HTTP service on ports 80 and 443.
     pub http_service: Option<HttpService>,
@@ -39,13 +44,11 @@ pub struct AppConfig {
     #[serde(default)]
     pub services: Vec<ServiceConfig>,
     /// Size of Machines.
-    #[serde(
-        default,
-        alias = "compute",
-        alias = "computes",
-        deserialize_with = "one_or_many"
-    )]
+    #[serde(default, deserialize_with = "one_or_many")]
     pub vm: Vec<Vm>,
+    /// As `vm`, under its older name; `vm` has them all once the file is read.
+    #[serde(default, alias = "computes", deserialize_with = "one_or_many")]
+    pub(super) compute: Vec<Vm>,
     /// What to do when the app exits.
     #[serde(default, deserialize_with = "one_or_many")]
     pub restart: Vec<RestartConfig>,
@@ -55,6 +58,68 @@ pub struct AppConfig {
     /// Files to put into Machines.
     #[serde(default)]
     pub files: Vec<FileEntry>,
+    /// Health checks of Machines, whatever they serve.
+    #[serde(default)]
+    pub checks: BTreeMap<String, MachineCheck>,
+    /// What Fly.io tries out.
+    #[serde(default)]
+    pub experimental: Experimental,
+}
+
+/// `[experimental]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Experimental {
+    /// Replaces the image's command.
+    #[serde(default, deserialize_with = "words")]
+    pub cmd: Option<Vec<String>>,
+    /// Replaces the image's entrypoint.
+    #[serde(default, deserialize_with = "words")]
+    pub entrypoint: Option<Vec<String>>,
+    /// Replaces both.
+    #[serde(default, deserialize_with = "words")]
+    pub exec: Option<Vec<String>>,
+    /// `kill_timeout`, where it once stood.
+    #[serde(default, deserialize_with = "seconds")]
+    pub kill_timeout: Option<Duration>,
+}
+
+/// `[checks.NAME]`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct MachineCheck {
+    /// What is checked.
+    #[serde(rename = "type")]
+    pub kind: CheckKind,
+    /// The port; that of the first service when absent.
+    #[serde(default, deserialize_with = "some_port")]
+    pub port: Option<u16>,
+    /// Process groups it is for; all when empty.
+    #[serde(default)]
+    pub processes: Vec<String>,
+    // As in `CheckConfig`; flattened, a key that nobody knows would go by unseen.
+    #[serde(default, deserialize_with = "millis")]
+    interval: Option<Duration>,
+    #[serde(default, deserialize_with = "millis")]
+    timeout: Option<Duration>,
+    #[serde(default, deserialize_with = "millis")]
+    grace_period: Option<Duration>,
+    method: Option<String>,
+    path: Option<String>,
+    #[serde(default, deserialize_with = "headers")]
+    headers: Vec<CheckHeader>,
+}
+
+impl MachineCheck {
+    /// How it is checked.
+    pub fn how(&self) -> CheckConfig {
+        CheckConfig {
+            interval: self.interval,
+            timeout: self.timeout,
+            grace_period: self.grace_period,
+            method: self.method.clone(),
+            path: self.path.clone(),
+            headers: self.headers.clone(),
+        }
+    }
 }
 
 /// `[build]`.
@@ -82,6 +147,14 @@ pub struct Deploy {
     /// Longest wait for a Machine to become healthy.
     #[serde(default, deserialize_with = "seconds")]
     pub wait_timeout: Option<Duration>,
+    /// Runs in a Machine of its own before any is replaced; its failure ends the deploy.
+    #[serde(default, deserialize_with = "words")]
+    pub release_command: Option<Vec<String>>,
+    /// Longest that it may run.
+    #[serde(default, deserialize_with = "seconds")]
+    pub release_command_timeout: Option<Duration>,
+    /// Size of its Machine; that of the first process group when absent.
+    pub release_command_vm: Option<Vm>,
 }
 
 /// How Machines are replaced.
@@ -92,13 +165,17 @@ pub enum Strategy {
     Rolling,
     /// All at once, without waiting.
     Immediate,
+    /// One first, and then the others: what [`Self::Rolling`] does.
+    Canary,
+    /// All anew beside the old ones; done as [`Self::Rolling`], with a warning.
+    Bluegreen,
 }
 
 /// `[http_service]`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct HttpService {
     /// Port the app listens on.
-    #[serde(default = "default_port")]
+    #[serde(default = "default_port", deserialize_with = "port")]
     pub internal_port: u16,
     /// Redirect http to https.
     #[serde(default)]
@@ -116,7 +193,7 @@ pub struct HttpService {
     #[serde(default)]
     pub processes: Vec<String>,
     /// Load limits.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "concurrency")]
     pub concurrency: Concurrency,
     /// TLS settings.
     pub tls_options: Option<TlsOptionsConfig>,
@@ -157,7 +234,7 @@ pub struct ServiceConfig {
     #[serde(default)]
     pub protocol: ServiceProtocol,
     /// Port the app listens on.
-    #[serde(default = "default_port")]
+    #[serde(default = "default_port", deserialize_with = "port")]
     pub internal_port: u16,
     /// Process groups it is for; all when empty.
     #[serde(default)]
@@ -172,7 +249,7 @@ pub struct ServiceConfig {
     #[serde(default)]
     pub min_machines_running: u32,
     /// Load limits.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "concurrency")]
     pub concurrency: Concurrency,
     /// Public ports; without any it is for the private network.
     #[serde(default)]
@@ -188,8 +265,13 @@ pub struct ServiceConfig {
 /// `[[services.ports]]`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct PortConfig {
-    /// The public port.
+    /// The public port; 0 where there is a range instead, which is refused.
+    #[serde(default, deserialize_with = "port")]
     pub port: u16,
+    /// The first port of a range.
+    pub start_port: Option<u16>,
+    /// The last one.
+    pub end_port: Option<u16>,
     /// What the edge does with a connection.
     #[serde(default)]
     pub handlers: Vec<Handler>,
@@ -218,6 +300,9 @@ pub struct CheckConfig {
     pub method: Option<String>,
     /// HTTP path.
     pub path: Option<String>,
+    /// HTTP headers that are sent.
+    #[serde(default, deserialize_with = "headers")]
+    pub headers: Vec<CheckHeader>,
 }
 
 /// `[[vm]]`.
@@ -306,6 +391,26 @@ impl AppConfig {
         }
     }
 
+    /// What to say of services whose port is none of those that the image exposes.
+    pub fn unexposed(&self, exposed: &BTreeSet<u16>) -> Vec<String> {
+        if exposed.is_empty() {
+            return Vec::new();
+        }
+        let http = self.http_service.iter().map(|s| s.internal_port);
+        let ports: BTreeSet<u16> = http
+            .chain(self.services.iter().map(|s| s.internal_port))
+            .collect();
+        let all: Vec<String> = exposed.iter().map(u16::to_string).collect();
+        let missing = ports.difference(exposed);
+        let told = |port: &u16| {
+            format!(
+                "the image exposes {}, fly.toml says internal_port = {port}",
+                all.join(", ")
+            )
+        };
+        missing.map(told).collect()
+    }
+
     /// What is wrong beyond its shape: key path and text.
     pub(super) fn check(&self) -> Vec<(String, String)> {
         let mut wrong = Vec::new();
@@ -331,6 +436,9 @@ impl AppConfig {
         }
         for (i, mount) in self.mounts.iter().enumerate() {
             known(format!("mounts.{i}.processes"), &mount.processes);
+        }
+        for (name, check) in &self.checks {
+            known(format!("checks.{name}.processes"), &check.processes);
         }
         for (i, mount) in self.mounts.iter().enumerate() {
             let place = &mount.destination;
@@ -384,6 +492,57 @@ impl AppConfig {
                 );
             }
         }
+        wrong.extend(self.unserved_ports());
+        wrong
+    }
+
+    /// The ports that the edge does not serve as they are written, and those that two services want.
+    fn unserved_ports(&self) -> Vec<(String, String)> {
+        let mut wrong = Vec::new();
+        let mut taken: Vec<(u16, &[String])> = Vec::new();
+        if let Some(http) = &self.http_service {
+            for port in super::machine::http_service(http).ports {
+                taken.push((port.port, &http.processes));
+                // The ports are right: what is left is of the options.
+                wrong.extend(
+                    port.unserved()
+                        .into_iter()
+                        .map(|(key, text)| (format!("http_service.{key}"), text)),
+                );
+            }
+        }
+        for (i, service) in self.services.iter().enumerate() {
+            for (j, given) in service.ports.iter().enumerate() {
+                let path = format!("services.{i}.ports.{j}");
+                if given.port == 0 {
+                    let text = match (given.start_port, given.end_port) {
+                        (None, None) => "`port` is missing",
+                        _ => "ranges of ports are not served; there is port 80 and port 443",
+                    };
+                    wrong.push((path, text.to_owned()));
+                    continue;
+                }
+                let port = super::machine::port(given);
+                wrong.extend(port.unserved().into_iter().map(|(key, text)| match key {
+                    "" => (format!("{path}.port"), text),
+                    key => (format!("{path}.{key}"), text),
+                }));
+                let shared = |groups: &[String]| {
+                    let among = |g: &String| service.processes.contains(g);
+                    groups.is_empty() || service.processes.is_empty() || groups.iter().any(among)
+                };
+                if taken
+                    .iter()
+                    .any(|(n, groups)| *n == given.port && shared(groups))
+                {
+                    wrong.push((
+                        format!("{path}.port"),
+                        format!("port {} is another service's already", given.port),
+                    ));
+                }
+                taken.push((given.port, &service.processes));
+            }
+        }
         wrong
     }
 }
@@ -394,128 +553,4 @@ fn default_port() -> u16 {
 
 fn yes() -> bool {
     true
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum NumberOrText {
-    Number(u64),
-    Text(String),
-}
-
-fn duration<'de, D: Deserializer<'de>>(
-    deserializer: D,
-    bare: fn(u64) -> Duration,
-) -> Result<Option<Duration>, D::Error> {
-    Ok(Some(match NumberOrText::deserialize(deserializer)? {
-        NumberOrText::Number(n) => bare(n),
-        NumberOrText::Text(text) => {
-            GoDuration::parse(&text)
-                .map_err(serde::de::Error::custom)?
-                .0
-        }
-    }))
-}
-
-fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
-    duration(deserializer, Duration::from_secs)
-}
-
-fn millis<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
-    duration(deserializer, Duration::from_millis)
-}
-
-fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
-    let wrong = |text: &str| {
-        serde::de::Error::custom(format!(
-            "\"{text}\" is not a memory size; write \"512mb\", \"1gb\" or MiB"
-        ))
-    };
-    let mib = match NumberOrText::deserialize(deserializer)? {
-        NumberOrText::Number(n) => n,
-        NumberOrText::Text(text) => {
-            let lower = text.trim().to_ascii_lowercase();
-            let digits = lower
-                .find(|c: char| !c.is_ascii_digit())
-                .unwrap_or(lower.len());
-            let number: u64 = lower[..digits].parse().map_err(|_| wrong(&text))?;
-            match lower[digits..].trim() {
-                "" | "mb" | "mib" | "m" => number,
-                "gb" | "gib" | "g" => number.saturating_mul(1024),
-                _ => return Err(wrong(&text)),
-            }
-        }
-    };
-    u32::try_from(mib)
-        .map(Some)
-        .map_err(|_| wrong(&mib.to_string()))
-}
-
-fn gigabytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
-    let wrong = |text: &str| {
-        serde::de::Error::custom(format!(
-            "\"{text}\" is not a volume's size; write \"10gb\" or a number of GB"
-        ))
-    };
-    match NumberOrText::deserialize(deserializer)? {
-        NumberOrText::Number(n) => u32::try_from(n).map_err(|_| wrong(&n.to_string())),
-        NumberOrText::Text(text) => {
-            let lower = text.trim().to_ascii_lowercase();
-            let digits = lower
-                .strip_suffix("gib")
-                .or(lower.strip_suffix("gb"))
-                .or(lower.strip_suffix('g'))
-                .unwrap_or(&lower);
-            digits.trim().parse().map_err(|_| wrong(&text))
-        }
-    }
-    .map(Some)
-}
-
-fn text_map<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<BTreeMap<String, String>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Scalar {
-        Text(String),
-        Bool(bool),
-        Int(i64),
-        Float(f64),
-    }
-    let map = BTreeMap::<String, Scalar>::deserialize(deserializer)?;
-    let text = |scalar| match scalar {
-        Scalar::Text(s) => s,
-        Scalar::Bool(b) => b.to_string(),
-        Scalar::Int(i) => i.to_string(),
-        Scalar::Float(f) => f.to_string(),
-    };
-    Ok(map.into_iter().map(|(k, v)| (k, text(v))).collect())
-}
-
-/// `[x]` or `[[x]]`, told apart by what is there, so that errors keep their place in the file.
-fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
-    deserializer: D,
-) -> Result<Vec<T>, D::Error> {
-    struct Either<T>(std::marker::PhantomData<T>);
-    impl<'de, T: Deserialize<'de>> serde::de::Visitor<'de> for Either<T> {
-        type Value = Vec<T>;
-
-        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str("a table or an array of tables")
-        }
-
-        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
-            let mut all = Vec::new();
-            while let Some(one) = seq.next_element()? {
-                all.push(one);
-            }
-            Ok(all)
-        }
-
-        fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Vec<T>, A::Error> {
-            T::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(|one| vec![one])
-        }
-    }
-    deserializer.deserialize_any(Either(std::marker::PhantomData))
 }

@@ -167,6 +167,247 @@ fn a_service_without_ports_is_private_and_says_so() {
     assert!(warnings[0].text.contains("private network"), "{warnings:?}");
 }
 
+/// As flyctl wrote it in 2021.
+const LEGACY: &str = r#"
+app = "old"
+kill_signal = "SIGINT"
+kill_timeout = 5
+processes = []
+
+[[env]]
+A = "1"
+
+[experimental]
+allowed_public_ports = []
+auto_rollback = true
+
+[[services]]
+http_checks = []
+internal_port = "8080"
+processes = ["app"]
+protocol = "tcp"
+script_checks = []
+concurrency = "20,25"
+
+[[services.ports]]
+force_https = true
+handlers = ["http"]
+port = "80"
+
+[[services.ports]]
+handlers = ["tls", "http"]
+port = 443
+
+[[services.tcp_checks]]
+grace_period = "1s"
+interval = "15s"
+restart_limit = 6
+timeout = "2s"
+"#;
+
+#[test]
+fn a_file_of_2021_is_read() {
+    let (config, warnings) = AppConfig::parse(LEGACY).unwrap();
+    let texts: Vec<String> = warnings.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        texts,
+        [
+            "line 12: `experimental.auto_rollback` is not acted on yet",
+            "line 34: `services.0.tcp_checks.0.restart_limit` is not acted on yet"
+        ]
+    );
+    assert_eq!(
+        (config.groups().as_slice(), &*config.env["A"]),
+        (&["app".to_owned()][..], "1")
+    );
+    let service = &config.services[0];
+    assert_eq!((service.internal_port, service.ports[0].port), (8080, 80));
+    assert_eq!(service.concurrency.hard_limit, Some(25));
+    let named = "[[processes]]\nname = \"web\"\ncommand = \"serve\"\n";
+    let (config, _) = AppConfig::parse(named).unwrap();
+    assert_eq!(config.processes["web"], "serve");
+}
+
+#[test]
+fn quirks_of_older_files_are_read() {
+    let text = "[mount]\nsource = \"d\"\ndestination = \"/d\"\nsnapshot_retention = 9\n\
+                [[services]]\n\
+                [checks.alive]\ntype = \"tcp\"\ngrace_period = \"\"\n\
+                [checks.alive.headers]\na = 1\nb = true\n\
+                [[vm]]\nmemory = 512\n[[compute]]\nmemory = 1024\nprocesses = [\"app\"]\n\
+                [experimental]\nkill_timeout = 9\n";
+    let (config, warnings) = AppConfig::parse(text).unwrap();
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    let (_, one) = AppConfig::parse("[vm]\nkernel_args = [\"a\"]\n").unwrap();
+    assert_eq!(one.len(), 1, "{one:?}");
+    assert!(
+        warnings[0].text.contains("mount.snapshot_retention"),
+        "{warnings:?}"
+    );
+    let machine = machine::machine_config(&config, "app", "img", Path::new(".")).unwrap();
+    assert!(machine.services.is_empty());
+    let check = &machine.checks["alive"];
+    assert_eq!((check.port, check.grace_period), (None, None));
+    assert_eq!(
+        check.sent().collect::<Vec<_>>(),
+        [("a", "1"), ("b", "true")]
+    );
+    assert_eq!(machine.guest.memory_mb, 1024);
+    assert_eq!(
+        machine.stop_config.timeout.unwrap().0,
+        Duration::from_secs(9)
+    );
+}
+
+fn machine_of(text: &str, group: &str) -> tern_catalog::MachineConfig {
+    let (config, _) = AppConfig::parse(text).unwrap();
+    machine::machine_config(&config, group, "img", Path::new(".")).unwrap()
+}
+
+#[test]
+fn what_the_image_runs_can_be_replaced() {
+    let of = |text: &str| machine_of(text, "app").init;
+    let init = of("[experimental]\ncmd = [\"serve\", \"-v\"]\nentrypoint = \"sh -c\"\n");
+    assert_eq!(init.cmd.unwrap(), ["serve", "-v"]);
+    assert_eq!(init.entrypoint.unwrap(), ["sh", "-c"]);
+    assert_eq!(
+        of("[experimental]\nexec = \"a 'b c'\"\n").exec.unwrap(),
+        ["a", "b c"]
+    );
+    // What a process group runs goes before it.
+    let both = "[experimental]\ncmd = [\"a\"]\n[processes]\napp = \"b\"\n";
+    assert_eq!(of(both).cmd.unwrap(), ["b"]);
+    assert!(errors("[experimental]\ncmd = \"a 'b\"\n")[0].contains("not closed"));
+}
+
+#[test]
+fn a_checks_headers_are_sent() {
+    let text = "[[http_service.checks]]\npath = \"/up\"\n\
+                [http_service.checks.headers]\nX-Forwarded-Proto = \"https\"\nAccept = [\"a\", \"b\"]\n";
+    let machine = machine_of(text, "app");
+    let sent: Vec<_> = machine.services[0].checks[0].sent().collect();
+    assert_eq!(
+        sent,
+        [
+            ("Accept", "a"),
+            ("Accept", "b"),
+            ("X-Forwarded-Proto", "https")
+        ]
+    );
+    let old = "[[services]]\n[[services.http_checks]]\n\
+               [[services.http_checks.headers]]\nname = \"A\"\nvalue = \"1\"\n";
+    let machine = machine_of(old, "app");
+    assert_eq!(
+        machine.services[0].checks[0].sent().collect::<Vec<_>>(),
+        [("A", "1")]
+    );
+}
+
+#[test]
+fn checks_of_the_machine_are_for_their_groups() {
+    let text = "[processes]\nweb = \"w\"\nworker = \"x\"\n\
+                [checks.alive]\ntype = \"http\"\nport = 9000\npath = \"/up\"\nprocesses = [\"worker\"]\n";
+    assert!(machine_of(text, "web").checks.is_empty());
+    let check = &machine_of(text, "worker").checks["alive"];
+    assert_eq!(
+        (check.port, check.path.as_deref()),
+        (Some(9000), Some("/up"))
+    );
+    let typo = errors("[checks.a]\ntype = \"tcp\"\nport = 1\nintervall = 3\n");
+    assert!(typo[0].contains("did you mean `interval`"), "{typo:?}");
+}
+
+#[test]
+fn the_most_specific_size_wins_in_any_order() {
+    let vms = [
+        "[[vm]]\nmemory = \"200mb\"\n",
+        "[[vm]]\nmemory = \"300mb\"\nprocesses = [\"worker\"]\n",
+    ];
+    for order in [[0, 1], [1, 0]] {
+        let groups = "[processes]\nweb = \"w\"\nworker = \"x\"\n";
+        let text = format!("{groups}{}{}", vms[order[0]], vms[order[1]]);
+        assert_eq!(machine_of(&text, "worker").guest.memory_mb, 300);
+        assert_eq!(machine_of(&text, "web").guest.memory_mb, 200);
+    }
+}
+
+#[test]
+fn keys_that_no_schema_has_say_what_is_meant() {
+    let text = "[http_service]\nmin_machines_running = 1\nmax_machines_running = 3\n";
+    let (_, warnings) = AppConfig::parse(text).unwrap();
+    assert_eq!(warnings[0].line, Some(3));
+    assert!(
+        warnings[0]
+            .text
+            .contains("is not acted on: no more Machines run"),
+        "{warnings:?}"
+    );
+}
+
+#[test]
+fn what_the_edge_does_not_serve_is_refused_with_its_line() {
+    let port = |port: &str| {
+        let text = format!("[[services]]\ninternal_port = 8080\n[[services.ports]]\n{port}\n");
+        AppConfig::parse(&text).err().unwrap_or_default()
+    };
+    let one = |text: &str| {
+        let found = port(text);
+        assert_eq!(found.len(), 1, "{text}: {found:?}");
+        found[0].to_string()
+    };
+    assert!(port("port = 80\nhandlers = [\"http\"]").is_empty());
+    assert!(
+        one("port = 4222\nhandlers = [\"tls\"]")
+            .starts_with("line 4: nothing listens on port 4222")
+    );
+    assert!(one("port = 443\nhandlers = [\"tls\"]").contains("[\"tls\", \"http\"]"));
+    let https = "port = 443\nhandlers = [\"tls\", \"http\"]\n";
+    assert!(
+        one(&format!(
+            "{https}tls_options = {{ versions = [\"TLSv1.3\"] }}"
+        ))
+        .starts_with("line 6")
+    );
+    assert!(port(&format!("{https}http_options = {{ idle_timeout = 10 }}")).is_empty());
+    let http = errors("[http_service]\n[http_service.tls_options]\nalpn = [\"http/1.1\"]\n");
+    assert!(
+        http[0].starts_with("line 3:") && http[0].contains("h2"),
+        "{http:?}"
+    );
+    assert!(one("start_port = 100\nend_port = 200").starts_with("line 3: ranges of ports"));
+    assert!(one("handlers = [\"http\"]").contains("`port` is missing"));
+    let zero = errors("[http_service]\ninternal_port = 0\n");
+    assert!(
+        zero[0].starts_with("line 2") && zero[0].contains("no port"),
+        "{zero:?}"
+    );
+    let twice = errors(&format!(
+        "[http_service]\n[[services]]\n[[services.ports]]\n{https}"
+    ));
+    assert!(
+        twice[0].starts_with("line 4:") && twice[0].contains("already"),
+        "{twice:?}"
+    );
+    // Each group's Machines have their own.
+    let apart = format!(
+        "[processes]\na = \"a\"\nb = \"b\"\n[http_service]\nprocesses = [\"a\"]\n\
+         [[services]]\nprocesses = [\"b\"]\n[[services.ports]]\n{https}"
+    );
+    assert!(AppConfig::parse(&apart).is_ok());
+}
+
+#[test]
+fn a_port_that_the_image_does_not_expose_is_told() {
+    let (config, _) = AppConfig::parse("[http_service]\ninternal_port = 8080\n").unwrap();
+    let told = config.unexposed(&[3000].into());
+    assert_eq!(
+        told,
+        ["the image exposes 3000, fly.toml says internal_port = 8080"]
+    );
+    assert!(config.unexposed(&[3000, 8080].into()).is_empty());
+    assert!(config.unexposed(&[].into()).is_empty());
+}
+
 #[test]
 fn garbage_is_an_error_and_never_a_panic() {
     for garbage in [

@@ -1,5 +1,6 @@
 //! `tern launch`: from a directory with a Dockerfile to a running app.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
@@ -10,10 +11,15 @@ use serde_json::Value;
 use tern_catalog::AppName;
 
 use super::{app_named_by, apps, config_path, deploy, load};
-use crate::args::Launch;
+use crate::appconfig::Build;
+use crate::args::{Deploy, Launch};
 use crate::client::{Client, is_status};
+use crate::image::{self, Layout, of_dockerfile};
+use crate::output;
 
-pub async fn run(client: &Client, args: Launch) -> Result<ExitCode> {
+pub async fn run(client: &Client, mut args: Launch) -> Result<ExitCode> {
+    // Holds an image that is built here, until it is deployed.
+    let scratch = tempfile::tempdir().context("no temporary directory can be made")?;
     let path = args
         .deploy
         .config
@@ -36,11 +42,23 @@ pub async fn run(client: &Client, args: Launch) -> Result<ExitCode> {
                 args.deploy.directory.display()
             );
         }
-        std::fs::write(
-            &path,
-            template(&app, args.internal_port, args.deploy.image.as_deref()),
-        )
-        .with_context(|| format!("{} cannot be written", path.display()))?;
+        let port = match args.internal_port {
+            Some(port) => port,
+            None => {
+                let mut exposed = exposed(&args.deploy)?;
+                if exposed.is_empty() && args.deploy.image.is_none() && !args.no_deploy {
+                    // What it is made from may expose one; that shows once it is built.
+                    let directory = &args.deploy.directory;
+                    let (build, name) = (Build::default(), app.as_str());
+                    let built = image::build(directory, &build, name, scratch.path()).await?;
+                    exposed = built.exposed;
+                    args.deploy.image = Some(format!("oci:{}", scratch.path().display()));
+                }
+                port(&exposed)
+            }
+        };
+        std::fs::write(&path, template(&app, port, args.deploy.image.as_deref()))
+            .with_context(|| format!("{} cannot be written", path.display()))?;
         eprintln!("Wrote {}", path.display());
         app
     };
@@ -58,6 +76,69 @@ pub async fn run(client: &Client, args: Launch) -> Result<ExitCode> {
     }
     deploy::run(client, args.deploy).await
 }
+
+/// The ports that the image says its app listens on, before it is built: by its layout, or its Dockerfile.
+fn exposed(deploy: &Deploy) -> Result<BTreeSet<u16>> {
+    match &deploy.image {
+        Some(image) => match Layout::named(image)? {
+            Some(layout) => Ok(layout.exposed),
+            None => Ok(BTreeSet::new()),
+        },
+        None => {
+            let path = deploy.directory.join("Dockerfile");
+            let text = std::fs::read_to_string(&path)
+                .with_context(|| format!("{} cannot be read", path.display()))?;
+            Ok(of_dockerfile(&text, None))
+        }
+    }
+}
+
+/// The port to write, of those: the only one, or the one that somebody chooses.
+fn port(exposed: &BTreeSet<u16>) -> u16 {
+    let (port, why) = match guess(exposed) {
+        Guess::Only(port) => (port, "the port that the image exposes".to_owned()),
+        Guess::None(port) => (port, "the image names no port".to_owned()),
+        Guess::OneOf(port) => {
+            let all: Vec<String> = exposed.iter().map(u16::to_string).collect();
+            let all = all.join(", ");
+            let asked = output::ask(
+                &format!("The image exposes {all}. Which one serves HTTP?"),
+                port,
+            );
+            (asked, format!("the image exposes {all}"))
+        }
+    };
+    eprintln!(
+        "The app is taken to listen on {port} ({why}); internal_port in fly.toml, or --internal-port, says otherwise."
+    );
+    port
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Guess {
+    /// There is one.
+    Only(u16),
+    /// There is none.
+    None(u16),
+    /// There are others, less likely.
+    OneOf(u16),
+}
+
+fn guess(exposed: &BTreeSet<u16>) -> Guess {
+    let mut ports = exposed.iter();
+    match (ports.next(), ports.next()) {
+        (None, _) => Guess::None(DEFAULT_PORT),
+        (Some(only), None) => Guess::Only(*only),
+        (Some(first), Some(_)) => {
+            let usual = [DEFAULT_PORT, 80, 3000, 8000, 5000];
+            let usual = usual.into_iter().find(|port| exposed.contains(port));
+            Guess::OneOf(usual.unwrap_or(*first))
+        }
+    }
+}
+
+/// As fly.toml's own default.
+const DEFAULT_PORT: u16 = 8080;
 
 /// An app name made of the directory's.
 fn name_from(directory: &Path) -> Result<AppName> {
@@ -96,6 +177,27 @@ fn template(app: &AppName, port: u16, image: Option<&str>) -> String {
 mod tests {
     use super::*;
     use crate::appconfig::AppConfig;
+
+    #[test]
+    fn the_port_is_the_images() {
+        let of = |ports: &[u16]| guess(&ports.iter().copied().collect());
+        assert_eq!(of(&[]), Guess::None(8080));
+        assert_eq!(of(&[3000]), Guess::Only(3000));
+        assert_eq!(of(&[3000, 9229]), Guess::OneOf(3000));
+        assert_eq!(of(&[80, 443, 8080]), Guess::OneOf(8080));
+        assert_eq!(of(&[1883, 9001]), Guess::OneOf(1883));
+    }
+
+    #[test]
+    fn a_dockerfile_tells_the_port_before_anything_is_built() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("Dockerfile"), "FROM node\nEXPOSE 3000\n").unwrap();
+        let deploy = Deploy {
+            directory: dir.path().to_owned(),
+            ..Deploy::default()
+        };
+        assert_eq!(exposed(&deploy).unwrap(), [3000].into());
+    }
 
     #[test]
     fn the_file_it_writes_is_right() {

@@ -35,8 +35,8 @@ pub async fn run(client: &Client, args: Machine) -> Result<ExitCode> {
         Machine::Status { machine, json } => show(client, &machine, json).await?,
         Machine::BootTrace { machine, json } => boot_trace(client, &machine, json).await?,
         Machine::Start(arg) => act(client, &arg, "start", "started").await?,
-        Machine::Stop(arg) => act(client, &arg, "stop", "stopped").await?,
-        Machine::Suspend(arg) => act(client, &arg, "suspend", "suspended").await?,
+        Machine::Stop(arg) => rest(client, &arg, "stop", "stopped").await?,
+        Machine::Suspend(arg) => rest(client, &arg, "suspend", "suspended").await?,
         Machine::Restart(arg) => act(client, &arg, "restart", "started").await?,
         Machine::Destroy { machine, force } => {
             let path = path_of(client, &machine).await?;
@@ -59,6 +59,44 @@ async fn act(client: &Client, arg: &MachineArg, verb: &str, state: &str) -> Resu
     wait(client, &path, state, &before.instance_id, PATIENCE).await?;
     println!("Machine {} is {state}.", arg.id);
     Ok(())
+}
+
+/// Has a Machine stop or suspend, and says what came of it: a request may have woken it at once.
+async fn rest(client: &Client, arg: &MachineArg, verb: &str, state: &str) -> Result<()> {
+    let path = path_of(client, arg).await?;
+    let before: WireMachine = client.get(&path).await?;
+    let _: Value = client.post(&format!("{path}/{verb}"), &json!({})).await?;
+    wait(client, &path, "settled", &before.instance_id, PATIENCE).await?;
+    let now: WireMachine = client.get(&path).await?;
+    println!("{}", rested(&now, &before.newest_event(), verb, state)?);
+    Ok(())
+}
+
+/// What came of a stop or a suspend, by what has happened since the event `since`.
+fn rested(machine: &WireMachine, since: &str, verb: &str, state: &str) -> Result<String> {
+    let news = machine.events.iter().filter(|e| e.id.as_str() > since);
+    let done = news
+        .filter(|e| e.kind == verb)
+        .max_by(|a, b| a.id.cmp(&b.id));
+    let id = &machine.id;
+    if let Some(error) = done.and_then(|event| event.request["error"].as_str()) {
+        bail!("Machine {id} is {} still: {error}", machine.state);
+    }
+    match done {
+        _ if machine.state == state => Ok(format!("Machine {id} is {state}.")),
+        Some(_) => Ok(format!(
+            "Machine {id} was {state}, and is {} again: somebody called it.",
+            machine.state
+        )),
+        None => {
+            let reason = machine.last_reason();
+            let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
+            bail!(
+                "Machine {id} is {}, and was not {state}{reason}",
+                machine.state
+            )
+        }
+    }
 }
 
 /// Waits until a Machine is in a state. A Machine that fails ends the wait at once, with its reason.
@@ -278,6 +316,73 @@ async fn find_app(client: &Client, id: &MachineId) -> Result<AppName> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_came_of_a_suspend_is_told() {
+        let of = |state: &str, events: &[(&str, &str, Value)]| {
+            let events: Vec<Value> = events
+                .iter()
+                .map(|(id, kind, request)| {
+                    json!({"id": id, "type": kind, "status": "started", "timestamp": 0, "request": request})
+                })
+                .collect();
+            let machine =
+                json!({"id": "1", "state": state, "config": {"image": "x"}, "events": events});
+            let machine: WireMachine = serde_json::from_value(machine).unwrap();
+            rested(&machine, "2", "suspend", "suspended").map_err(|e| e.to_string())
+        };
+        let slept = ("3", "suspend", json!({"took_ms": 9}));
+        let woken = ("4", "start", json!({"cold": false}));
+        assert_eq!(
+            of("suspended", std::slice::from_ref(&slept)).unwrap(),
+            "Machine 1 is suspended."
+        );
+        assert_eq!(of("suspended", &[]).unwrap(), "Machine 1 is suspended.");
+        let told = of("started", &[slept, woken]).unwrap();
+        assert!(
+            told.contains("was suspended, and is started again"),
+            "{told}"
+        );
+        let refused = of("started", &[("3", "suspend", json!({"error": "no space"}))]).unwrap_err();
+        assert!(refused.contains("no space"), "{refused}");
+        // A sleep of before is none of this one's.
+        let early = of("stopped", &[("2", "suspend", json!(null))]).unwrap_err();
+        assert!(early.contains("is stopped"), "{early}");
+    }
+
+    #[tokio::test]
+    async fn a_suspend_ends_whether_or_not_the_machine_stays_so() {
+        let world = crate::commands::testing::World::new().await;
+        for (app, image) in [("quiet", "example.com/good"), ("busy", "example.com/woken")] {
+            world.app(app, "").await;
+            let path = format!("/v1/apps/{app}/machines");
+            let body = json!({"config": {"image": image}});
+            let made: WireMachine = world.client.post(&path, &body).await.unwrap();
+            let path = format!("{path}/{}", made.id);
+            let instance = &made.instance_id;
+            wait(&world.client, &path, "started", instance, PATIENCE)
+                .await
+                .unwrap();
+            let arg = MachineArg {
+                id: made.id.parse().unwrap(),
+                app: Some(app.parse().unwrap()),
+            };
+            rest(&world.client, &arg, "suspend", "suspended")
+                .await
+                .unwrap();
+            let _: Value = world
+                .client
+                .post(&format!("{path}/stop"), &json!({}))
+                .await
+                .unwrap();
+            wait(&world.client, &path, "stopped", instance, PATIENCE)
+                .await
+                .unwrap();
+            let refused = rest(&world.client, &arg, "suspend", "suspended").await;
+            let refused = refused.unwrap_err().to_string();
+            assert!(refused.contains("stopped"), "{refused}");
+        }
+    }
 
     #[test]
     fn a_command_ends_as_in_a_shell() {

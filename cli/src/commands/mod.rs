@@ -9,6 +9,8 @@ mod logs;
 mod machine;
 mod orgs;
 mod status;
+#[cfg(test)]
+mod testing;
 mod volumes;
 mod wire;
 mod wireguard;
@@ -30,11 +32,13 @@ pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        tokio::select! {
+        let outcome = tokio::select! {
             outcome = dispatch(command, global) => outcome,
             // Exit as a shell expects of a program that was interrupted; children end by kill_on_drop.
             _ = tokio::signal::ctrl_c() => Ok(ExitCode::from(130)),
-        }
+        };
+        deploy::released().await;
+        outcome
     })
 }
 
@@ -46,7 +50,7 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
     }
     let client = Client::new(Target::find(global)?)?;
     match command {
-        Command::Launch(args) => launch::run(&client, args).await,
+        Command::Launch(args) => Box::pin(launch::run(&client, args)).await,
         Command::Deploy(args) => deploy::run(&client, args).await,
         Command::Status(args) => status::run(&client, &args).await,
         Command::Logs(args) => logs::run(&client, &args).await,
@@ -104,8 +108,9 @@ fn config_path(given: &Path) -> PathBuf {
 fn validate(arg: &AppArg) -> Result<ExitCode> {
     let path = config_path(&arg.config);
     let loaded = load(&path)?;
+    let base = path.parent().unwrap_or(Path::new("."));
+    crate::appconfig::machine::release_config(&loaded.config, "image", base)?;
     for group in loaded.config.groups() {
-        let base = path.parent().unwrap_or(Path::new("."));
         crate::appconfig::machine::machine_config(&loaded.config, &group, "image", base)?;
     }
     println!("{} is right", path.display());

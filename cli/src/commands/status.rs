@@ -15,7 +15,8 @@ pub async fn run(client: &Client, args: &AppArg) -> Result<ExitCode> {
     let name = app_of(args)?;
     let app: Value = client.get(&format!("/v1/apps/{name}")).await?;
     let machines: Vec<Machine> = client.get(&format!("/v1/apps/{name}/machines")).await?;
-    let hostnames = certs::hostnames(client, &name).await?;
+    let certificates = certs::list(client, &name).await?;
+    let hostnames = certs::hostnames(&certificates);
     if args.json {
         output::json(&json!({"app": app, "machines": machines, "hostnames": hostnames}))?;
         return Ok(ExitCode::SUCCESS);
@@ -28,6 +29,9 @@ pub async fn run(client: &Client, args: &AppArg) -> Result<ExitCode> {
     println!("Status    {}", app["status"].as_str().unwrap_or("-"));
     for hostname in hostnames {
         println!("URL       https://{hostname}/");
+    }
+    for trouble in certs::troubles(&certificates) {
+        println!("Trouble   {trouble}");
     }
     println!();
     table(&machines);

@@ -14,8 +14,9 @@ pub struct Machine {
     pub region: String,
     #[serde(default)]
     pub instance_id: String,
+    /// As the server writes it: text, and a number from older ones.
     #[serde(default)]
-    pub version: Option<u64>,
+    pub version: serde_json::Value,
     #[serde(default)]
     pub private_ip: String,
     pub config: MachineConfig,
@@ -27,11 +28,17 @@ pub struct Machine {
     pub created_at: Option<jiff::Timestamp>,
     #[serde(default)]
     pub updated_at: Option<jiff::Timestamp>,
+    /// What of a configuration that was just given is not acted on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// An event of a Machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Event {
+    /// Ordered by time.
+    #[serde(default)]
+    pub id: String,
     #[serde(rename = "type")]
     pub kind: String,
     pub status: String,
@@ -69,6 +76,12 @@ impl Machine {
             .metadata
             .get(crate::appconfig::machine::GROUP_KEY);
         group.map_or(crate::appconfig::DEFAULT_GROUP, String::as_str)
+    }
+
+    /// The id of its newest event: what happens after it has a greater one.
+    pub fn newest_event(&self) -> String {
+        let ids = self.events.iter().map(|event| event.id.as_str());
+        ids.max().unwrap_or_default().to_owned()
     }
 
     /// Why it is in the state it is in, as its newest event with a reason tells.

@@ -4,10 +4,12 @@
 //! uploads what the registry lacks. The token never appears on a command line.
 
 mod build;
+mod expose;
 mod layout;
 mod push;
 
 pub use build::build;
+pub use expose::of_dockerfile;
 pub use layout::Layout;
 pub use push::push;
 

@@ -63,6 +63,15 @@ impl MachineControl for HostAdapter {
 
 #[async_trait]
 impl HostGateway for HostAdapter {
+    async fn prepare(&self, _: &MachineId, image: &str) -> Result<(), GatewayError> {
+        // Every Machine is on this host as yet.
+        self.agent.prepare(image).await.map_err(gateway_error)
+    }
+
+    async fn accepts(&self, id: &MachineId, port: u16) -> Result<bool, GatewayError> {
+        self.agent.accepts(id, port).await.map_err(gateway_error)
+    }
+
     async fn exec(&self, id: &MachineId, request: ExecRequest) -> Result<ExecResult, GatewayError> {
         let seconds = request.timeout.as_secs();
         match tokio::time::timeout(request.timeout, self.run(id, request)).await {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
-use tern_e2e::World;
+use tern_e2e::{App, World};
 
 #[test]
 fn a_cold_start_ends_in_an_https_reply() -> Result<()> {
@@ -210,6 +210,33 @@ fn exec_and_logs_reach_the_app() -> Result<()> {
         "--version",
     ])?;
     assert!(version.contains("hello"), "{version}");
+    a_deploy_that_goes_wrong_leaves_what_was(&world, &app)
+}
+
+/// Each says why, and the Machine serves what it served.
+fn a_deploy_that_goes_wrong_leaves_what_was(world: &World, app: &App<'_>) -> Result<()> {
+    let dir = world.dir().join("apps/hello");
+    let (file, image) = (dir.join("fly.toml"), world.image("hello")?);
+    let good = std::fs::read_to_string(&file)?;
+    let starts = app.events("update")?.len();
+    // One that cannot be had stops nothing; one whose app ends is gone back from; a release command goes first.
+    let exits = "[experimental]\nexec = [\"/hello\", \"--version\"]\n";
+    let release = "[deploy]\nrelease_command = \"/hello probe 127.0.0.1:1\"\n";
+    for (image, more, said, updates) in [
+        ("127.0.0.1:1/absent:1", "", "cannot be had", 0),
+        (&image, release, "the release command failed", 0),
+        (&image, exits, "the app exited with code 0", 2),
+    ] {
+        std::fs::write(&file, format!("{good}\n{more}"))?;
+        let args = ["deploy", dir.to_str().unwrap(), "--image", image];
+        let output = world.server.tern_output(&args)?;
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(told.contains(said), "{told}");
+        assert_eq!(app.events("update")?.len() - starts, updates, "{told}");
+        assert_eq!(app.state()?, "started", "{told}");
+        app.body("/healthz")?;
+    }
     Ok(())
 }
 

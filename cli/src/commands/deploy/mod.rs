@@ -1,6 +1,19 @@
 //! `tern deploy`: image, Machines, health, in this order; back to what was when it goes wrong.
+//!
+//! | module | what it knows |
+//! |---|---|
+//! | `lock` | one deploy of an app at a time |
+//! | `region` | where new Machines are made |
+//! | `release` | the release command |
+//! | `health`, `sockets` | whether a Machine has come up, and where its app listens instead |
 
-use std::path::{Path, PathBuf};
+mod health;
+mod lock;
+mod region;
+mod release;
+mod sockets;
+
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -10,8 +23,9 @@ use serde_json::{Value, json};
 use tern_catalog::{AppName, MachineConfig, Mount};
 
 use super::wire::Machine;
-use super::{app_named_by, certs, config_path, load, machine, volumes};
-use crate::appconfig::{Loaded, Strategy, machine::machine_config};
+use super::{app_named_by, certs, config_path, load, volumes};
+use crate::appconfig::machine::{machine_config, release_config};
+use crate::appconfig::{Loaded, Strategy};
 use crate::args::Deploy;
 use crate::client::{Client, is_status};
 use crate::image::{self, Layout, REGISTRY};
@@ -21,8 +35,8 @@ use crate::output;
 const WAIT: Duration = Duration::from_secs(300);
 /// Size of a volume where fly.toml asks for none, in GB.
 const VOLUME_GB: u32 = 1;
-/// Time between two looks at a Machine's checks.
-const CHECK_POLL: Duration = Duration::from_millis(500);
+
+pub use lock::released;
 
 pub async fn run(client: &Client, args: Deploy) -> Result<ExitCode> {
     let path = args
@@ -35,7 +49,7 @@ pub async fn run(client: &Client, args: Deploy) -> Result<ExitCode> {
             path.display()
         );
     }
-    let loaded = load(&path)?;
+    let mut loaded = load(&path)?;
     let app = match &args.app {
         Some(app) => app.clone(),
         None => app_named_by(&loaded)?,
@@ -49,14 +63,15 @@ pub async fn run(client: &Client, args: Deploy) -> Result<ExitCode> {
         }
         Err(e) => return Err(e),
     }
-    Deployment {
+    region::settle(client, &mut loaded).await?;
+    let lock = lock::Lock::take(client, &app).await?;
+    let deployment = Deployment {
         client,
         app,
         loaded,
         args,
-    }
-    .run()
-    .await
+    };
+    lock.during(deployment.run()).await
 }
 
 struct Deployment<'a> {
@@ -72,6 +87,9 @@ impl Deployment<'_> {
         let image = self.image().await?;
         step(&format!("Image {image}"));
         let base = self.loaded.path.parent().unwrap_or(Path::new("."));
+        if let Some(config) = release_config(&self.loaded.config, &image, base)? {
+            release::run(&self, &config).await?;
+        }
         let machines: Vec<Machine> = self.client.get(&self.machines_path()).await?;
         let groups = self.loaded.config.groups();
         for group in &groups {
@@ -149,7 +167,8 @@ impl Deployment<'_> {
     }
 
     async fn finish(&self, started: Instant) -> Result<ExitCode> {
-        let hostnames = certs::hostnames(self.client, &self.app).await?;
+        let certificates = certs::list(self.client, &self.app).await?;
+        let hostnames = certs::hostnames(&certificates);
         if self.args.json {
             let machines: Vec<Machine> = self.client.get(&self.machines_path()).await?;
             output::json(&json!({"app": self.app, "machines": machines, "hostnames": hostnames}))?;
@@ -163,6 +182,9 @@ impl Deployment<'_> {
         for hostname in hostnames {
             println!("https://{hostname}/");
         }
+        for trouble in certs::troubles(&certificates) {
+            eprintln!("Warning: {trouble}");
+        }
         Ok(ExitCode::SUCCESS)
     }
 
@@ -175,12 +197,11 @@ impl Deployment<'_> {
             .as_ref()
             .or(self.loaded.config.build.image.as_ref());
         let scratch = tempfile::tempdir().context("no temporary directory can be made")?;
-        let layout = match given.map(|g| (g, g.strip_prefix("oci:"))) {
-            Some((reference, None)) => return Ok(reference.clone()),
-            Some((_, Some(local))) => {
-                let (dir, tag) = split_tag(local);
-                Layout::open(&dir, tag)?
-            }
+        let layout = match given {
+            Some(reference) => match Layout::named(reference)? {
+                Some(layout) => layout,
+                None => return Ok(reference.clone()),
+            },
             None => {
                 step("Building the image");
                 let base = self.loaded.path.parent().unwrap_or(Path::new("."));
@@ -203,8 +224,12 @@ impl Deployment<'_> {
                 .await?
             }
         };
+        for warning in self.loaded.config.unexposed(&layout.exposed) {
+            eprintln!("Warning: {warning}");
+        }
         let digest = image::push(self.client, &layout, self.app.as_str(), &tag).await?;
-        Ok(format!("{REGISTRY}/{}@{digest}", self.app))
+        // The tag is for people; what runs is what the digest says.
+        Ok(format!("{REGISTRY}/{}:{tag}@{digest}", self.app))
     }
 
     async fn create(&self, group: &str, config: &MachineConfig) -> Result<()> {
@@ -215,20 +240,30 @@ impl Deployment<'_> {
         });
         let machine: Machine = self.client.post(&self.machines_path(), &body).await?;
         step(&format!("Created Machine {} for \"{group}\"", machine.id));
-        self.healthy(&machine).await
+        self.healthy(&machine, config, "").await
     }
 
     /// Puts a new configuration on a Machine; puts the old one back when it does not become healthy.
     async fn replace(&self, old: &Machine, config: &MachineConfig) -> Result<()> {
-        step(&format!("Updating Machine {}", old.id));
-        let Err(failure) = self.update(old, config).await else {
+        step(&format!(
+            "Updating Machine {}, once its host has the image",
+            old.id
+        ));
+        let updated = self.update(old, config).await?;
+        let Err(failure) = self.healthy(&updated, config, &old.newest_event()).await else {
             return Ok(());
         };
         step(&format!(
             "Machine {} is not healthy; going back to its last configuration",
             old.id
         ));
-        match self.update(old, &old.config).await {
+        let back = async {
+            let before: Machine = self.client.get(&self.path_of(old)).await?;
+            let back = self.update(old, &old.config).await?;
+            self.healthy(&back, &old.config, &before.newest_event())
+                .await
+        };
+        match back.await {
             Ok(()) => Err(failure.context("the deploy was undone")),
             Err(again) => Err(failure.context(format!(
                 "the deploy failed, and going back did too ({})",
@@ -237,22 +272,20 @@ impl Deployment<'_> {
         }
     }
 
-    async fn update(&self, machine: &Machine, config: &MachineConfig) -> Result<()> {
+    /// Gives a Machine another configuration; an error means that it has still the one before.
+    async fn update(&self, machine: &Machine, config: &MachineConfig) -> Result<Machine> {
         let body = json!({"config": config, "skip_launch": self.args.detach});
-        let path = format!("{}/{}", self.machines_path(), machine.id);
-        let updated: Machine = self.client.post(&path, &body).await?;
-        self.healthy(&updated).await
+        self.client.post(&self.path_of(machine), &body).await
     }
 
-    /// Waits until a Machine runs and its checks pass. Ends at once when it fails.
-    async fn healthy(&self, machine: &Machine) -> Result<()> {
-        let strategy = self
-            .loaded
-            .config
-            .deploy
-            .strategy
-            .unwrap_or(Strategy::Rolling);
-        if self.args.detach || strategy == Strategy::Immediate {
+    /// Waits until a Machine that was just given this configuration is well, in what comes after the event
+    /// `since`. Ends at once when it cannot become so.
+    async fn healthy(&self, machine: &Machine, config: &MachineConfig, since: &str) -> Result<()> {
+        for warning in &machine.warnings {
+            eprintln!("Warning: {warning}");
+        }
+        let strategy = self.loaded.config.deploy.strategy;
+        if self.args.detach || strategy == Some(Strategy::Immediate) {
             return Ok(());
         }
         let patience = self
@@ -260,54 +293,8 @@ impl Deployment<'_> {
             .wait_timeout
             .or(self.loaded.config.deploy.wait_timeout)
             .unwrap_or(WAIT);
-        let deadline = tokio::time::Instant::now() + patience;
-        let path = format!("{}/{}", self.machines_path(), machine.id);
-        let checks = machine.config.checks.len()
-            + machine
-                .config
-                .services
-                .iter()
-                .map(|s| s.checks.len())
-                .sum::<usize>();
-        let outcome = async {
-            machine::wait(
-                self.client,
-                &path,
-                "started",
-                &machine.instance_id,
-                patience,
-            )
-            .await?;
-            loop {
-                let now: Machine = self.client.get(&path).await?;
-                let passing = now.checks.iter().filter(|c| c.status == "passing").count();
-                if passing >= checks {
-                    return Ok(());
-                }
-                // An app that exits in its first seconds will not pass; say so now.
-                if matches!(now.state.as_str(), "failed" | "stopped") {
-                    let reason = now
-                        .last_reason()
-                        .unwrap_or_else(|| "its app exited".to_owned());
-                    bail!("Machine {} {}: {reason}", now.id, now.state);
-                }
-                if tokio::time::Instant::now() >= deadline {
-                    let failing: Vec<String> = now
-                        .checks
-                        .iter()
-                        .filter(|c| c.status != "passing")
-                        .map(|c| format!("{}: {}", c.name, c.output))
-                        .collect();
-                    bail!(
-                        "after {} s its checks do not pass: {}",
-                        patience.as_secs(),
-                        failing.join("; ")
-                    );
-                }
-                tokio::time::sleep(CHECK_POLL).await;
-            }
-        }
-        .await;
+        let path = self.path_of(machine);
+        let outcome = health::wait(self.client, &path, config, since, patience).await;
         if outcome.is_ok() {
             step(&format!("Machine {} is healthy", machine.id));
         } else {
@@ -336,13 +323,22 @@ impl Deployment<'_> {
             return;
         };
         let text = String::from_utf8_lossy(&body.to_bytes()).into_owned();
+        // What came before is of the last configuration. Both times are the server's.
+        let since = machine
+            .updated_at
+            .map_or(0, jiff::Timestamp::as_millisecond);
         let lines: Vec<super::wire::LogLine> = text
             .lines()
             .filter_map(|l| serde_json::from_str(l).ok())
+            .filter(|l: &super::wire::LogLine| l.unix_ms >= since)
             .collect();
         for line in lines.iter().rev().take(20).rev() {
             eprintln!("    {}", line.line.escape_debug());
         }
+    }
+
+    fn path_of(&self, machine: &Machine) -> String {
+        format!("{}/{}", self.machines_path(), machine.id)
     }
 
     fn machines_path(&self) -> String {
@@ -354,12 +350,5 @@ fn step(text: &str) {
     eprintln!("==> {text}");
 }
 
-/// `DIRECTORY[:TAG]`; a colon inside a path component is not a tag.
-fn split_tag(local: &str) -> (PathBuf, Option<&str>) {
-    match local.rsplit_once(':') {
-        Some((dir, tag)) if !tag.contains('/') && !Path::new(local).is_dir() => {
-            (dir.into(), Some(tag))
-        }
-        _ => (local.into(), None),
-    }
-}
+#[cfg(test)]
+mod tests;

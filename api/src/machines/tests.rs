@@ -1,0 +1,170 @@
+use http::{Method, StatusCode};
+use serde_json::json;
+
+use crate::testing::{ADMIN, World};
+
+#[tokio::test]
+async fn an_update_has_its_image_beside_the_machine_before_anything_changes() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{id}");
+    assert_eq!(
+        world
+            .get(&format!("{at}/wait?state=started&timeout=20"))
+            .await
+            .status,
+        StatusCode::OK
+    );
+    let before = world.get(&at).await.json();
+    let absent = json!({"config": {"image": "example.com/absent:1"}});
+    let refused = world.post(&at, absent).await;
+    assert_eq!(refused.status, StatusCode::UNPROCESSABLE_ENTITY);
+    let said = refused.json()["error"].to_string();
+    assert!(
+        said.contains("manifest unknown") && said.contains("left as it was"),
+        "{said}"
+    );
+    assert_eq!(world.get(&at).await.json(), before);
+    // Who may not change it, or changes another version, has no image fetched.
+    let stale = json!({"config": {"image": "example.com/x:2"}, "current_version": "0"});
+    assert_eq!(
+        world.post(&at, stale).await.status,
+        StatusCode::PRECONDITION_FAILED
+    );
+    assert!(world.gateway.prepared.lock().is_empty());
+    let good = json!({"config": {"image": "example.com/x:2"}});
+    assert_eq!(world.post(&at, good).await.status, StatusCode::OK);
+    assert_eq!(*world.gateway.prepared.lock(), ["example.com/x:2"]);
+}
+
+#[tokio::test]
+async fn a_null_is_as_good_as_nothing() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let config = json!({
+        "image": "example.com/x:1", "services": null, "mounts": null, "env": null, "checks": null, "metadata": null,
+        "files": null, "init": null, "stop_config": null, "restart": null, "schedule": null, "auto_destroy": null,
+        "guest": {"gpu_kind": null, "cpus": 2, "memory_mb": null},
+    });
+    let body = json!({"config": config, "name": null, "region": null, "lease_ttl": null, "skip_launch": null});
+    let made = world.post("/v1/apps/shop/machines", body).await;
+    assert_eq!(made.status, StatusCode::OK, "{made:?}");
+    let made = made.json();
+    assert_eq!(
+        (&made["config"]["guest"]["cpus"], &made["warnings"]),
+        (&json!(2), &json!(null))
+    );
+    let at = format!("/v1/apps/shop/machines/{}", made["id"].as_str().unwrap());
+    let stopped = world
+        .post(
+            &format!("{at}/stop"),
+            json!({"signal": null, "timeout": null}),
+        )
+        .await;
+    assert_eq!(stopped.status, StatusCode::OK, "{stopped:?}");
+    // But where it says that something is to go, it does.
+    let patch = json!({"a": null}).to_string();
+    world
+        .post(&format!("{at}/metadata/a"), json!({"value": "1"}))
+        .await;
+    world
+        .call(ADMIN, Method::PATCH, &format!("{at}/metadata"), patch)
+        .await;
+    assert_eq!(world.get(&format!("{at}/metadata")).await.json(), json!({}));
+}
+
+#[tokio::test]
+async fn what_is_not_acted_on_is_told_in_the_answer() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let config = json!({"image": "example.com/x:1", "metrics": {"port": 9091}, "colour": "red"});
+    let made = world
+        .post("/v1/apps/shop/machines", json!({"config": config}))
+        .await;
+    assert_eq!(made.status, StatusCode::OK, "{made:?}");
+    let made = made.json();
+    let warnings = made["warnings"].to_string();
+    assert!(
+        warnings.contains("config.metrics") && warnings.contains("config.colour"),
+        "{warnings}"
+    );
+    let at = format!("/v1/apps/shop/machines/{}", made["id"].as_str().unwrap());
+    let updated = world.post(&at, json!({"config": config})).await.json();
+    assert_eq!(updated["warnings"], made["warnings"]);
+}
+
+#[tokio::test]
+async fn the_only_region_stands_for_any() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let body = json!({"config": {"image": "example.com/x:1"}, "region": "ams"});
+    let made = world
+        .post("/v1/apps/shop/machines", body.clone())
+        .await
+        .json();
+    assert_eq!(made["region"], "local", "{made}");
+    assert!(made["warnings"].to_string().contains("ams"), "{made}");
+    let mut second = world
+        .catalog
+        .get::<tern_catalog::Host>("1")
+        .await
+        .unwrap()
+        .unwrap()
+        .0;
+    second.id = tern_catalog::HostId(2);
+    second.region = "fra".into();
+    let revision = world.catalog.create(&second).await.unwrap();
+    world.shared.seen(revision).await;
+    let refused = world.post("/v1/apps/shop/machines", body).await;
+    assert_eq!(refused.json()["status"], "insufficient_capacity");
+    assert!(
+        refused.json()["error"].to_string().contains("fra, local"),
+        "{refused:?}"
+    );
+}
+
+#[tokio::test]
+async fn only_what_runs_is_suspended() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{id}");
+    let wait = |state: &str| format!("{at}/wait?state={state}&timeout=20");
+    world.post(&format!("{at}/stop"), json!({})).await;
+    assert_eq!(world.get(&wait("stopped")).await.status, StatusCode::OK);
+    let refused = world.post(&format!("{at}/suspend"), json!({})).await;
+    assert_eq!(refused.status, StatusCode::PRECONDITION_FAILED);
+    assert!(
+        refused.json()["error"].to_string().contains("stopped"),
+        "{refused:?}"
+    );
+    world.post(&format!("{at}/start"), json!({})).await;
+    assert_eq!(world.get(&wait("started")).await.status, StatusCode::OK);
+    for _ in 0..2 {
+        // Twice is as good as once.
+        let done = world.post(&format!("{at}/suspend"), json!({})).await;
+        assert_eq!(done.status, StatusCode::OK);
+        assert_eq!(world.get(&wait("suspended")).await.status, StatusCode::OK);
+    }
+}
+
+#[tokio::test]
+async fn a_port_is_asked_for_by_its_number() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let ports = format!("/v1/apps/shop/machines/{id}/ports");
+    assert_eq!(
+        world.get(&format!("{ports}/3000")).await.json()["open"],
+        true
+    );
+    assert_eq!(
+        world.get(&format!("{ports}/8080")).await.json()["open"],
+        false
+    );
+    for bad in ["0", "65536", "http"] {
+        let answer = world.get(&format!("{ports}/{bad}")).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{bad}");
+    }
+}

@@ -1,0 +1,301 @@
+//! The true API on a fresh catalog, with a host whose apps do what their images' names say.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use async_trait::async_trait;
+use futures::StreamExt as _;
+use futures::stream::{self, BoxStream};
+use jiff::Timestamp;
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tern_api::{
+    ApiConfig, ApiServer, ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery,
+    MachineMemory, StartTrace, token_hash,
+};
+use tern_catalog::{
+    Catalog, DesiredState, Host, HostId, Machine, MachineEvent, MachineId, MachineState,
+    MachineStatus, Network, NetworkId, Organization, RestartPolicy, SqliteStore, Store, Token,
+    View,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::client::Client;
+use crate::settings::Target;
+
+const TOKEN: &str = "tern_test";
+const ORG: &str = "personal";
+
+/// An API and what is behind it; all ends with it.
+pub struct World {
+    pub client: Client,
+    pub host: Arc<FakeHost>,
+    end: CancellationToken,
+    agent: tokio::task::JoinHandle<()>,
+    pub files: tempfile::TempDir,
+}
+
+/// What was asked of it, and what its apps do.
+pub struct FakeHost {
+    view: View,
+    /// Images that were to be there, in order.
+    pub prepared: Mutex<Vec<String>>,
+}
+
+impl World {
+    pub async fn new() -> Self {
+        let files = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> =
+            Arc::new(SqliteStore::open(&files.path().join("catalog.db")).unwrap());
+        let catalog = Catalog::new(Arc::clone(&store));
+        let (network, now) = (NetworkId(1), Timestamp::now());
+        catalog
+            .create(&Network {
+                id: network,
+                organization: ORG.parse().unwrap(),
+                name: "default".into(),
+            })
+            .await
+            .unwrap();
+        catalog
+            .create(&Organization {
+                slug: ORG.parse().unwrap(),
+                name: ORG.into(),
+                default_network: network,
+                created_at: now,
+            })
+            .await
+            .unwrap();
+        catalog
+            .create(&Token {
+                hash: token_hash(TOKEN),
+                name: "test".into(),
+                organization: None,
+                created_at: now,
+            })
+            .await
+            .unwrap();
+        catalog
+            .create(&Host {
+                id: HostId(1),
+                name: "one".into(),
+                region: "local".into(),
+                public_key: "key".into(),
+                endpoint: "192.0.2.1:51820".parse().unwrap(),
+                started_at: now,
+            })
+            .await
+            .unwrap();
+        let view = View::follow(store).await.unwrap();
+        let host = Arc::new(FakeHost {
+            view: view.clone(),
+            prepared: Mutex::default(),
+        });
+        let config = ApiConfig {
+            listen: "127.0.0.1:0".parse().unwrap(),
+            registry_dir: files.path().join("registry"),
+            region: "local".into(),
+            domain: Some("tern.test".into()),
+            internal_token: "internal".into(),
+        };
+        let server = ApiServer::bind(config, catalog.clone(), view.clone(), host.clone())
+            .await
+            .unwrap();
+        let url = format!("http://{}", server.local_addr().unwrap());
+        let end = CancellationToken::new();
+        tokio::spawn(server.run(end.clone()));
+        let client = Client::new(Target {
+            url,
+            token: TOKEN.into(),
+        })
+        .unwrap();
+        Self {
+            client,
+            agent: tokio::spawn(agent(catalog, view)),
+            host,
+            end,
+            files,
+        }
+    }
+
+    /// Makes an app, and a directory with this `fly.toml`, its name put first.
+    pub async fn app(&self, name: &str, fly_toml: &str) -> std::path::PathBuf {
+        super::apps::create(&self.client, name, ORG).await.unwrap();
+        let dir = self.files.path().join(name);
+        std::fs::create_dir(&dir).unwrap();
+        let text = format!("app = \"{name}\"\n{fly_toml}");
+        std::fs::write(dir.join("fly.toml"), text).unwrap();
+        dir
+    }
+
+    /// The only Machine of an app.
+    pub async fn machine(&self, app: &str) -> Value {
+        let path = format!("/v1/apps/{app}/machines");
+        let mut all: Vec<Value> = self.client.get(&path).await.unwrap();
+        assert_eq!(all.len(), 1, "{all:?}");
+        all.remove(0)
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.end.cancel();
+        self.agent.abort();
+    }
+}
+
+/// Does at once what is wanted, and records it as an agent does.
+async fn agent(catalog: Catalog, view: View) {
+    let mut changes = view.changes();
+    loop {
+        let snapshot = view.snapshot();
+        for machine in snapshot.machines.values() {
+            let seen = snapshot.machine_status.get(&machine.id);
+            if seen.map(|s| s.generation) < Some(machine.desired.generation) {
+                obey(&catalog, machine, seen.map(|s| &**s)).await;
+            }
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn obey(catalog: &Catalog, machine: &Machine, before: Option<&MachineStatus>) {
+    static EVENTS: AtomicU64 = AtomicU64::new(1);
+    let mut events = before.map(|s| s.events.clone()).unwrap_or_default();
+    let mut tell = |kind: &str, status, request| {
+        events.push(MachineEvent {
+            id: format!("{:026}", EVENTS.fetch_add(1, Ordering::Relaxed)),
+            kind: kind.to_owned(),
+            status,
+            source: "user".into(),
+            timestamp: Timestamp::now().as_millisecond(),
+            request,
+        });
+    };
+    let image = &machine.config.image;
+    let code = ["exits-0", "exits-1"]
+        .iter()
+        .position(|name| image.contains(name))
+        // A task that ends well, of an app that stays.
+        .or(
+            (image.contains("once") && machine.config.restart.policy == RestartPolicy::No)
+                .then_some(0),
+        );
+    let state = match machine.desired.state {
+        DesiredState::Started | DesiredState::Restarted { .. } => {
+            let first = before.is_none_or(|s| s.state == MachineState::Created);
+            let kind = if first { "launch" } else { "update" };
+            tell(kind, MachineState::Starting, Value::Null);
+            tell("start", MachineState::Started, json!({"cold": true}));
+            match code {
+                Some(code) => {
+                    let error = format!("the app exited with code {code}");
+                    let exit = json!({"exit_code": code, "restarting": code > 0, "error": error});
+                    let exit = json!({"exit_event": exit});
+                    tell("exit", MachineState::Stopped, exit);
+                    MachineState::Stopped
+                }
+                None => MachineState::Started,
+            }
+        }
+        DesiredState::Created => MachineState::Created,
+        DesiredState::Stopped { .. } => MachineState::Stopped,
+        DesiredState::Suspended => {
+            tell("suspend", MachineState::Suspended, json!({"took_ms": 1}));
+            if image.contains("woken") {
+                tell("start", MachineState::Started, json!({"cold": false}));
+                MachineState::Started
+            } else {
+                MachineState::Suspended
+            }
+        }
+        DesiredState::Destroyed { .. } => {
+            let id = machine.id.as_str();
+            catalog.delete::<MachineStatus>(id).await.unwrap();
+            catalog.delete::<Machine>(id).await.unwrap();
+            return;
+        }
+    };
+    let status = MachineStatus {
+        id: machine.id.clone(),
+        state,
+        reason: None,
+        generation: machine.desired.generation,
+        instance_id: machine.instance_id.clone(),
+        image_digest: None,
+        events,
+        checks: Vec::new(),
+        updated_at: Timestamp::now(),
+    };
+    catalog.put(&status).await.unwrap();
+}
+
+impl FakeHost {
+    fn image(&self, id: &MachineId) -> String {
+        let snapshot = self.view.snapshot();
+        let machine = snapshot.machines.get(id);
+        machine.map_or_else(String::new, |m| m.config.image.clone())
+    }
+}
+
+#[async_trait]
+impl HostGateway for FakeHost {
+    async fn prepare(&self, _: &MachineId, image: &str) -> Result<(), GatewayError> {
+        if image.contains("absent") {
+            let text = format!("the image {image} cannot be had: manifest unknown");
+            return Err(GatewayError::Failed(text));
+        }
+        self.prepared.lock().push(image.to_owned());
+        Ok(())
+    }
+
+    async fn accepts(&self, id: &MachineId, port: u16) -> Result<bool, GatewayError> {
+        Ok(port
+            == if self.image(id).contains("elsewhere") {
+                3000
+            } else {
+                8080
+            })
+    }
+
+    async fn exec(&self, id: &MachineId, _: ExecRequest) -> Result<ExecResult, GatewayError> {
+        if self.image(id).contains("scratch") {
+            return Err(GatewayError::Failed("there is no program cat".into()));
+        }
+        // An app that listens on port 3000 of 0.0.0.0.
+        let table = "  sl  local_address rem_address   st\n   0: 00000000:0BB8 00000000:0000 0A\n";
+        Ok(ExecResult {
+            exit_code: Some(0),
+            stdout: table.into(),
+            ..ExecResult::default()
+        })
+    }
+
+    async fn signal(&self, _: &MachineId, _: i32) -> Result<(), GatewayError> {
+        Ok(())
+    }
+
+    async fn start_trace(&self, _: &MachineId) -> Result<StartTrace, GatewayError> {
+        Err(GatewayError::NotRunning("nobody looked".into()))
+    }
+
+    async fn memory(&self, _: &MachineId) -> Result<MachineMemory, GatewayError> {
+        Err(GatewayError::NotRunning("nobody looked".into()))
+    }
+
+    async fn limit_memory(&self, _: &MachineId, _: u32) -> Result<(), GatewayError> {
+        Ok(())
+    }
+
+    async fn logs(&self, query: LogQuery) -> Result<BoxStream<'static, LogLine>, GatewayError> {
+        let line = |machine| LogLine {
+            machine,
+            unix_ms: Timestamp::now().as_millisecond(),
+            stream: "stdout".into(),
+            line: "last words".into(),
+        };
+        Ok(stream::iter(query.machines.into_iter().map(line)).boxed())
+    }
+}
