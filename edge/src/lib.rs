@@ -4,8 +4,8 @@
 //!   the [`View`], and proxies with pingora. It answers ACME http-01, redirects to https where an app
 //!   asks for it, and refuses what no app should see.
 //! - **Gate** holds the one true count of requests of each Machine of this host. It admits, makes wait,
-//!   refuses, or wakes: a thousand requests to a sleeping Machine cause one start. With no traffic for a
-//!   while it puts a Machine to sleep, as its `fly.toml` says.
+//!   refuses, or wakes: a thousand requests to a sleeping Machine cause one start. A Machine that has been of
+//!   no use to anybody for a while it puts to sleep, as its `fly.toml` says.
 //!
 //! HTTP/3 (`ingress/quic.rs`) and raw TCP handlers (`ingress/tcp.rs`) will stand beside `listen.rs` and
 //! meet the same router and gate.
@@ -24,5 +24,5 @@ mod route;
 mod sleep;
 
 pub use config::{Edge, EdgeConfig};
-pub use control::{MachineControl, StartError};
+pub use control::{Leaving, MachineControl, StartError};
 pub use metrics::Metrics;

@@ -333,7 +333,7 @@ impl Vmm {
         }
     }
 
-    /// The app's own words: `count`, `write TEXT`, `read`, `exit CODE`.
+    /// The app's own words: `count`, `write TEXT`, `read`, `exit CODE`, `wait PIPE` (until somebody has written to it).
     fn app(&self, words: &[String]) -> (String, i32) {
         let disk = || {
             let path = self.config["disks"][1]["path"].as_str().unwrap();
@@ -356,6 +356,7 @@ impl Vmm {
                 let text: Vec<u8> = bytes.into_iter().take_while(|&b| b != 0).collect();
                 (String::from_utf8(text).unwrap(), 0)
             }
+            ["wait", pipe] => (fs::read_to_string(pipe).unwrap(), 0),
             ["exit", code] => {
                 self.exit_app(code.parse().unwrap());
                 (String::new(), 0)

@@ -6,7 +6,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use parking_lot::RwLock;
@@ -19,9 +19,11 @@ use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
+use crate::activity::Activity;
 use crate::cgroup::Groups;
 use crate::checks::Checks;
 use crate::config::{ConfigError, HostConfig};
+use crate::departures::{Departure, Departures};
 use crate::dir::{self, MachineDir, Memo};
 use crate::disk::Blank;
 use crate::guest::{Exec, QUICK};
@@ -81,6 +83,7 @@ struct Entry {
     messages: mpsc::UnboundedSender<Message>,
     state: watch::Receiver<MachineState>,
     vm: Arc<Vm>,
+    activity: Arc<Activity>,
     /// The record as last told to the task.
     wanted: Arc<Machine>,
 }
@@ -146,6 +149,7 @@ impl Agent {
             groups: Groups::open(&config.data_dir, &config.rate_limits),
             boot_id: dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?,
             metrics: Arc::new(Metrics::default()),
+            departures: Departures::default(),
             view,
             images,
             network,
@@ -224,11 +228,30 @@ impl AgentHandle {
             .map_err(|e| CommandError::Failed(e.to_string()))
     }
 
-    /// Runs a command in a started Machine, beside its app.
+    /// Runs a command in a started Machine, beside its app. The Machine is in use until the command has ended.
     pub async fn exec(&self, id: &MachineId, request: ExecRequest) -> Result<Exec, CommandError> {
+        // Before its state is looked at: from here on it is not put to sleep for want of use.
+        let session = self.entry(id, |entry| entry.activity.session())?;
         let vm = self.started(id).await?;
         let outcome = vm.guest.exec(request).await;
-        outcome.map_err(|e| CommandError::Failed(e.to_string()))
+        let exec = outcome.map_err(|e| CommandError::Failed(e.to_string()))?;
+        Ok(exec.within(session))
+    }
+
+    /// When a Machine was last of use to anybody, beside the requests that the gate counts itself: it was started,
+    /// or the API wished something of it; a command ran in it; or it was called over its private network, which
+    /// is noticed when this is asked, and counts from then. To be asked every few seconds of a Machine that may be
+    /// put to sleep.
+    pub fn last_use(&self, id: &MachineId) -> Option<Instant> {
+        let (vm, activity) = self
+            .entry(id, |entry| {
+                (Arc::clone(&entry.vm), Arc::clone(&entry.activity))
+            })
+            .ok()?;
+        if vm.was_called() {
+            activity.touch();
+        }
+        Some(activity.last())
     }
 
     /// How the guest of a started Machine is doing.
@@ -273,6 +296,12 @@ impl AgentHandle {
         }
     }
 
+    /// Tells from now on, and nobody else any more, which Machines are about to be put to sleep. Each waits a while
+    /// for the answer.
+    pub fn departures(&self) -> mpsc::UnboundedReceiver<Departure> {
+        self.shared.host.departures.follow()
+    }
+
     /// Waits until a Machine that is being woken takes frames: they are held until its guest runs, which is sooner than
     /// [`Self::start`] returns. Never returns for one that is not.
     pub async fn reachable(&self, id: &MachineId) {
@@ -292,10 +321,7 @@ impl AgentHandle {
 
     /// The state of a Machine, ahead of what the catalog says.
     pub fn state(&self, id: &MachineId) -> Result<watch::Receiver<MachineState>, CommandError> {
-        let machines = self.shared.machines.read();
-        let entry = machines.get(id);
-        let entry = entry.ok_or_else(|| CommandError::Unknown(id.clone()))?;
-        Ok(entry.state.clone())
+        self.entry(id, |entry| entry.state.clone())
     }
 
     /// What the agent has counted.
@@ -311,14 +337,11 @@ impl AgentHandle {
     ) -> Result<(), CommandError> {
         self.known(id).await;
         let (reply, outcome) = oneshot::channel();
-        {
-            let machines = self.shared.machines.read();
-            let entry = machines.get(id);
-            let entry = entry.ok_or_else(|| CommandError::Unknown(id.clone()))?;
+        self.entry(id, |entry| {
             let message = Message::Command(source, order, reply);
             // A task that ends drops its messages, and the outcome then says so.
             let _ = entry.messages.send(message);
-        }
+        })?;
         outcome.await.unwrap_or(Err(CommandError::ShuttingDown))
     }
 
@@ -336,10 +359,14 @@ impl AgentHandle {
     }
 
     fn vm(&self, id: &MachineId) -> Result<Arc<Vm>, CommandError> {
+        self.entry(id, |entry| Arc::clone(&entry.vm))
+    }
+
+    fn entry<T>(&self, id: &MachineId, of: impl FnOnce(&Entry) -> T) -> Result<T, CommandError> {
         let machines = self.shared.machines.read();
         let entry = machines.get(id);
         let entry = entry.ok_or_else(|| CommandError::Unknown(id.clone()))?;
-        Ok(Arc::clone(&entry.vm))
+        Ok(of(entry))
     }
 
     /// The hands of a started Machine. One that is starting is waited for a little: it may have answered requests
@@ -556,11 +583,12 @@ async fn begin(
         Found::Running { epoch } => Some(epoch),
         _ => None,
     };
-    let now = std::time::Instant::now();
+    let now = Instant::now();
     let core = Core::new(Arc::clone(machine), status, vm.disk_instance(), found, now);
     let events = status.map(|s| s.events.clone()).unwrap_or_default();
     let (messages, received) = mpsc::unbounded_channel();
     let (state, states) = watch::channel(core.0.state());
+    let activity = Activity::new();
     let beginning = Beginning {
         core,
         adopted,
@@ -568,6 +596,7 @@ async fn begin(
         recorder: Recorder::new(shared.catalog.clone(), machine.id.clone(), events),
         checks: Checks::new(vm.ipv4(), Arc::clone(&host.metrics)),
         metrics: Arc::clone(&host.metrics),
+        activity: Arc::clone(&activity),
         messages: received,
         state,
     };
@@ -575,6 +604,7 @@ async fn begin(
         messages,
         state: states,
         vm,
+        activity,
         wanted: Arc::clone(machine),
     };
     Ok((entry, beginning))

@@ -17,14 +17,17 @@
 //! | `network` | TAPs, addresses, routes, the packet filter |
 //! | `bundle`, `disk`, `host` | what a Machine boots with |
 //! | `cgroup`, `block_device`, `page_cache` | what it may take of the host |
+//! | `activity`, `departures` | when it was last of use to anybody; that it is about to sleep |
 //! | `checks`, `logs`, `last_words`, `metrics` | what is seen of it |
 
+mod activity;
 mod agent;
 mod block_device;
 mod bundle;
 mod cgroup;
 mod checks;
 mod config;
+mod departures;
 mod dir;
 mod disk;
 mod guest;
@@ -44,6 +47,7 @@ mod volumes;
 
 pub use agent::{Agent, AgentError, AgentHandle};
 pub use config::{ConfigError, CpuTemplate, HostConfig, RateLimits, Registry};
+pub use departures::Departure;
 pub use guest::{Exec, ExecInputs, ExecOutput, ExecOutputs, GuestError};
 pub use logs::{LogItem, LogLine, LogReader};
 pub use machine::{CommandError, Source, StopRequest};

@@ -52,6 +52,7 @@ use super::{CommandError, Source};
 
 pub(crate) use self::found::Found;
 pub(crate) use self::message::{Action, BootFailure, End, Epoch, Event, Input, Order, Waiter};
+pub(crate) use self::steps::DRAIN_TIME;
 
 /// The state machine of one Machine.
 #[derive(Debug)]

@@ -40,8 +40,13 @@ pub(crate) trait Hands: Send + Sync + 'static {
     /// Tells how the app ends, and returns how the monitor has.
     async fn watch(&self, app_exited: Box<dyn Fn(ExitStatus) + Send + Sync>) -> End;
 
-    /// Asks the app to stop.
-    async fn ask(&self, signal: Option<i32>, timeout: Duration) -> Result<(), String>;
+    /// Asks the app to stop, once the requests that are under way have ended or `drain` is over.
+    async fn ask(
+        &self,
+        signal: Option<i32>,
+        timeout: Duration,
+        drain: Duration,
+    ) -> Result<(), String>;
 
     /// Ends the monitor of this epoch, or its start, even one that has not begun yet. Returns at
     /// once; the operation under way and [`watch`](Self::watch) tell of the end.

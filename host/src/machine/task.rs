@@ -19,6 +19,7 @@ use super::core::{Action, Core, Epoch, Event, Input, Order, Waiter};
 use super::hands::Hands;
 use super::recorder::Recorder;
 use super::{CommandError, Source};
+use crate::activity::Activity;
 use crate::checks::Checks;
 use crate::metrics::Metrics;
 
@@ -39,6 +40,7 @@ pub(crate) struct Task {
     recorder: Recorder,
     checks: Checks,
     metrics: Arc<Metrics>,
+    activity: Arc<Activity>,
     messages: mpsc::UnboundedReceiver<Message>,
     /// What watches of monitors tell.
     told: (mpsc::UnboundedSender<Input>, mpsc::UnboundedReceiver<Input>),
@@ -62,6 +64,7 @@ pub(crate) struct Beginning {
     pub(crate) recorder: Recorder,
     pub(crate) checks: Checks,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) activity: Arc<Activity>,
     pub(crate) messages: mpsc::UnboundedReceiver<Message>,
     pub(crate) state: watch::Sender<MachineState>,
 }
@@ -77,6 +80,7 @@ impl Task {
             recorder: beginning.recorder,
             checks: beginning.checks,
             metrics: beginning.metrics,
+            activity: beginning.activity,
             messages: beginning.messages,
             told: mpsc::unbounded_channel(),
             operations: FuturesUnordered::new(),
@@ -94,7 +98,6 @@ impl Task {
             let Some(input) = task.next().await else {
                 break;
             };
-            let before = task.core.state();
             if let Input::Up { epoch, .. } | Input::Woken { epoch, .. } = input {
                 // Even if nobody wants it any more: then its end is waited for.
                 task.watch(epoch);
@@ -102,12 +105,7 @@ impl Task {
             if matches!(input, Input::Up { .. }) {
                 task.checks.reset();
             }
-            let actions = task.core.step(input, Instant::now());
-            let now = task.core.state();
-            if now != before {
-                // Before anybody is answered: who then looks must not see what was.
-                task.state.send_replace(now);
-            }
+            let actions = task.step(input);
             task.act(actions);
         }
         let destroyed = task.core.state() == MachineState::Destroyed;
@@ -118,6 +116,53 @@ impl Task {
         drop(task.operations);
         task.recorder.finish().await;
         destroyed
+    }
+
+    fn step(&mut self, input: Input) -> Vec<Action> {
+        let idle_end = match input {
+            Input::Command {
+                waiter,
+                source: Source::Proxy,
+                order: Order::Suspend | Order::Stop(_),
+            } => Some(waiter),
+            _ => None,
+        };
+        let activity = Arc::clone(&self.activity);
+        if let Some(waiter) = idle_end {
+            // Who begins a session meanwhile finds the Machine on its way to sleep.
+            let stepped = activity.unless_in_session(|| self.step_core(input));
+            return stepped.unwrap_or_else(|| {
+                let why = "somebody is in the Machine".to_owned();
+                let outcome = Err(CommandError::Refused(why));
+                vec![Action::Answer { waiter, outcome }]
+            });
+        }
+        let wished = matches!(
+            input,
+            Input::Wanted(_)
+                | Input::Command {
+                    order: Order::Start,
+                    ..
+                }
+        );
+        let before = self.core.state();
+        let actions = self.step_core(input);
+        let started = self.core.state() == MachineState::Started && before != MachineState::Started;
+        if wished || started {
+            activity.touch();
+        }
+        actions
+    }
+
+    fn step_core(&mut self, input: Input) -> Vec<Action> {
+        let before = self.core.state();
+        let actions = self.core.step(input, Instant::now());
+        let now = self.core.state();
+        if now != before {
+            // Before anybody is answered: who then looks must not see what was.
+            self.state.send_replace(now);
+        }
+        actions
     }
 
     /// The next input; `None` when the agent shuts down.
@@ -248,10 +293,11 @@ impl Task {
                 epoch,
                 signal,
                 timeout,
+                drain,
             } => {
                 metrics.stops.add(1);
                 self.begin(async move {
-                    match hands.ask(signal, timeout).await {
+                    match hands.ask(signal, timeout, drain).await {
                         // The deadline is running already.
                         Ok(()) => Input::Tick,
                         Err(reason) => {

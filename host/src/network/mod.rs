@@ -4,6 +4,7 @@
 //! another crate's.
 
 pub(crate) mod bell;
+pub(crate) mod meter;
 mod rules;
 mod slot;
 mod tap;

@@ -88,7 +88,17 @@ impl Hands for Vm {
         self.end(&running, signal)
     }
 
-    async fn ask(&self, signal: Option<i32>, timeout: Duration) -> Result<(), String> {
+    async fn ask(
+        &self,
+        signal: Option<i32>,
+        timeout: Duration,
+        drain: Duration,
+    ) -> Result<(), String> {
+        // Who calls from now on waits for the next start.
+        self.reachable.send_replace(false);
+        if !drain.is_zero() {
+            drop(self.host.departures.announce(&self.id, drain).await);
+        }
         let request = Request::Stop {
             signo: signal,
             timeout_ms: Some(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::{Vm, told};
 use crate::dir::{Durability, Seal};
+use crate::machine::core::DRAIN_TIME;
 use crate::machine::hands::SleepFailure;
 use crate::monitor::control;
 use crate::running::Running;
@@ -19,9 +20,16 @@ impl Vm {
         let instance_id = self.memo.lock().instance_id.clone();
         let instance_id = instance_id.ok_or_else(|| alive("its config is not known".to_owned()))?;
         let socket = self.dir.control();
-        running.sleeps.store(true, Ordering::Release);
         // Who calls from now on waits for the wake.
         self.reachable.send_replace(false);
+        let leaving = self.host.departures.announce(&self.id, DRAIN_TIME);
+        let left = tokio::select! {
+            left = leaving => left,
+            signal = running.monitor.ended() => {
+                return Err(SleepFailure { reason: self.end(running, signal).reason, alive: false });
+            }
+        };
+        running.sleeps.store(true, Ordering::Release);
         let write = async {
             control::pause(&socket).await.map_err(|e| e.to_string())?;
             control::snapshot(&socket)
@@ -65,6 +73,8 @@ impl Vm {
         }
         self.end_paused(running).await;
         self.secure_snapshot(instance_id);
+        // Nobody may want to hear it.
+        let _ = left.send(());
         Ok(())
     }
 

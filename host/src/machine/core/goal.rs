@@ -145,7 +145,14 @@ impl Core {
                 self.start(kind, goal.source, out);
                 false
             }
-            Target::Suspended => true,
+            Target::Suspended => {
+                if was != MachineState::Suspended {
+                    let error =
+                        format!("the Machine is {was}: only a started one can be suspended");
+                    self.record(out, "suspend", goal.source, json!({"error": error}));
+                }
+                true
+            }
             Target::Stopped(_) => {
                 rest.restart_at = None;
                 if was == MachineState::Suspended {

@@ -135,6 +135,8 @@ pub(crate) enum Action {
         /// Instead of the one in the run configuration.
         signal: Option<i32>,
         timeout: Duration,
+        /// How long requests that are under way may take before that.
+        drain: Duration,
     },
     /// End the monitor, or the start under way.
     Kill { epoch: Epoch },

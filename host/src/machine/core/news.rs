@@ -57,11 +57,12 @@ impl Core {
             (
                 Phase::Stopping {
                     kill_at: Some(kill_at),
-                    hastened: true,
+                    hastened,
+                    exit,
                     ..
                 },
                 Input::AskFailed { .. },
-            ) => {
+            ) if *hastened || exit.is_some() => {
                 // The app may have ended of what was asked before, and init still has the disks to flush.
                 *kill_at = (now + FLUSH_TIME).min(*kill_at);
             }
@@ -81,6 +82,11 @@ impl Core {
                 self.rest(Rest::at(MachineState::Suspended));
                 self.reason = None;
                 self.record(out, "suspend", source, json!({"took_ms": millis(took)}));
+                // Whoever has wished for this sleep once more meanwhile has it. Requests that wait go on.
+                let awaited = self.waiters.iter().any(|&(_, want)| want == Want::Started);
+                if awaited && self.goal.is_none() {
+                    self.set_goal(Target::Started { kind: "start" }, Source::Proxy);
+                }
             }
             (
                 Phase::Suspending { lost, exit, source },

@@ -614,6 +614,86 @@ fn a_start_during_a_suspend_wakes_it_right_after() {
 }
 
 #[test]
+fn a_request_that_waits_for_a_suspend_is_answered_however_often_that_is_asked_for() {
+    let mut bench = Bench::started();
+    bench.wish(DesiredState::Suspended);
+    bench.start(1);
+    bench.wish(DesiredState::Suspended);
+    bench.slept();
+    assert_eq!(bench.events()[0].kind, "suspend");
+    bench.is(MachineState::Starting);
+    bench.woken();
+    assert_eq!(bench.answers()[&1], Ok(()));
+    bench.is(MachineState::Started);
+}
+
+#[test]
+fn a_request_does_not_take_back_what_the_owner_wants_of_a_machine_that_starts() {
+    let stop = DesiredState::Stopped {
+        signal: None,
+        timeout_ms: None,
+    };
+    for (wish, state) in [
+        (DesiredState::Suspended, MachineState::Suspending),
+        (stop, MachineState::Stopping),
+    ] {
+        let mut bench = Bench::suspended();
+        bench.start(1).wish(wish);
+        bench.start(2).woken();
+        let answers = bench.answers();
+        assert!(answers.len() == 2 && answers.values().all(Result::is_ok));
+        bench.is(state);
+    }
+}
+
+#[test]
+fn a_suspend_of_what_does_not_run_says_so() {
+    let mut bench = Bench::started();
+    bench.app_exits(0).monitor_ends(true);
+    bench.is(MachineState::Stopped);
+    bench.wish(DesiredState::Suspended);
+    let [event] = bench.events()[..] else {
+        panic!("{:?}", bench.events())
+    };
+    assert_eq!((event.kind, event.source), ("suspend", Source::User));
+    let error = event.detail["error"].as_str().unwrap();
+    assert!(error.contains("stopped"), "{error}");
+    let mut bench = Bench::suspended();
+    bench.wish(DesiredState::Suspended);
+    assert!(bench.events().is_empty(), "it is that already");
+}
+
+#[test]
+fn a_stop_lets_requests_end_unless_it_is_in_a_hurry() {
+    for (timeout, drain) in [
+        (None, DRAIN_TIME),
+        (Some(Duration::from_secs(1)), Duration::from_secs(1)),
+        (Some(Duration::ZERO), Duration::ZERO),
+    ] {
+        let mut bench = Bench::started();
+        let signal = None;
+        bench.order(
+            1,
+            Source::User,
+            Order::Stop(StopRequest { signal, timeout }),
+        );
+        let asked = bench.actions.iter().find_map(|action| match action {
+            Action::Ask { drain, .. } => Some(*drain),
+            _ => None,
+        });
+        assert_eq!(asked, Some(drain));
+        let by = drain + timeout.unwrap_or(STOP_TIMEOUT) + FLUSH_TIME;
+        assert_eq!(bench.core.deadline(), Some(bench.now + by));
+        // An app that ends of itself meanwhile is not there to be asked, and its disks are being flushed.
+        bench.app_exits(0);
+        let epoch = bench.core.epoch;
+        bench.tell(Input::AskFailed { epoch });
+        assert!(!bench.does(|a| matches!(a, Action::Kill { .. })));
+        assert!(bench.core.deadline().unwrap() <= bench.now + FLUSH_TIME);
+    }
+}
+
+#[test]
 fn a_failed_suspend_leaves_it_running() {
     let mut bench = Bench::started();
     bench.order(1, Source::Proxy, Order::Suspend);
