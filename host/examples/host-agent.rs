@@ -3,7 +3,7 @@
 //!
 //! Each line of input is a request, `{"n": 1, "op": "start", "id": "…"}`; its answer is a line with
 //! the same `n`, and `ok` or `error`. Requests are served side by side. Operations: `put` (a
-//! `machine` record), `destroy` (as the API does it), `start`, `suspend`, `stop` (`source` is `user` unless it says `proxy`),
+//! `machine` record), `destroy` (as the API does it), `forget` (remove the records), `start`, `suspend`, `stop` (`source` is `user` unless it says `proxy`),
 //! `exec` (`cmd`), `signal` (`signo`), `logs`, `status`, `wait` (until `state`), `records`,
 //! `metrics`, `idle` (milliseconds since its last use), `shutdown`. As the gate does: `follow` (departures from now
 //! on), `departure` (the next), `let_go` (the last, which is answered with whether it is suspended then).
@@ -20,7 +20,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::getpid;
 use serde_json::{Value, json};
 use tern_catalog::{
-    Catalog, DesiredState, HostId, Machine, MachineId, MachineState, SqliteStore, Store, View,
+    Catalog, DesiredState, HostId, Machine, MachineId, MachineState, MachineStatus, SqliteStore,
+    Store, View,
 };
 use tern_guest::ExecRequest;
 use tern_host::{
@@ -191,6 +192,12 @@ impl Agency {
                 };
                 let written = self.catalog.update(id()?.as_str(), wish).await?;
                 Ok(json!(matches!(written, Ok(Some(_)))))
+            }
+            "forget" => {
+                let id = id()?;
+                self.catalog.delete::<Machine>(id.as_str()).await?;
+                self.catalog.delete::<MachineStatus>(id.as_str()).await?;
+                Ok(Value::Null)
             }
             "start" => Ok(json!(self.handle.start(&id()?, source).await?)),
             "reachable" => Ok(json!(self.handle.reachable(&id()?).await)),

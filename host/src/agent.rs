@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,8 +35,8 @@ use crate::machine::recorder::Recorder;
 use crate::machine::task::{Beginning, Message, Task};
 use crate::machine::{CommandError, Source, StopRequest};
 use crate::metrics::Metrics;
-use crate::monitor::Monitor;
 use crate::network::{self, Network, NetworkError, Port, Slot};
+use crate::quarantine;
 use crate::trace::StartTrace;
 use crate::vm::MemoryUse;
 use crate::vm::Vm;
@@ -140,7 +141,7 @@ impl Agent {
         let lock = prepare_dirs(&config)?;
         let snapshot = view.snapshot();
         let images = ImageStore::open(config.data_dir.join("images"), Limits::default())?;
-        let (ports, leftovers) = survey(&config, &snapshot)?;
+        let (ports, strays) = survey(&config, &snapshot)?;
         let network = Network::open(config.nat, ports).await?;
         let host = Arc::new(Host {
             blank: Blank::new(&config.data_dir, config.disk_size),
@@ -168,7 +169,7 @@ impl Agent {
             tasks: JoinSet::new(),
             gone: HashMap::new(),
         };
-        supervisor.sweep(leftovers).await;
+        supervisor.sweep(strays).await;
         supervisor.take_up_all(&snapshot).await;
         let collector = crate::images::keep_within_budget(Arc::clone(&shared.host));
         let (stop, stopped) = oneshot::channel();
@@ -393,8 +394,11 @@ struct Supervisor {
     gone: HashMap<MachineId, jiff::Timestamp>,
 }
 
-/// A directory in the agent's own that belongs to no Machine.
-type Leftover = std::path::PathBuf;
+/// A Machine's directory that the catalog does not know.
+struct Stray {
+    path: PathBuf,
+    slot: Option<Slot>,
+}
 
 impl Supervisor {
     async fn run(mut self, mut stopped: oneshot::Receiver<()>) {
@@ -426,7 +430,7 @@ impl Supervisor {
                 .get(id)
                 .is_some_and(|m| m.created_at == *made)
         });
-        let mut new = Vec::new();
+        let (mut new, mut lost) = (Vec::new(), Vec::new());
         {
             let mut machines = self.shared.machines.write();
             for machine in snapshot.machines.values().filter(|m| m.host == own) {
@@ -440,10 +444,15 @@ impl Supervisor {
                     None => new.push(Arc::clone(machine)),
                 }
             }
-            for (id, entry) in machines.iter() {
-                if snapshot.machines.get(id).is_none_or(|m| m.host != own) {
-                    let _ = entry.messages.send(Message::Gone);
-                }
+            // With its entry goes the task's last sender: it ends, and leaves everything as it is.
+            let known = |id: &MachineId| snapshot.machines.get(id).is_some_and(|m| m.host == own);
+            lost.extend(machines.extract_if(|id, _| !known(id)).map(|(id, _)| id));
+        }
+        for id in lost {
+            let path = MachineDir::new(&self.shared.host.config.machines_dir(), &id);
+            // One that was destroyed has left nothing.
+            if path.path().exists() {
+                self.quarantine(path.path());
             }
         }
         for machine in new {
@@ -517,32 +526,31 @@ impl Supervisor {
         }
     }
 
-    /// Removes what belongs to no Machine.
-    async fn sweep(&self, leftovers: Vec<Leftover>) {
+    /// Keeps Machines that the catalog does not know as they are, and removes devices that are of none.
+    async fn sweep(&self, strays: Vec<Stray>) {
         let host = &self.shared.host;
-        for path in leftovers {
-            tracing::warn!(path = %path.display(), "removing what belongs to no Machine");
-            let removed = async {
-                if let Some(monitor) = Monitor::adopt(&path.join("vmm.pid"))? {
-                    monitor.kill();
-                    monitor.ended().await;
-                }
-                if let Some(name) = path.file_name().and_then(|n| n.to_str()) {
-                    host.groups.remove(name)?;
-                }
-                fs::remove_dir_all(&path)
-            };
-            match removed.await {
-                Ok(()) => host.metrics.leftovers.add(1),
-                Err(error) => {
-                    tracing::error!(path = %path.display(), %error, "it cannot be removed");
-                }
+        for stray in strays {
+            if let Some(slot) = stray.slot {
+                host.network.reserve(slot);
             }
+            self.quarantine(&stray.path);
         }
         match host.network.sweep().await {
             Ok(removed) => host.metrics.leftovers.add(removed),
             Err(error) => tracing::error!(%error, "left over devices cannot be removed"),
         }
+    }
+
+    fn quarantine(&self, path: &Path) {
+        let host = &self.shared.host;
+        host.metrics.quarantined.add(1);
+        let marked = quarantine::mark(path);
+        let error = marked.err().map(|e| e.to_string());
+        tracing::error!(
+            path = %path.display(), error,
+            "the catalog does not know this Machine, which is left as it is: serve with the catalog that does, or \
+             see `tern host quarantine`"
+        );
     }
 }
 
@@ -570,6 +578,7 @@ async fn begin(
             memo
         }
     };
+    quarantine::unmark(dir.path()).map_err(|e| e.to_string())?;
     let starting = status.is_some_and(|s| s.state == MachineState::Starting);
     let opened = Vm::open(Arc::clone(host), machine.id.clone(), memo, starting).await;
     let (vm, found) = opened.map_err(|e| e.to_string())?;
@@ -656,40 +665,32 @@ fn prepare_dirs(config: &HostConfig) -> Result<File, AgentError> {
 
 /// Looks at the Machines' directories: which have their place in the network, and which belong to
 /// none of this host's Machines.
-fn survey(
-    config: &HostConfig,
-    snapshot: &Snapshot,
-) -> Result<(Vec<Port>, Vec<Leftover>), AgentError> {
+fn survey(config: &HostConfig, snapshot: &Snapshot) -> Result<(Vec<Port>, Vec<Stray>), AgentError> {
     let machines = config.machines_dir();
     let failed = io_at(&machines.display());
     let mut ports: Vec<Port> = Vec::new();
-    let mut leftovers = Vec::new();
+    let mut strays = Vec::new();
     for entry in fs::read_dir(&machines).map_err(&failed)? {
         let path = entry.map_err(&failed)?.path();
-        let name = path
-            .file_name()
-            .and_then(|n| n.to_str())
-            .unwrap_or_default();
-        let machine = snapshot
-            .machines
-            .get(name)
-            .filter(|m| m.host == config.host);
-        let Some(machine) = machine else {
-            // The snapshot is a whole picture of the catalog, so this is certain. What has not
-            // the form of a Machine's id is somebody else's, and left alone.
-            if name.parse::<MachineId>().is_ok() {
-                leftovers.push(path);
-            }
+        if path.extension().is_some_and(|e| e == quarantine::GONE) {
+            fs::remove_dir_all(&path).map_err(io_at(&path.display()))?;
+            continue;
+        }
+        // What has not the form of a Machine's id is somebody else's, and left alone.
+        let name = path.file_name().and_then(|n| n.to_str());
+        let Some(Ok(id)) = name.map(str::parse::<MachineId>) else {
             continue;
         };
-        let dir = MachineDir::new(&machines, &machine.id);
-        let memo = dir.memo().map_err(&failed)?;
+        let memo = MachineDir::new(&machines, &id).memo().map_err(&failed)?;
         let slot = memo.and_then(|memo| Slot::new(memo.slot));
-        if let Some(slot) = slot {
-            ports.push(network::port(slot, machine.private_ip, machine.network));
+        let machine = snapshot.machines.get(&id);
+        match machine.filter(|m| m.host == config.host) {
+            Some(machine) => ports
+                .extend(slot.map(|slot| network::port(slot, machine.private_ip, machine.network))),
+            None => strays.push(Stray { path, slot }),
         }
     }
-    Ok((ports, leftovers))
+    Ok((ports, strays))
 }
 
 fn io_at(path: &dyn std::fmt::Display) -> impl Fn(io::Error) -> AgentError + use<> {

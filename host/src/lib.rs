@@ -18,6 +18,7 @@
 //! | `bundle`, `disk`, `host` | what a Machine boots with |
 //! | `cgroup`, `block_device`, `page_cache` | what it may take of the host |
 //! | `activity`, `departures` | when it was last of use to anybody; that it is about to sleep |
+//! | `quarantine` | Machines on the disk that the catalog does not know |
 //! | `checks`, `logs`, `last_words`, `metrics` | what is seen of it |
 
 mod activity;
@@ -40,6 +41,7 @@ mod metrics;
 mod monitor;
 mod network;
 mod page_cache;
+mod quarantine;
 mod running;
 mod trace;
 mod vm;
@@ -54,5 +56,6 @@ pub use machine::{CommandError, Source, StopRequest};
 pub use metrics::{Counter, Metrics};
 pub use network::{NetworkError, remove_all as remove_network};
 pub use page_cache::SnapshotCache;
+pub use quarantine::{Quarantined, purge, quarantined};
 pub use trace::{Phase, Side, StartTrace};
 pub use vm::MemoryUse;

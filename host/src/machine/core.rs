@@ -45,7 +45,7 @@ use serde_json::Value;
 use tern_catalog::{Desired, Machine, MachineState, MachineStatus};
 use tern_guest::message::ExitStatus;
 
-use self::goal::{Goal, Target};
+use self::goal::Goal;
 use self::order::{Want, answer};
 use super::restart::Restarts;
 use super::{CommandError, Source};
@@ -232,7 +232,6 @@ impl Core {
                     self.wish(state, out);
                 }
             }
-            Input::Gone => self.set_goal(Target::Destroyed { force: true }, Source::Host),
             Input::Command {
                 waiter,
                 source,

@@ -27,8 +27,6 @@ use crate::metrics::Metrics;
 pub(crate) enum Message {
     /// The record in the catalog.
     Wanted(Arc<Machine>),
-    /// There is no record any more.
-    Gone,
     /// A command, and where its outcome goes.
     Command(Source, Order, oneshot::Sender<Result<(), CommandError>>),
 }
@@ -179,7 +177,6 @@ impl Task {
                 biased;
                 message = self.messages.recv() => match message? {
                     Message::Wanted(machine) => return Some(Input::Wanted(machine)),
-                    Message::Gone => return Some(Input::Gone),
                     Message::Command(source, order, reply) => {
                         let waiter = self.next_waiter;
                         self.next_waiter += 1;

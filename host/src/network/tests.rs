@@ -516,8 +516,8 @@ fn calls_over_the_private_network_are_counted_and_what_the_host_says_is_not() {
         let (_network, [a1, a2, b]) = world(true).await;
         let services = |port: &Port, udp| meter::Services {
             address: port.address,
-            tcp: std::collections::BTreeSet::new(),
-            udp: std::collections::BTreeSet::from([udp]),
+            tcp: BTreeSet::new(),
+            udp: BTreeSet::from([udp]),
         };
         let metered =
             |guest: &Guest| meter::Meter::open(guest.port.slot, &services(&guest.port, 7)).unwrap();

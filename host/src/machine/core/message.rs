@@ -23,8 +23,6 @@ pub(crate) type Waiter = u64;
 pub(crate) enum Input {
     /// The catalog's record is this now.
     Wanted(Arc<Machine>),
-    /// The catalog's record is gone.
-    Gone,
     /// Somebody on this host asks, and waits for the outcome.
     Command {
         waiter: Waiter,
