@@ -42,7 +42,7 @@ counters! {
     failed_starts,
     /// Wakes begun.
     wakes,
-    /// Wakes that ended in a cold start instead.
+    /// Wakes that ended in a cold start instead, or not at all.
     refused_wakes,
     /// Microseconds that wakes have taken, together.
     wake_micros,

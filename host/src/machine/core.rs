@@ -5,8 +5,8 @@
 //!  ┌────────┐  or Wake ► Woken ┌─────────┐            ┌────────────┐
 //!  │  rest  │ ─► starting ───► │ started │ ► suspending ──► rest   │
 //!  │        │ ◄── BootFailed   │         │ ◄── SleepFailed         │
-//!  │created │    WakeRefused:  └─────────┘                         │
-//!  │stopped │    Boot instead     │  │ AppExited, MonitorExited     │
+//!  │created │    WakeNotReady  └─────────┘                         │
+//!  │stopped │    WakeRefused: Boot│  │ AppExited, MonitorExited     │
 //!  │suspended                     │  └──► rest, perhaps with a time │
 //!  │ failed │ ◄── stopping ◄──────┘       to start again            │
 //!  └────────┘   (Ask, later Kill)
@@ -255,6 +255,7 @@ impl Core {
             Input::Up { epoch, .. }
             | Input::BootFailed { epoch, .. }
             | Input::Woken { epoch, .. }
+            | Input::WakeNotReady { epoch, .. }
             | Input::WakeRefused { epoch, .. }
             | Input::Slept { epoch, .. }
             | Input::SleepFailed { epoch, .. }

@@ -30,9 +30,8 @@ pub(crate) trait Hands: Send + Sync + 'static {
         reset_disk: bool,
     ) -> Result<String, BootFailure>;
 
-    /// Starts from the snapshot, which is void from then on, whatever comes. On failure no monitor
-    /// is left.
-    async fn wake(&self, epoch: Epoch) -> Result<(), String>;
+    /// Starts from the snapshot. On failure no monitor is left, and the snapshot is void, or was not touched.
+    async fn wake(&self, epoch: Epoch) -> Result<(), WakeFailure>;
 
     /// Writes the snapshot and ends the monitor. On failure says whether the Machine runs on.
     async fn sleep(&self) -> Result<(), SleepFailure>;
@@ -61,6 +60,29 @@ pub(crate) trait Hands: Send + Sync + 'static {
 
     /// Removes everything of the Machine but its records.
     async fn remove(&self) -> Result<(), String>;
+}
+
+/// Why a Machine was not woken.
+#[derive(Debug)]
+pub(crate) struct WakeFailure {
+    pub(crate) reason: String,
+    /// The snapshot is as good as it was: something around it is not ready.
+    pub(crate) kept: bool,
+}
+
+impl WakeFailure {
+    /// There is no snapshot, or none any more.
+    pub(crate) fn refused(reason: String) -> Self {
+        Self {
+            reason,
+            kept: false,
+        }
+    }
+
+    /// It can be tried again.
+    pub(crate) fn not_ready(reason: String) -> Self {
+        Self { reason, kept: true }
+    }
 }
 
 /// Why a snapshot could not be written.

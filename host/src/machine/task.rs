@@ -16,7 +16,7 @@ use tern_catalog::{Machine, MachineState};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::core::{Action, Core, Epoch, Event, Input, Order, Waiter};
-use super::hands::Hands;
+use super::hands::{Hands, WakeFailure};
 use super::recorder::Recorder;
 use super::{CommandError, Source};
 use crate::activity::Activity;
@@ -260,9 +260,13 @@ impl Task {
                                 .add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
                             Input::Woken { epoch, took }
                         }
-                        Err(reason) => {
+                        Err(WakeFailure { reason, kept }) => {
                             metrics.refused_wakes.add(1);
-                            Input::WakeRefused { epoch, reason }
+                            if kept {
+                                Input::WakeNotReady { epoch, reason }
+                            } else {
+                                Input::WakeRefused { epoch, reason }
+                            }
                         }
                     }
                 });

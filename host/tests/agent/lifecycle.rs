@@ -393,6 +393,28 @@ fn a_damaged_snapshot_becomes_a_cold_start() {
 }
 
 #[test]
+fn a_wake_that_fails_before_its_monitor_runs_loses_no_memory() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    world.count(&machine);
+    world.suspend(&machine);
+    let gate = json!({"source": "proxy"});
+    // Before the seal is broken, and after: a directory is in the way of a socket, and of a log.
+    for name in ["vmm.sock", "vmm.log"] {
+        let in_the_way = world.machine_dir(&machine).join(name);
+        std::fs::remove_file(&in_the_way).unwrap();
+        std::fs::create_dir(&in_the_way).unwrap();
+        let error = world.ask("start", &machine.id, gate.clone()).unwrap_err();
+        assert!(error.contains("could not be woken yet"), "{error}");
+        world.wait(&machine, "suspended");
+        std::fs::remove_dir(&in_the_way).unwrap();
+    }
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 2, "its memory");
+    assert_eq!(world.metric("cold_starts"), 1);
+}
+
+#[test]
 fn a_machine_that_cannot_be_suspended_runs_on() {
     let mut world = World::new();
     let machine = world.launch(&[("FAKE_NO_SNAPSHOT", "1")]);

@@ -39,6 +39,8 @@ pub(crate) enum Input {
     BootFailed { epoch: Epoch, failure: BootFailure },
     /// A suspended Machine runs again.
     Woken { epoch: Epoch, took: Duration },
+    /// It does not, and no monitor is left; the snapshot is as it was, for another try.
+    WakeNotReady { epoch: Epoch, reason: String },
     /// It does not; no monitor is left, and the snapshot is void.
     WakeRefused { epoch: Epoch, reason: String },
     /// Memory is on disk, and the monitor has ended.

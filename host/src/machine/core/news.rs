@@ -28,6 +28,17 @@ impl Core {
             (&mut Phase::Starting { source, .. }, Input::Woken { took, .. }) => {
                 self.started(source, json!({"cold": false, "took_ms": millis(took)}), out);
             }
+            (&mut Phase::Starting { source, .. }, Input::WakeNotReady { reason, .. }) => {
+                self.rest(Rest::at(MachineState::Suspended));
+                let reason = format!("it could not be woken yet: {reason}");
+                // Who waits is told, and the next who wants it tries again.
+                self.record(out, "start", source, json!({"error": reason}));
+                self.reason = Some(reason);
+            }
+            (Phase::Stopping { .. }, Input::WakeNotReady { .. }) => {
+                out.push(Action::Discard);
+                self.stopped(now, out);
+            }
             (Phase::Starting { source, wakes }, Input::WakeRefused { reason, .. }) => {
                 *wakes = false;
                 let source = *source;

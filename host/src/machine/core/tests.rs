@@ -261,6 +261,43 @@ fn a_snapshot_that_is_refused_becomes_a_cold_start_with_the_same_disk() {
 }
 
 #[test]
+fn a_wake_that_is_not_ready_yet_keeps_the_snapshot_for_the_next() {
+    let mut bench = Bench::suspended();
+    let not_ready = |bench: &mut Bench| {
+        let epoch = bench.core.epoch;
+        let reason = "no device".to_owned();
+        bench.tell(Input::WakeNotReady { epoch, reason });
+    };
+    bench.start(1);
+    not_ready(&mut bench);
+    bench.is(MachineState::Suspended);
+    assert!(bench.boots().is_empty(), "its memory would be gone");
+    let Err(CommandError::Failed(told)) = &bench.answers()[&1] else {
+        panic!("{:?}", bench.answers())
+    };
+    assert!(told.contains("no device"), "{told}");
+    assert!(bench.core.reason().unwrap().contains("no device"));
+    bench.start(2);
+    assert!(bench.does(|a| matches!(a, Action::Wake { .. })));
+    bench.woken();
+    assert_eq!(bench.answers()[&2], Ok(()));
+    assert_eq!(bench.core.reason(), None);
+
+    // Who wants no wake any more gets what he wants.
+    let mut bench = Bench::suspended();
+    bench.start(1);
+    let request = StopRequest {
+        signal: Some(SIGKILL),
+        timeout: None,
+    };
+    bench.order(2, Source::User, Order::Stop(request));
+    not_ready(&mut bench);
+    bench.is(MachineState::Stopped);
+    assert!(bench.does(|a| matches!(a, Action::Discard)));
+    assert_eq!(bench.answers()[&2], Ok(()));
+}
+
+#[test]
 fn a_start_after_a_stop_begins_with_an_empty_disk_and_after_a_crash_it_does_not() {
     let mut bench = Bench::started();
     bench.order(1, Source::User, Order::Stop(StopRequest::default()));
@@ -890,7 +927,8 @@ fn a_restart_that_was_due_when_the_agent_died_is_not_forgotten() {
 /// What may happen in a simulated world.
 #[derive(Debug, Clone)]
 enum Happening {
-    /// The operation under way ends, well or badly; and a start before or after it had its disk.
+    /// The operation under way ends, well or badly; and a start before or after it had its disk, a wake after or
+    /// before it touched its snapshot.
     Done {
         well: bool,
         disk_ready: bool,
@@ -1072,6 +1110,10 @@ impl World {
             Action::Wake { epoch } if well => {
                 self.monitor = Some(epoch);
                 self.tell(Input::Woken { epoch, took: TOOK });
+            }
+            Action::Wake { epoch } if disk_ready && !self.killed => {
+                self.snapshot = true;
+                self.tell(Input::WakeNotReady { epoch, reason });
             }
             Action::Wake { epoch } => {
                 self.killed = false;
