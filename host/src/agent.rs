@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use parking_lot::RwLock;
 use rustix::fs::{FlockOperation, flock};
 use tern_catalog::{Catalog, Machine, MachineId, MachineState, MachineStatus, Snapshot, View};
@@ -18,7 +19,7 @@ use tern_guest::{ExecRequest, Status};
 use tern_image::{ImageError, ImageStore, Limits};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::{JoinError, JoinHandle};
 
 use crate::activity::Activity;
 use crate::cgroup::Groups;
@@ -33,6 +34,7 @@ use crate::logs::LogReader;
 use crate::machine::core::{Core, Found, Order};
 use crate::machine::recorder::Recorder;
 use crate::machine::task::{Beginning, Message, Task};
+use crate::machine::troubles::Troubles;
 use crate::machine::{CommandError, Source, StopRequest};
 use crate::metrics::Metrics;
 use crate::network::{self, Network, NetworkError, Port, Slot};
@@ -41,6 +43,7 @@ use crate::trace::StartTrace;
 use crate::vm::MemoryUse;
 use crate::vm::Vm;
 use crate::volumes::{Keeper, Volumes};
+use crate::watched::Watched;
 
 /// The agent of one server. Dropping it without [`Agent::shutdown`] is as good as its process's
 /// crash: nothing is lost, and monitors go on.
@@ -48,9 +51,9 @@ pub struct Agent {
     handle: AgentHandle,
     supervisor: Ending,
     /// Keeps volumes.
-    _keeper: Ending,
+    keeper: Ending,
     /// Collects images.
-    _collector: Ending,
+    collector: Ending,
     stop: oneshot::Sender<()>,
     /// One agent per data directory.
     _lock: File,
@@ -75,6 +78,8 @@ struct Shared {
     host: Arc<Host>,
     catalog: Catalog,
     machines: RwLock<HashMap<MachineId, Entry>>,
+    /// Machines that cannot be looked after now.
+    troubles: RwLock<Troubles>,
     /// Changes whenever the agent has done all that the catalog says.
     rounds: watch::Sender<u64>,
 }
@@ -160,13 +165,14 @@ impl Agent {
             host,
             catalog,
             machines: RwLock::default(),
+            troubles: RwLock::default(),
             rounds: watch::channel(0).0,
         });
         let keeper = Keeper::new(Arc::clone(&shared.host), shared.catalog.clone());
         let keeper = Ending(tokio::spawn(keeper.run()));
         let mut supervisor = Supervisor {
             shared: Arc::clone(&shared),
-            tasks: JoinSet::new(),
+            tasks: Watched::new(),
             gone: HashMap::new(),
         };
         supervisor.sweep(strays).await;
@@ -176,8 +182,8 @@ impl Agent {
         Ok(Self {
             handle: AgentHandle { shared },
             supervisor: Ending(tokio::spawn(supervisor.run(stopped))),
-            _keeper: keeper,
-            _collector: Ending(tokio::spawn(collector)),
+            keeper,
+            collector: Ending(tokio::spawn(collector)),
             stop,
             _lock: lock,
         })
@@ -188,11 +194,27 @@ impl Agent {
         self.handle.clone()
     }
 
+    /// Waits until a part of the agent has failed, and returns why. What is left of it is not to be trusted: monitors
+    /// go on, and another agent adopts them.
+    pub async fn failed(&mut self) -> JoinError {
+        let parts = [&mut self.supervisor, &mut self.keeper, &mut self.collector];
+        let mut parts: FuturesUnordered<_> = parts.into_iter().map(|part| &mut part.0).collect();
+        while let Some(ended) = parts.next().await {
+            if let Err(error) = ended {
+                return error;
+            }
+        }
+        std::future::pending().await
+    }
+
     /// Ends the agent. Monitors, and with them Machines, go on; the next agent adopts them.
     pub async fn shutdown(mut self) {
         // It may have ended on its own, with an error that was told.
         let _ = self.stop.send(());
-        if let Err(error) = (&mut self.supervisor.0).await {
+        // One that has failed may have been waited for already.
+        if !self.supervisor.0.is_finished()
+            && let Err(error) = (&mut self.supervisor.0).await
+        {
             tracing::error!(%error, "the agent's supervisor has failed");
         }
     }
@@ -352,10 +374,11 @@ impl AgentHandle {
         let expected = || {
             let host = &self.shared.host;
             !self.shared.machines.read().contains_key(id)
+                && self.shared.troubles.read().reason(id).is_none()
                 && host.machine(id).is_some_and(|m| m.host == host.config.host)
         };
         let taken_up = async { while expected() && rounds.changed().await.is_ok() {} };
-        // One that cannot be taken up is unknown: why is in its status.
+        // Why one cannot be taken up is in its status.
         let _ = tokio::time::timeout(TAKE_UP_TIME, taken_up).await;
     }
 
@@ -365,8 +388,15 @@ impl AgentHandle {
 
     fn entry<T>(&self, id: &MachineId, of: impl FnOnce(&Entry) -> T) -> Result<T, CommandError> {
         let machines = self.shared.machines.read();
-        let entry = machines.get(id);
-        let entry = entry.ok_or_else(|| CommandError::Unknown(id.clone()))?;
+        let entry = machines.get(id).ok_or_else(|| {
+            let troubles = self.shared.troubles.read();
+            match troubles.reason(id) {
+                Some(reason) => CommandError::Failed(format!(
+                    "the host cannot look after the Machine now, and tries again: {reason}"
+                )),
+                None => CommandError::Unknown(id.clone()),
+            }
+        })?;
         Ok(of(entry))
     }
 
@@ -389,7 +419,8 @@ impl AgentHandle {
 /// Keeps one task per Machine, as the catalog says.
 struct Supervisor {
     shared: Arc<Shared>,
-    tasks: JoinSet<(MachineId, bool)>,
+    /// Each tells whether its Machine was destroyed.
+    tasks: Watched<MachineId, bool>,
     /// Machines that are destroyed while the view still shows them, by when they were made.
     gone: HashMap<MachineId, jiff::Timestamp>,
 }
@@ -408,16 +439,24 @@ impl Supervisor {
             changes.mark_unchanged();
             self.reconcile(&view.snapshot()).await;
             self.shared.rounds.send_modify(|rounds| *rounds += 1);
+            let retry_at = self.shared.troubles.read().next();
+            let retry = async {
+                match retry_at {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 _ = &mut stopped => break,
                 changed = changes.changed() => if changed.is_err() { break },
-                Some(ended) = self.tasks.join_next() => self.ended(ended),
+                Some((id, ended)) = self.tasks.next() => self.ended(id, ended),
+                () = retry => {}
             }
         }
         // With their entries go the tasks' last senders; each writes what it has and ends.
         self.shared.machines.write().clear();
-        while let Some(ended) = self.tasks.join_next().await {
-            self.ended(ended);
+        while let Some((id, ended)) = self.tasks.next().await {
+            self.ended(id, ended);
         }
     }
 
@@ -441,12 +480,20 @@ impl Supervisor {
                         let _ = entry.messages.send(Message::Wanted(Arc::clone(machine)));
                     }
                     None if self.gone.contains_key(&machine.id) => {}
+                    // Its record was gone for a moment, and its last task has not ended yet.
+                    None if self.tasks.has(&machine.id) => {}
                     None => new.push(Arc::clone(machine)),
                 }
             }
             // With its entry goes the task's last sender: it ends, and leaves everything as it is.
             let known = |id: &MachineId| snapshot.machines.get(id).is_some_and(|m| m.host == own);
             lost.extend(machines.extract_if(|id, _| !known(id)).map(|(id, _)| id));
+        }
+        {
+            let now = Instant::now();
+            let mut troubles = self.shared.troubles.write();
+            troubles.keep(|id| snapshot.machines.contains_key(id));
+            new.retain(|machine| troubles.may_try(machine, now));
         }
         for id in lost {
             let path = MachineDir::new(&self.shared.host.config.machines_dir(), &id);
@@ -456,7 +503,9 @@ impl Supervisor {
             }
         }
         for machine in new {
-            let status = snapshot.machine_status.get(&machine.id).cloned();
+            let before = self.shared.troubles.read().before(&machine.id);
+            let told = || snapshot.machine_status.get(&machine.id).cloned();
+            let status = before.unwrap_or_else(told);
             self.take_up(machine, status).await;
         }
     }
@@ -499,13 +548,20 @@ impl Supervisor {
         match begun {
             Ok((entry, beginning)) => {
                 self.shared.machines.write().insert(id.clone(), entry);
-                self.tasks
-                    .spawn(async move { (id, Task::run(beginning).await) });
+                self.shared.troubles.write().over(&id);
+                self.tasks.spawn(id, Task::run(beginning));
             }
             Err(reason) => {
-                tracing::error!(machine = %id, reason, "a Machine cannot be taken up");
-                // Once per record: it is tried again when the record changes or the agent restarts.
-                self.gone.insert(id, machine.created_at);
+                let now = Instant::now();
+                let before = status.clone();
+                let told =
+                    |troubles: &mut Troubles| troubles.refused(&machine, before, &reason, now);
+                let news = told(&mut self.shared.troubles.write());
+                if !news {
+                    tracing::debug!(machine = %id, reason, "a Machine still cannot be taken up");
+                    return;
+                }
+                tracing::error!(machine = %id, reason, "a Machine cannot be taken up; it is tried again");
                 let failed = refusal(&machine, status.as_deref(), reason);
                 if let Err(error) = self.shared.catalog.put(&failed).await {
                     tracing::warn!(machine = %machine.id, %error, "a status cannot be written");
@@ -514,15 +570,19 @@ impl Supervisor {
         }
     }
 
-    fn ended(&mut self, ended: Result<(MachineId, bool), tokio::task::JoinError>) {
-        match ended {
-            Ok((id, destroyed)) => {
-                let entry = self.shared.machines.write().remove(&id);
-                if destroyed && let Some(entry) = entry {
-                    self.gone.insert(id, entry.wanted.created_at);
+    fn ended(&mut self, id: MachineId, ended: Result<bool, JoinError>) {
+        let entry = self.shared.machines.write().remove(&id);
+        match (ended, entry) {
+            (Ok(true), Some(entry)) => _ = self.gone.insert(id, entry.wanted.created_at),
+            (Ok(_), _) => {}
+            // The next task finds the Machine as an agent does that starts: its monitor is adopted.
+            (Err(error), entry) => {
+                tracing::error!(machine = %id, %error, "a Machine's task has failed; it is begun anew");
+                if let Some(entry) = entry {
+                    let mut troubles = self.shared.troubles.write();
+                    troubles.lost(&entry.wanted, &error.to_string(), Instant::now());
                 }
             }
-            Err(error) => tracing::error!(%error, "a Machine's task has failed"),
         }
     }
 
@@ -562,7 +622,8 @@ async fn begin(
 ) -> Result<(Entry, Beginning), String> {
     let host = &shared.host;
     let dir = MachineDir::new(&host.config.machines_dir(), &machine.id);
-    let memo = match dir.memo().map_err(|e| e.to_string())? {
+    let at = |error: io::Error| format!("{}: {error}", dir.path().display());
+    let memo = match dir.memo().map_err(at)? {
         Some(memo) => memo,
         None => {
             let slot = host.network.take_slot().map_err(|e| e.to_string())?;
@@ -572,16 +633,19 @@ async fn begin(
                 image_digest: None,
                 boots: 0,
             };
-            fs::create_dir_all(dir.path())
-                .and_then(|()| dir.set_memo(&memo))
-                .map_err(|e| format!("{}: {e}", dir.path().display()))?;
+            let made = fs::create_dir_all(dir.path()).and_then(|()| dir.set_memo(&memo));
+            if let Err(error) = made {
+                // The next try takes one of its own.
+                host.network.release(slot);
+                return Err(at(error));
+            }
             memo
         }
     };
-    quarantine::unmark(dir.path()).map_err(|e| e.to_string())?;
+    quarantine::unmark(dir.path()).map_err(at)?;
     let starting = status.is_some_and(|s| s.state == MachineState::Starting);
     let opened = Vm::open(Arc::clone(host), machine.id.clone(), memo, starting).await;
-    let (vm, found) = opened.map_err(|e| e.to_string())?;
+    let (vm, found) = opened.map_err(at)?;
     if !matches!(found, Found::Nothing { .. }) {
         // Now, so that no wake has to wait for it. One that needs it tries again.
         if let Err(error) = vm.plug(machine).await {
@@ -620,7 +684,11 @@ async fn begin(
 }
 
 /// What is told of a Machine that this host cannot look after.
-fn refusal(machine: &Machine, status: Option<&MachineStatus>, reason: String) -> MachineStatus {
+pub(crate) fn refusal(
+    machine: &Machine,
+    status: Option<&MachineStatus>,
+    reason: String,
+) -> MachineStatus {
     MachineStatus {
         id: machine.id.clone(),
         state: MachineState::Failed,

@@ -46,6 +46,7 @@ mod running;
 mod trace;
 mod vm;
 mod volumes;
+mod watched;
 
 pub use agent::{Agent, AgentError, AgentHandle};
 pub use config::{ConfigError, CpuTemplate, HostConfig, RateLimits, Registry};

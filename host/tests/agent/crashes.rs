@@ -247,6 +247,36 @@ fn a_guest_runs_only_when_a_seal_that_outlasts_a_loss_of_power_is_gone_on_disk()
 }
 
 #[test]
+fn a_machine_that_cannot_be_taken_up_is_tried_again() {
+    let mut world = World::new();
+    let mut machine = Machine::new(&[]);
+    // As on a full disk, what the agent must remember of it cannot be written.
+    let in_the_way = world.machine_dir(&machine).join("agent.json.tmp");
+    fs::create_dir_all(&in_the_way).unwrap();
+    world.wish(&mut machine, json!("started"));
+    let status = world.wait(&machine, "failed");
+    let reason = status["reason"].as_str().unwrap();
+    assert!(reason.contains(&machine.id), "{reason}");
+    let refused = world.ask("start", &machine.id, json!({})).unwrap_err();
+    assert!(refused.contains("tries again"), "{refused}");
+    // Other Machines are looked after meanwhile.
+    let other = world.launch(&[]);
+    fs::remove_dir(&in_the_way).unwrap();
+    world.wait(&machine, "started");
+    assert_eq!(world.count(&machine), 1);
+    // And no place is lost by that.
+    let place = |machine: &Machine| {
+        fs::read_to_string(world.machine_dir(machine).join("agent.json")).unwrap()
+    };
+    assert!(place(&other).contains("\"slot\":0"), "{}", place(&other));
+    assert!(
+        place(&machine).contains("\"slot\":1"),
+        "{}",
+        place(&machine)
+    );
+}
+
+#[test]
 fn what_the_catalog_does_not_know_is_left_as_it_is() {
     let mut world = World::new();
     let known = world.launch(&[]);
