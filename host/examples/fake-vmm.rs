@@ -4,7 +4,8 @@
 //! What it does differently from a well-behaved Machine is told by the app's environment:
 //! `FAKE_EXIT=<code>` ends the app at once; `FAKE_NEVER_START` never starts it; `FAKE_IGNORE_STOP`
 //! does not stop; `FAKE_NO_SNAPSHOT` refuses to be suspended; `FAKE_RESUMED_WAITS=<named pipe>` answers that
-//! it has resumed when somebody has written to that pipe; `FAKE_KILL_AGENT_AT=<step>` kills the agent, once, at `boot`, `pause`, `snapshot`, `stop`, `restore` or `resumed`.
+//! it has resumed when somebody has written to that pipe; `FAKE_SNAPSHOT_WAITS=<named pipe>` writes its snapshot, and
+//! answers nobody, when somebody has written to that pipe, if it is there; `FAKE_KILL_AGENT_AT=<step>` kills the agent, once, at `boot`, `pause`, `snapshot`, `stop`, `restore` or `resumed`.
 
 // A stand-in that cannot go on may panic.
 #![allow(clippy::unwrap_used)]
@@ -226,6 +227,11 @@ impl Vmm {
         }
         if self.env.contains_key("FAKE_NO_SNAPSHOT") {
             return Ok(json!({"error": "the disk is full"}));
+        }
+        if let Some(pipe) = self.env.get("FAKE_SNAPSHOT_WAITS")
+            && Path::new(pipe).exists()
+        {
+            fs::read(pipe)?;
         }
         let dir = PathBuf::from(
             self.config["snapshot_dir"]

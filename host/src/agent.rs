@@ -643,8 +643,8 @@ async fn begin(
         }
     };
     quarantine::unmark(dir.path()).map_err(at)?;
-    let starting = status.is_some_and(|s| s.state == MachineState::Starting);
-    let opened = Vm::open(Arc::clone(host), machine.id.clone(), memo, starting).await;
+    let last = status.map(|s| s.state);
+    let opened = Vm::open(Arc::clone(host), machine.id.clone(), memo, last).await;
     let (vm, found) = opened.map_err(at)?;
     if !matches!(found, Found::Nothing { .. }) {
         // Now, so that no wake has to wait for it. One that needs it tries again.
@@ -653,7 +653,7 @@ async fn begin(
         }
     }
     let adopted = match found {
-        Found::Running { epoch } => Some(epoch),
+        Found::Running { epoch } | Found::Busy { epoch } => Some(epoch),
         _ => None,
     };
     let now = Instant::now();

@@ -24,7 +24,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use tern_catalog::{Machine, MachineId};
+use tern_catalog::{Machine, MachineId, MachineState};
 use tokio::sync::watch;
 
 pub use self::status::MemoryUse;
@@ -80,7 +80,7 @@ impl Vm {
         host: Arc<Host>,
         id: MachineId,
         memo: Memo,
-        starting: bool,
+        last: Option<MachineState>,
     ) -> std::io::Result<(Arc<Self>, Found)> {
         let dir = MachineDir::new(&host.config.machines_dir(), &id);
         let slot = Slot::new(memo.slot)
@@ -103,7 +103,7 @@ impl Vm {
             host,
             dir,
         });
-        let found = vm.find(starting).await?;
+        let found = vm.find(last).await?;
         Ok((vm, found))
     }
 

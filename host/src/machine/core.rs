@@ -96,6 +96,8 @@ enum Phase {
         source: Source,
         lost: Option<End>,
         exit: Option<ExitStatus>,
+        /// Somebody wants its end whatever becomes of its memory.
+        killed: bool,
     },
     Destroying {
         retry_at: Option<Instant>,
@@ -130,7 +132,7 @@ impl Core {
             goal: None,
             waiters: Vec::new(),
             epoch: match found {
-                Found::Running { epoch } => epoch,
+                Found::Running { epoch } | Found::Busy { epoch } => epoch,
                 _ => 0,
             },
             generation: status.map_or(0, |s| s.generation),
@@ -259,6 +261,7 @@ impl Core {
             | Input::WakeRefused { epoch, .. }
             | Input::Slept { epoch, .. }
             | Input::SleepFailed { epoch, .. }
+            | Input::TakenOver { epoch }
             | Input::AskFailed { epoch, .. }
             | Input::AppExited { epoch, .. }
             | Input::MonitorExited { epoch, .. } => {

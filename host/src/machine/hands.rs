@@ -14,8 +14,8 @@ use super::core::{BootFailure, End, Epoch};
 
 /// What a Machine's task can do to the world.
 ///
-/// The task calls one of [`boot`](Self::boot), [`wake`](Self::wake), [`sleep`](Self::sleep) and
-/// [`remove`](Self::remove) at a time. [`watch`](Self::watch) runs from a successful start until
+/// The task calls one of [`boot`](Self::boot), [`wake`](Self::wake), [`sleep`](Self::sleep),
+/// [`take_over`](Self::take_over) and [`remove`](Self::remove) at a time. [`watch`](Self::watch) runs from a successful start until
 /// the monitor's end, beside [`sleep`](Self::sleep) and [`ask`](Self::ask). [`kill`](Self::kill)
 /// may come at any time and ends whatever runs. Futures are never dropped half-way, save when the
 /// agent shuts down, and that leaves the monitor running.
@@ -35,6 +35,10 @@ pub(crate) trait Hands: Send + Sync + 'static {
 
     /// Writes the snapshot and ends the monitor. On failure says whether the Machine runs on.
     async fn sleep(&self) -> Result<(), SleepFailure>;
+
+    /// Waits until a monitor that writes a snapshot for another agent has done so, however long that takes, and has
+    /// its Machine run on. On failure no monitor is left.
+    async fn take_over(&self) -> Result<(), String>;
 
     /// Tells how the app ends, and returns how the monitor has.
     async fn watch(&self, app_exited: Box<dyn Fn(ExitStatus) + Send + Sync>) -> End;

@@ -290,6 +290,16 @@ impl Task {
                     }
                 });
             }
+            Action::TakeOver { epoch } => self.begin(async move {
+                match hands.take_over().await {
+                    Ok(()) => Input::TakenOver { epoch },
+                    Err(reason) => Input::SleepFailed {
+                        epoch,
+                        reason,
+                        alive: false,
+                    },
+                }
+            }),
             Action::Ask {
                 epoch,
                 signal,

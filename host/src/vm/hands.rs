@@ -63,6 +63,13 @@ impl Hands for Vm {
         }
     }
 
+    async fn take_over(&self) -> Result<(), String> {
+        match self.current() {
+            Some(running) => self.take_over_from_another(&running).await,
+            None => Err("it does not run".to_owned()),
+        }
+    }
+
     async fn watch(&self, app_exited: Box<dyn Fn(ExitStatus) + Send + Sync>) -> End {
         let Some(running) = self.current() else {
             return end_of("", "", None);

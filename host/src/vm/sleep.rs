@@ -43,6 +43,7 @@ impl Vm {
                 .write_seal(&seal, Durability::Unsynced)
                 .map_err(told)
         };
+        let write = self.telling_progress(running, write);
         let written = tokio::select! {
             written = write => written,
             signal = running.monitor.ended() => {
@@ -56,7 +57,10 @@ impl Vm {
             running.sleeps.store(false, Ordering::Release);
             let back = self.break_seal().map_err(told);
             let back = match back {
-                Ok(()) => control::resume(&socket).await.map_err(|e| e.to_string()),
+                Ok(()) => tokio::select! {
+                    back = control::resume(&socket) => back.map_err(|e| e.to_string()),
+                    _ = running.monitor.ended() => Err("its monitor has ended".to_owned()),
+                },
                 Err(error) => Err(error),
             };
             let Err(error) = back else {
@@ -76,6 +80,24 @@ impl Vm {
         // Nobody may want to hear it.
         let _ = left.send(());
         Ok(())
+    }
+
+    /// Tells now and then how a snapshot gets on that takes long. However slow it is, it is not given up: its Machine's
+    /// memory is in it and nowhere else.
+    async fn telling_progress<T>(&self, running: &Running, write: impl Future<Output = T>) -> T {
+        tokio::pin!(write);
+        let mut before = running.monitor.written();
+        loop {
+            match tokio::time::timeout(PROGRESS_TIME, &mut write).await {
+                Ok(written) => return written,
+                Err(_) => {
+                    let now = running.monitor.written();
+                    let mib = now.saturating_sub(before) >> 20;
+                    before = now;
+                    tracing::warn!(machine = %self.id, mib, "a suspend takes long; this was written in the last minute");
+                }
+            }
+        }
     }
 
     /// Ends a monitor whose vCPUs stand still: however it goes, nothing is lost.
@@ -175,5 +197,7 @@ impl Vm {
     }
 }
 
+/// Between two words about a suspend that takes long.
+const PROGRESS_TIME: Duration = Duration::from_secs(60);
 /// How long a monitor may take to end after it was asked to, with nothing left to do.
 const STOP_TIME: Duration = Duration::from_secs(5);

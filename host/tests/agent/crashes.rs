@@ -247,6 +247,53 @@ fn a_guest_runs_only_when_a_seal_that_outlasts_a_loss_of_power_is_gone_on_disk()
 }
 
 #[test]
+fn a_slow_suspend_outlives_its_agent() {
+    let pipes = tempfile::tempdir().unwrap();
+    let pipe = pipes.path().join("disk");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut world = World::new();
+    let mut machine = world.launch(&[("FAKE_SNAPSHOT_WAITS", pipe.to_str().unwrap())]);
+    world.count(&machine);
+    let monitor = world.monitor(&machine);
+    world.begin(&mut machine, json!("suspended"));
+    // Its other end is there when the snapshot is being written.
+    let end = fs::File::options().write(true).open(&pipe).unwrap();
+    world.wait(&machine, "suspending");
+    world.kill();
+    world.up();
+    assert_eq!(world.status(&machine)["state"], "suspending");
+    assert_eq!(world.monitors(), [monitor]);
+    // A request that comes meanwhile waits, and then has the Machine as it was.
+    let start = world.say("start", &machine.id, json!({"source": "proxy"}));
+    fs::remove_file(&pipe).unwrap();
+    drop(end);
+    world.answer(start).unwrap();
+    assert_eq!(world.count(&machine), 2, "its memory");
+
+    // And without one, it is suspended after all.
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    world.begin(&mut machine, json!("suspended"));
+    let end = fs::File::options().write(true).open(&pipe).unwrap();
+    world.wait(&machine, "suspending");
+    world.kill();
+    world.up();
+    fs::remove_file(&pipe).unwrap();
+    drop(end);
+    world.wait(&machine, "suspended");
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 3);
+
+    // Only who wants its end by force does not wait for that.
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    world.begin(&mut machine, json!("suspended"));
+    let _end = fs::File::options().write(true).open(&pipe).unwrap();
+    let killed = json!({"stopped": {"signal": 9, "timeout_ms": 0}});
+    world.begin(&mut machine, killed);
+    world.wait(&machine, "stopped");
+    assert!(world.monitors().is_empty());
+}
+
+#[test]
 fn a_machine_that_cannot_be_taken_up_is_tried_again() {
     let mut world = World::new();
     let mut machine = Machine::new(&[]);

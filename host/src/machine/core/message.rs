@@ -51,6 +51,8 @@ pub(crate) enum Input {
         reason: String,
         alive: bool,
     },
+    /// A Machine whose suspend another agent began runs on.
+    TakenOver { epoch: Epoch },
     /// The guest could not be asked to stop.
     AskFailed { epoch: Epoch },
     /// The app of a running Machine has ended.
@@ -129,6 +131,8 @@ pub(crate) enum Action {
     Wake { epoch: Epoch },
     /// Write the snapshot and end the monitor.
     Sleep { epoch: Epoch },
+    /// Wait until a suspend that another agent began is over, and have the Machine run on.
+    TakeOver { epoch: Epoch },
     /// Ask the app to stop.
     Ask {
         epoch: Epoch,

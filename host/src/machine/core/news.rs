@@ -99,10 +99,28 @@ impl Core {
                     self.set_goal(Target::Started { kind: "start" }, Source::Proxy);
                 }
             }
-            (
-                Phase::Suspending { lost, exit, source },
-                Input::SleepFailed { reason, alive, .. },
-            ) => {
+            (Phase::Suspending { source, exit, .. }, Input::TakenOver { .. }) => {
+                let source = *source;
+                self.phase = Phase::Started {
+                    exit: exit.map(|status| (status, now + FLUSH_TIME)),
+                };
+                let detail = json!({"adopted": true, "was": MachineState::Suspending});
+                self.record(out, "start", source, detail);
+                // That it was to sleep still holds, unless something else is wanted by now.
+                if self.goal.is_none() {
+                    self.set_goal(Target::Suspended, source);
+                }
+            }
+            (Phase::Suspending { .. }, Input::SleepFailed { reason, alive, .. }) => {
+                if !alive && self.sleep_broken_off(now, out) {
+                    return;
+                }
+                let Phase::Suspending {
+                    lost, exit, source, ..
+                } = &mut self.phase
+                else {
+                    return;
+                };
                 let (exit, source) = (*exit, *source);
                 let lost = lost.take().or_else(|| {
                     (!alive).then(|| End {

@@ -731,6 +731,83 @@ fn a_stop_lets_requests_end_unless_it_is_in_a_hurry() {
 }
 
 #[test]
+fn a_suspend_that_another_agent_began_is_waited_for_and_then_done() {
+    let suspending = status(MachineState::Suspending);
+    let busy = || Bench::found(&suspending, Found::Busy { epoch: 1 });
+    let taken_over = |bench: &mut Bench| {
+        bench.tell(Input::TakenOver { epoch: 1 });
+    };
+    let mut bench = busy();
+    bench.is(MachineState::Suspending);
+    assert!(bench.does(|a| matches!(a, Action::TakeOver { .. })));
+    taken_over(&mut bench);
+    bench.is(MachineState::Suspending);
+    assert!(bench.does(|a| matches!(a, Action::Sleep { .. })));
+    let mut bench = busy();
+    bench.start(1);
+    taken_over(&mut bench);
+    assert_eq!(bench.answers()[&1], Ok(()));
+    bench.is(MachineState::Started);
+}
+
+#[test]
+fn a_suspend_is_broken_off_by_force_alone() {
+    let kills = |bench: &Bench| bench.does(|a| matches!(a, Action::Kill { .. }));
+    let fails = |bench: &mut Bench| {
+        let epoch = bench.core.epoch;
+        let reason = "killed".to_owned();
+        bench.monitor_ends(false).tell(Input::SleepFailed {
+            epoch,
+            reason,
+            alive: false,
+        });
+    };
+    let mut bench = Bench::started();
+    bench.wish(DesiredState::Suspended);
+    bench.order(1, Source::User, Order::Stop(StopRequest::default()));
+    assert!(!kills(&bench), "its memory is being written");
+    bench.wish(DesiredState::Stopped {
+        signal: Some(SIGKILL),
+        timeout_ms: None,
+    });
+    assert!(kills(&bench));
+    bench.tell(Input::Tick);
+    assert!(!kills(&bench), "once");
+    bench.is(MachineState::Suspending);
+    fails(&mut bench);
+    bench.is(MachineState::Stopped);
+    assert_eq!(bench.core.deadline(), None, "no restart follows");
+    assert_eq!(bench.events()[0].kind, "stop");
+
+    for (wish, state) in [
+        (
+            DesiredState::Restarted { force: true },
+            MachineState::Starting,
+        ),
+        (
+            DesiredState::Destroyed { force: true },
+            MachineState::Destroying,
+        ),
+    ] {
+        let mut bench = Bench::started();
+        bench.wish(DesiredState::Suspended).wish(wish);
+        assert!(kills(&bench));
+        fails(&mut bench);
+        bench.is(state);
+    }
+    // It may have been done by then.
+    let mut bench = Bench::started();
+    bench.wish(DesiredState::Suspended);
+    bench.wish(DesiredState::Stopped {
+        signal: Some(SIGKILL),
+        timeout_ms: None,
+    });
+    bench.slept();
+    bench.is(MachineState::Stopped);
+    assert!(bench.does(|a| matches!(a, Action::Discard)));
+}
+
+#[test]
 fn a_failed_suspend_leaves_it_running() {
     let mut bench = Bench::started();
     bench.order(1, Source::Proxy, Order::Suspend);
@@ -1045,6 +1122,7 @@ impl World {
                     assert_eq!(Some(*epoch), self.bench.core.state_epoch());
                     self.operation = Some(action);
                 }
+                Action::TakeOver { .. } => panic!("only of what is found"),
                 Action::Remove => {
                     assert!(self.operation.is_none() && self.monitor.is_none());
                     self.operation = Some(action);
