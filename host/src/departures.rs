@@ -72,11 +72,11 @@ mod tests {
         let announced = departures.announce(&machine, NEVER);
         let see_off = async {
             let departure = told.recv().await.unwrap();
-            assert_eq!(departure.machine, machine);
             departure.ready.send(()).unwrap();
-            departure.suspended
+            (departure.machine, departure.suspended)
         };
-        let (left, suspended) = tokio::join!(announced, see_off);
+        let (left, (who, suspended)) = tokio::join!(announced, see_off);
+        assert_eq!(who, machine);
         left.send(()).unwrap();
         suspended.await.unwrap();
         let left = departures.announce(&machine, Duration::ZERO).await;
