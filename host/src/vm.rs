@@ -209,9 +209,7 @@ impl Vm {
         if running.as_ref().is_some_and(|r| r.epoch == epoch) {
             *running = None;
             self.reachable.send_replace(false);
-            let meter = std::mem::take(&mut *self.meter.lock());
-            // Closing it waits for whoever of the kernel may still look at it.
-            tokio::task::spawn_blocking(move || drop(meter));
+            *self.meter.lock() = Metered::NotYet;
         }
     }
 }

@@ -29,7 +29,10 @@ pub(crate) struct Services {
 
 /// Counts the calls of one Machine.
 #[derive(Debug)]
-pub(crate) struct Meter(OwnedFd);
+pub(crate) struct Meter {
+    /// There until it is dropped.
+    socket: Option<OwnedFd>,
+}
 
 impl Services {
     /// Those of this Machine, whether or not they may be started.
@@ -75,18 +78,22 @@ impl Meter {
         if bound < 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self(socket))
+        let socket = Some(socket);
+        Ok(Self { socket })
     }
 
     /// How many calls there were since this was last asked.
     pub(crate) fn take(&self) -> io::Result<u32> {
+        let Some(socket) = &self.socket else {
+            return Ok(0);
+        };
         // `struct tpacket_stats`: packets, those that found no room among them, and these alone.
         let mut counts = [0_u32; 2];
         let mut length = size_of_val(&counts) as libc::socklen_t;
         // SAFETY: `counts` and `length` live through the call, which writes no more than the length that is given.
         let told = unsafe {
             libc::getsockopt(
-                self.0.as_raw_fd(),
+                socket.as_raw_fd(),
                 libc::SOL_PACKET,
                 libc::PACKET_STATISTICS,
                 counts.as_mut_ptr().cast(),
@@ -96,6 +103,16 @@ impl Meter {
         match told {
             -1 => Err(io::Error::last_os_error()),
             _ => Ok(counts[0]),
+        }
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        let socket = self.socket.take();
+        // The kernel waits some milliseconds, for whoever may still look at it: many at once are no more than one.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn_blocking(move || drop(socket));
         }
     }
 }
