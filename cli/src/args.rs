@@ -40,6 +40,9 @@ pub struct Global {
 pub enum Command {
     /// Make this machine a host: run the agent, edge, mesh, DNS, certificates and API
     Serve(Box<Serve>),
+    /// Look after the disks of this host, with or without `tern serve`
+    #[command(subcommand)]
+    Host(Host),
     /// Save where the API is and the token to speak with
     #[command(subcommand)]
     Auth(Auth),
@@ -75,6 +78,43 @@ pub enum Command {
     /// Look at a `fly.toml`
     #[command(subcommand)]
     Config(Config),
+}
+
+/// `tern host`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Host {
+    /// Machines on this host's disk that its catalog does not know
+    #[command(subcommand)]
+    Quarantine(Quarantine),
+}
+
+/// `tern host quarantine`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Quarantine {
+    /// List them
+    List {
+        #[command(flatten)]
+        at: DataDir,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove some for good: their disks, and their memory
+    Purge {
+        #[command(flatten)]
+        at: DataDir,
+        /// Which
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<MachineId>,
+    },
+}
+
+/// The data directory of a host.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct DataDir {
+    /// What `tern serve` was given as --data-dir
+    #[arg(long, env = "TERN_DATA_DIR", default_value = "/var/lib/tern")]
+    pub data_dir: PathBuf,
 }
 
 /// `tern serve`.

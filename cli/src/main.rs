@@ -1,11 +1,13 @@
 //! `tern`: the one binary a person runs.
 //!
-//! User commands speak to the API; `tern serve` puts the roles of a server together.
+//! User commands speak to the API; `tern serve` puts the roles of a server together, and `tern host` looks after
+//! its disks.
 
 mod appconfig;
 mod args;
 mod client;
 mod commands;
+mod host;
 mod image;
 mod output;
 mod serve;
@@ -19,6 +21,7 @@ fn main() -> ExitCode {
     let args = args::Args::parse();
     let outcome = match args.command {
         args::Command::Serve(serve) => serve::run(*serve),
+        args::Command::Host(host) => host::run(host),
         command => commands::run(command, &args.global),
     };
     match outcome {

@@ -16,7 +16,8 @@
 //! | `_instances` | TXT | `instance=<id>,app=<app>,ip=<address>,region=<region>;…` |
 //!
 //! `all.` before `vms`, `regions` and `_instances` counts Machines that are not started, too. A name
-//! exists as long as what it speaks of does, asleep or not; it is empty when nothing is started.
+//! exists as long as what it speaks of does, asleep or not. Where none of the Machines that an address is asked of
+//! is started, those are given that a call over the private network wakes; a name without any is empty.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::Ipv6Addr;
@@ -148,20 +149,20 @@ fn find_in_app(snapshot: &Snapshot, asker: Asker, app: &App, below: &[&str]) -> 
         let all = snapshot.machines_of(&app.name);
         all.filter(|(m, status)| m.network == app.network && exists(*status))
     };
-    // The started ones of those that a name speaks of; no name where there is none of them.
+    let addresses = |named: &mut dyn Iterator<Item = _>| {
+        let answering = answering(named).into_iter();
+        Found::Addresses(rotate(answering.map(|m| m.private_ip).collect()))
+    };
+    // Those that a name speaks of and that answer; no name where there is none of them.
     let those = |speaks_of: &dyn Fn(&Machine) -> bool| {
         let mut named = machines().filter(|(m, _)| speaks_of(m)).peekable();
-        if named.peek().is_none() {
-            return Found::Nothing;
+        match named.peek() {
+            None => Found::Nothing,
+            Some(_) => addresses(&mut named),
         }
-        let started = named.filter(|(_, status)| is_started(*status));
-        Found::Addresses(rotate(started.map(|(m, _)| m.private_ip).collect()))
     };
     match below {
-        [] | ["global"] => {
-            let started = machines().filter(|(_, status)| is_started(*status));
-            Found::Addresses(rotate(started.map(|(m, _)| m.private_ip).collect()))
-        }
+        [] | ["global"] => addresses(&mut machines()),
         ["vm" | "process" | "_metadata" | "of"] | ["kv", "_metadata"] | ["nearest", "of"] => {
             Found::Empty
         }
@@ -189,15 +190,36 @@ fn find_in_app(snapshot: &Snapshot, asker: Asker, app: &App, below: &[&str]) -> 
         }
         [top, "nearest", "of"] => match top.strip_prefix("top").map(str::parse::<usize>) {
             Some(Ok(count @ 1..)) => {
-                let started = machines().filter(|(_, status)| is_started(*status));
-                let started = started.map(|(m, _)| m).collect();
-                Found::Addresses(nearest(snapshot, asker, started, count))
+                let answering = answering(&mut machines());
+                Found::Addresses(nearest(snapshot, asker, answering, count))
             }
             _ => Found::Nothing,
         },
         [region] => those(&|m| m.region.eq_ignore_ascii_case(region)),
         _ => Found::Nothing,
     }
+}
+
+/// The started ones of these Machines; where there is none, those that a call wakes.
+fn answering<'a>(
+    machines: &mut dyn Iterator<Item = (&'a Arc<Machine>, Option<&'a Arc<MachineStatus>>)>,
+) -> Vec<&'a Arc<Machine>> {
+    let (mut started, mut asleep) = (Vec::new(), Vec::new());
+    for (machine, status) in machines {
+        if is_started(status) {
+            started.push(machine);
+        } else if is_callable(machine, status) {
+            asleep.push(machine);
+        }
+    }
+    if started.is_empty() { asleep } else { started }
+}
+
+/// Whether it sleeps, or is on the way there or back, and a call to one of its services wakes it.
+fn is_callable(machine: &Machine, status: Option<&Arc<MachineStatus>>) -> bool {
+    use MachineState::{Starting, Suspended, Suspending};
+    let sleeps = status.is_some_and(|s| matches!(s.state, Starting | Suspended | Suspending));
+    sleeps && machine.config.services.iter().any(|s| s.autostart)
 }
 
 /// On the same host, then in the same region, then elsewhere.

@@ -1,10 +1,12 @@
 //! What the gate asks of the agent of its host.
 
 use std::net::Ipv4Addr;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use tern_catalog::MachineId;
 use thiserror::Error;
+use tokio::sync::oneshot;
 
 /// The way to the agent. `tern serve` implements it over `tern-host`.
 #[async_trait]
@@ -26,6 +28,26 @@ pub trait MachineControl: Send + Sync + 'static {
 
     /// Stops a Machine: its next start is cold.
     async fn stop(&self, machine: &MachineId) -> Result<(), String>;
+
+    /// When the Machine was last of use to somebody whom the gate does not see: it was started by hand, somebody
+    /// is in it (now), it is called over its private network. `None` where nothing is known of it. The gate asks
+    /// every few seconds of a Machine that it may put to sleep; what is noticed at that moment counts from then.
+    fn last_use(&self, machine: &MachineId) -> Option<Instant>;
+
+    /// Answers with the next Machine that is about to be put to sleep at whoever's wish. The gate calls this again
+    /// and again, and may drop it: nothing is lost by that. May never answer.
+    async fn leaving(&self) -> Leaving;
+}
+
+/// A Machine that is about to be suspended or stopped.
+#[derive(Debug)]
+pub struct Leaving {
+    /// Which.
+    pub machine: MachineId,
+    /// Told when it has no requests any more. Closed when that has taken too long: it leaves all the same.
+    pub ready: oneshot::Sender<()>,
+    /// Told when it is suspended; dropped when it is not, or was stopped.
+    pub suspended: oneshot::Receiver<()>,
 }
 
 /// Why a Machine could not be started.

@@ -4,8 +4,8 @@
 //!   the [`View`], and relays. It answers ACME http-01, redirects to https where an app asks for it, and
 //!   refuses what no app should see.
 //! - **Gate** holds the one true count of requests of each Machine of this host. It admits, makes wait,
-//!   refuses, or wakes: a thousand requests to a sleeping Machine cause one start. With no traffic for a
-//!   while it puts a Machine to sleep, as its `fly.toml` says.
+//!   refuses, or wakes: a thousand requests to a sleeping Machine cause one start. A Machine that has been of
+//!   no use to anybody for a while it puts to sleep, as its `fly.toml` says.
 //!
 //! The way of a request, downwards: `worker` (a thread's sockets, TLS) → `h1::client`, `h2` or `h3` (its head) →
 //! `relay` (which site, which Machine, which connection, both ways) → `h1::app` or an HTTP/2 stream.
@@ -34,6 +34,6 @@ mod tls;
 mod worker;
 
 pub use config::{Edge, EdgeConfig};
-pub use control::{MachineControl, StartError};
+pub use control::{Leaving, MachineControl, StartError};
 pub use limits::Limits;
 pub use metrics::Metrics;

@@ -1,4 +1,4 @@
-//! Puts Machines to sleep that nobody calls.
+//! Puts Machines to sleep that are of no use to anybody, and sees those off that others put to sleep.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -6,6 +6,7 @@ use std::time::Duration;
 use tern_catalog::{AppName, Autostop, MachineId, MachineState};
 use tokio_util::sync::CancellationToken;
 
+use crate::control::Leaving;
 use crate::gate::Gate;
 
 /// Looks at all Machines of this host now and then, until told to end.
@@ -14,10 +15,12 @@ pub async fn run(gate: Gate, host: tern_catalog::HostId, idle: Duration, end: Ca
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            _ = tick.tick() => {}
+            _ = tick.tick() => look(&gate, host, idle),
+            leaving = gate.control().leaving() => {
+                tokio::spawn(see_off(gate.clone(), leaving));
+            }
             () = end.cancelled() => return,
         }
-        look(&gate, host, idle);
     }
 }
 
@@ -48,6 +51,8 @@ fn look(gate: &Gate, host: tern_catalog::HostId, idle: Duration) {
         let Some(service) = services.iter().find(|s| s.autostop != Autostop::Off) else {
             continue;
         };
+        // Each time, also where it may not sleep now: what is not asked for is not noticed.
+        let last_use = gate.control().last_use(&machine.id);
         let Some(status) = snapshot.machine_status.get(&machine.id) else {
             continue;
         };
@@ -66,7 +71,7 @@ fn look(gate: &Gate, host: tern_catalog::HostId, idle: Duration) {
         else {
             continue;
         };
-        if gate.lay_down(&machine.id, idle, status) {
+        if gate.lay_down(&machine.id, idle, last_use, status) {
             *count -= 1;
             tokio::spawn(put_to_sleep(
                 gate.clone(),
@@ -90,6 +95,26 @@ async fn put_to_sleep(gate: Gate, id: MachineId, how: Autostop) {
     gate.laid_down(&id, outcome.is_ok());
 }
 
+/// Has new requests wait while somebody puts a Machine to sleep, tells when those it has are done, and wakes it for
+/// those that were not.
+async fn see_off(gate: Gate, leaving: Leaving) {
+    let Leaving {
+        machine,
+        mut ready,
+        suspended,
+    } = leaving;
+    tokio::select! {
+        () = gate.see_off(&machine) => {}
+        () = ready.closed() => {}
+    }
+    // It may have left by now.
+    let _ = ready.send(());
+    let status = gate.view().snapshot().machine_status.get(&machine).cloned();
+    if suspended.await.is_ok() && gate.load(&machine, status.as_deref()).1 > 0 {
+        rouse(gate, machine);
+    }
+}
+
 fn rouse(gate: Gate, id: MachineId) {
     tokio::spawn(async move {
         if let Err(error) = gate.control().start(&id).await {
@@ -97,3 +122,6 @@ fn rouse(gate: Gate, id: MachineId) {
         }
     });
 }
+
+#[cfg(test)]
+mod tests;

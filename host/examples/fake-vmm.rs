@@ -4,7 +4,8 @@
 //! What it does differently from a well-behaved Machine is told by the app's environment:
 //! `FAKE_EXIT=<code>` ends the app at once; `FAKE_NEVER_START` never starts it; `FAKE_IGNORE_STOP`
 //! does not stop; `FAKE_NO_SNAPSHOT` refuses to be suspended; `FAKE_RESUMED_WAITS=<named pipe>` answers that
-//! it has resumed when somebody has written to that pipe; `FAKE_KILL_AGENT_AT=<step>` kills the agent, once, at `boot`, `pause`, `snapshot`, `stop`, `restore` or `resumed`.
+//! it has resumed when somebody has written to that pipe; `FAKE_SNAPSHOT_WAITS=<named pipe>` writes its snapshot, and
+//! answers nobody, when somebody has written to that pipe, if it is there; `FAKE_KILL_AGENT_AT=<step>` kills the agent, once, at `boot`, `pause`, `snapshot`, `stop`, `restore` or `resumed`.
 
 // A stand-in that cannot go on may panic.
 #![allow(clippy::unwrap_used)]
@@ -227,6 +228,11 @@ impl Vmm {
         if self.env.contains_key("FAKE_NO_SNAPSHOT") {
             return Ok(json!({"error": "the disk is full"}));
         }
+        if let Some(pipe) = self.env.get("FAKE_SNAPSHOT_WAITS")
+            && Path::new(pipe).exists()
+        {
+            fs::read(pipe)?;
+        }
         let dir = PathBuf::from(
             self.config["snapshot_dir"]
                 .as_str()
@@ -333,7 +339,7 @@ impl Vmm {
         }
     }
 
-    /// The app's own words: `count`, `write TEXT`, `read`, `exit CODE`.
+    /// The app's own words: `count`, `write TEXT`, `read`, `exit CODE`, `wait PIPE` (until somebody has written to it).
     fn app(&self, words: &[String]) -> (String, i32) {
         let disk = || {
             let path = self.config["disks"][1]["path"].as_str().unwrap();
@@ -356,6 +362,7 @@ impl Vmm {
                 let text: Vec<u8> = bytes.into_iter().take_while(|&b| b != 0).collect();
                 (String::from_utf8(text).unwrap(), 0)
             }
+            ["wait", pipe] => (fs::read_to_string(pipe).unwrap(), 0),
             ["exit", code] => {
                 self.exit_app(code.parse().unwrap());
                 (String::new(), 0)

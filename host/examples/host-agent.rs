@@ -3,9 +3,10 @@
 //!
 //! Each line of input is a request, `{"n": 1, "op": "start", "id": "…"}`; its answer is a line with
 //! the same `n`, and `ok` or `error`. Requests are served side by side. Operations: `put` (a
-//! `machine` record), `destroy` (as the API does it), `start`, `suspend`, `stop` (`source` is `user` unless it says `proxy`),
+//! `machine` record), `destroy` (as the API does it), `forget` (remove the records), `start`, `suspend`, `stop` (`source` is `user` unless it says `proxy`),
 //! `exec` (`cmd`), `signal` (`signo`), `logs`, `status`, `wait` (until `state`), `records`,
-//! `metrics`, `shutdown`.
+//! `metrics`, `idle` (milliseconds since its last use), `shutdown`. As the gate does: `follow` (departures from now
+//! on), `departure` (the next), `let_go` (the last, which is answered with whether it is suspended then).
 
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
@@ -19,13 +20,15 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::getpid;
 use serde_json::{Value, json};
 use tern_catalog::{
-    Catalog, DesiredState, HostId, Machine, MachineId, MachineState, SqliteStore, Store, View,
+    Catalog, DesiredState, HostId, Machine, MachineId, MachineState, MachineStatus, SqliteStore,
+    Store, View,
 };
 use tern_guest::ExecRequest;
 use tern_host::{
-    Agent, AgentHandle, ExecOutput, HostConfig, LogItem, Registry, Source, StopRequest,
+    Agent, AgentHandle, Departure, ExecOutput, HostConfig, LogItem, Registry, Source, StopRequest,
 };
-use tokio::sync::mpsc;
+use tokio::sync::Mutex;
+use tokio::sync::mpsc::{self, UnboundedReceiver};
 
 #[derive(Parser)]
 struct Options {
@@ -60,6 +63,13 @@ struct Agency {
     catalog: Catalog,
     view: View,
     handle: AgentHandle,
+    departures: Arc<Mutex<Departures>>,
+}
+
+#[derive(Default)]
+struct Departures {
+    told: Option<UnboundedReceiver<Departure>>,
+    last: Option<Departure>,
 }
 
 #[tokio::main]
@@ -101,6 +111,7 @@ async fn main() -> Result<()> {
         catalog,
         view,
         handle: agent.handle(),
+        departures: Arc::default(),
     };
     println!("{}", json!({"ready": true}));
 
@@ -182,6 +193,12 @@ impl Agency {
                 let written = self.catalog.update(id()?.as_str(), wish).await?;
                 Ok(json!(matches!(written, Ok(Some(_)))))
             }
+            "forget" => {
+                let id = id()?;
+                self.catalog.delete::<Machine>(id.as_str()).await?;
+                self.catalog.delete::<MachineStatus>(id.as_str()).await?;
+                Ok(Value::Null)
+            }
             "start" => Ok(json!(self.handle.start(&id()?, source).await?)),
             "reachable" => Ok(json!(self.handle.reachable(&id()?).await)),
             "suspend" => Ok(json!(self.handle.suspend(&id()?, source).await?)),
@@ -220,6 +237,28 @@ impl Agency {
                     _ => None,
                 };
                 Ok(self.view.wait_for(seen).await)
+            }
+            "idle" => {
+                let last = self.handle.last_use(&id()?).context("no such Machine")?;
+                Ok(json!(u64::try_from(last.elapsed().as_millis())?))
+            }
+            "follow" => {
+                self.departures.lock().await.told = Some(self.handle.departures());
+                Ok(Value::Null)
+            }
+            "departure" => {
+                let mut departures = self.departures.lock().await;
+                let told = departures.told.as_mut().context("follow them first")?;
+                let departure = told.recv().await.context("there will be none")?;
+                let machine = json!(departure.machine);
+                departures.last = Some(departure);
+                Ok(machine)
+            }
+            "let_go" => {
+                let departure = self.departures.lock().await.last.take();
+                let departure = departure.context("there was none")?;
+                let _ = departure.ready.send(()); // it may not have waited for so long
+                Ok(json!(departure.suspended.await.is_ok()))
             }
             "records" => {
                 let listing = self.catalog.store().list("").await?;

@@ -5,10 +5,12 @@ use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use parking_lot::RwLock;
 use rustix::fs::{FlockOperation, flock};
 use tern_catalog::{Catalog, Machine, MachineId, MachineState, MachineStatus, Snapshot, View};
@@ -17,11 +19,13 @@ use tern_guest::{ExecRequest, Status};
 use tern_image::{ImageError, ImageStore, Limits};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::{JoinError, JoinHandle};
 
+use crate::activity::Activity;
 use crate::cgroup::Groups;
 use crate::checks::Checks;
 use crate::config::{ConfigError, HostConfig};
+use crate::departures::{Departure, Departures};
 use crate::dir::{self, MachineDir, Memo};
 use crate::disk::Blank;
 use crate::guest::{Exec, QUICK};
@@ -30,14 +34,16 @@ use crate::logs::LogReader;
 use crate::machine::core::{Core, Found, Order};
 use crate::machine::recorder::Recorder;
 use crate::machine::task::{Beginning, Message, Task};
+use crate::machine::troubles::Troubles;
 use crate::machine::{CommandError, Source, StopRequest};
 use crate::metrics::Metrics;
-use crate::monitor::Monitor;
 use crate::network::{self, Network, NetworkError, Port, Slot};
+use crate::quarantine;
 use crate::trace::StartTrace;
 use crate::vm::MemoryUse;
 use crate::vm::Vm;
 use crate::volumes::{Keeper, Volumes};
+use crate::watched::Watched;
 
 /// The agent of one server. Dropping it without [`Agent::shutdown`] is as good as its process's
 /// crash: nothing is lost, and monitors go on.
@@ -45,9 +51,9 @@ pub struct Agent {
     handle: AgentHandle,
     supervisor: Ending,
     /// Keeps volumes.
-    _keeper: Ending,
+    keeper: Ending,
     /// Collects images.
-    _collector: Ending,
+    collector: Ending,
     stop: oneshot::Sender<()>,
     /// One agent per data directory.
     _lock: File,
@@ -72,6 +78,8 @@ struct Shared {
     host: Arc<Host>,
     catalog: Catalog,
     machines: RwLock<HashMap<MachineId, Entry>>,
+    /// Machines that cannot be looked after now.
+    troubles: RwLock<Troubles>,
     /// Changes whenever the agent has done all that the catalog says.
     rounds: watch::Sender<u64>,
 }
@@ -81,6 +89,7 @@ struct Entry {
     messages: mpsc::UnboundedSender<Message>,
     state: watch::Receiver<MachineState>,
     vm: Arc<Vm>,
+    activity: Arc<Activity>,
     /// The record as last told to the task.
     wanted: Arc<Machine>,
 }
@@ -137,7 +146,7 @@ impl Agent {
         let lock = prepare_dirs(&config)?;
         let snapshot = view.snapshot();
         let images = ImageStore::open(config.data_dir.join("images"), Limits::default())?;
-        let (ports, leftovers) = survey(&config, &snapshot)?;
+        let (ports, strays) = survey(&config, &snapshot)?;
         let network = Network::open(config.nat, ports).await?;
         let host = Arc::new(Host {
             blank: Blank::new(&config.data_dir, config.disk_size),
@@ -146,6 +155,7 @@ impl Agent {
             groups: Groups::open(&config.data_dir, &config.rate_limits),
             boot_id: dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?,
             metrics: Arc::new(Metrics::default()),
+            departures: Departures::default(),
             view,
             images,
             network,
@@ -155,24 +165,25 @@ impl Agent {
             host,
             catalog,
             machines: RwLock::default(),
+            troubles: RwLock::default(),
             rounds: watch::channel(0).0,
         });
         let keeper = Keeper::new(Arc::clone(&shared.host), shared.catalog.clone());
         let keeper = Ending(tokio::spawn(keeper.run()));
         let mut supervisor = Supervisor {
             shared: Arc::clone(&shared),
-            tasks: JoinSet::new(),
+            tasks: Watched::new(),
             gone: HashMap::new(),
         };
-        supervisor.sweep(leftovers).await;
+        supervisor.sweep(strays).await;
         supervisor.take_up_all(&snapshot).await;
         let collector = crate::images::keep_within_budget(Arc::clone(&shared.host));
         let (stop, stopped) = oneshot::channel();
         Ok(Self {
             handle: AgentHandle { shared },
             supervisor: Ending(tokio::spawn(supervisor.run(stopped))),
-            _keeper: keeper,
-            _collector: Ending(tokio::spawn(collector)),
+            keeper,
+            collector: Ending(tokio::spawn(collector)),
             stop,
             _lock: lock,
         })
@@ -183,11 +194,27 @@ impl Agent {
         self.handle.clone()
     }
 
+    /// Waits until a part of the agent has failed, and returns why. What is left of it is not to be trusted: monitors
+    /// go on, and another agent adopts them.
+    pub async fn failed(&mut self) -> JoinError {
+        let parts = [&mut self.supervisor, &mut self.keeper, &mut self.collector];
+        let mut parts: FuturesUnordered<_> = parts.into_iter().map(|part| &mut part.0).collect();
+        while let Some(ended) = parts.next().await {
+            if let Err(error) = ended {
+                return error;
+            }
+        }
+        std::future::pending().await
+    }
+
     /// Ends the agent. Monitors, and with them Machines, go on; the next agent adopts them.
     pub async fn shutdown(mut self) {
         // It may have ended on its own, with an error that was told.
         let _ = self.stop.send(());
-        if let Err(error) = (&mut self.supervisor.0).await {
+        // One that has failed may have been waited for already.
+        if !self.supervisor.0.is_finished()
+            && let Err(error) = (&mut self.supervisor.0).await
+        {
             tracing::error!(%error, "the agent's supervisor has failed");
         }
     }
@@ -239,11 +266,30 @@ impl AgentHandle {
             .map_err(|e| CommandError::Failed(e.to_string()))
     }
 
-    /// Runs a command in a started Machine, beside its app.
+    /// Runs a command in a started Machine, beside its app. The Machine is in use until the command has ended.
     pub async fn exec(&self, id: &MachineId, request: ExecRequest) -> Result<Exec, CommandError> {
+        // Before its state is looked at: from here on it is not put to sleep for want of use.
+        let session = self.entry(id, |entry| entry.activity.session())?;
         let vm = self.started(id).await?;
         let outcome = vm.guest.exec(request).await;
-        outcome.map_err(|e| CommandError::Failed(e.to_string()))
+        let exec = outcome.map_err(|e| CommandError::Failed(e.to_string()))?;
+        Ok(exec.within(session))
+    }
+
+    /// When a Machine was last of use to anybody, beside the requests that the gate counts itself: it was started,
+    /// or the API wished something of it; a command ran in it; or it was called over its private network, which
+    /// is noticed when this is asked, and counts from then. To be asked every few seconds of a Machine that may be
+    /// put to sleep.
+    pub fn last_use(&self, id: &MachineId) -> Option<Instant> {
+        let (vm, activity) = self
+            .entry(id, |entry| {
+                (Arc::clone(&entry.vm), Arc::clone(&entry.activity))
+            })
+            .ok()?;
+        if vm.was_called() {
+            activity.touch();
+        }
+        Some(activity.last())
     }
 
     /// How the guest of a started Machine is doing.
@@ -288,6 +334,12 @@ impl AgentHandle {
         }
     }
 
+    /// Tells from now on, and nobody else any more, which Machines are about to be put to sleep. Each waits a while
+    /// for the answer.
+    pub fn departures(&self) -> mpsc::UnboundedReceiver<Departure> {
+        self.shared.host.departures.follow()
+    }
+
     /// Waits until a Machine that is being woken takes frames: they are held until its guest runs, which is sooner than
     /// [`Self::start`] returns. Never returns for one that is not.
     pub async fn reachable(&self, id: &MachineId) {
@@ -307,10 +359,7 @@ impl AgentHandle {
 
     /// The state of a Machine, ahead of what the catalog says.
     pub fn state(&self, id: &MachineId) -> Result<watch::Receiver<MachineState>, CommandError> {
-        let machines = self.shared.machines.read();
-        let entry = machines.get(id);
-        let entry = entry.ok_or_else(|| CommandError::Unknown(id.clone()))?;
-        Ok(entry.state.clone())
+        self.entry(id, |entry| entry.state.clone())
     }
 
     /// What the agent has counted.
@@ -326,14 +375,11 @@ impl AgentHandle {
     ) -> Result<(), CommandError> {
         self.known(id).await;
         let (reply, outcome) = oneshot::channel();
-        {
-            let machines = self.shared.machines.read();
-            let entry = machines.get(id);
-            let entry = entry.ok_or_else(|| CommandError::Unknown(id.clone()))?;
+        self.entry(id, |entry| {
             let message = Message::Command(source, order, reply);
             // A task that ends drops its messages, and the outcome then says so.
             let _ = entry.messages.send(message);
-        }
+        })?;
         outcome.await.unwrap_or(Err(CommandError::ShuttingDown))
     }
 
@@ -343,18 +389,30 @@ impl AgentHandle {
         let expected = || {
             let host = &self.shared.host;
             !self.shared.machines.read().contains_key(id)
+                && self.shared.troubles.read().reason(id).is_none()
                 && host.machine(id).is_some_and(|m| m.host == host.config.host)
         };
         let taken_up = async { while expected() && rounds.changed().await.is_ok() {} };
-        // One that cannot be taken up is unknown: why is in its status.
+        // Why one cannot be taken up is in its status.
         let _ = tokio::time::timeout(TAKE_UP_TIME, taken_up).await;
     }
 
     fn vm(&self, id: &MachineId) -> Result<Arc<Vm>, CommandError> {
+        self.entry(id, |entry| Arc::clone(&entry.vm))
+    }
+
+    fn entry<T>(&self, id: &MachineId, of: impl FnOnce(&Entry) -> T) -> Result<T, CommandError> {
         let machines = self.shared.machines.read();
-        let entry = machines.get(id);
-        let entry = entry.ok_or_else(|| CommandError::Unknown(id.clone()))?;
-        Ok(Arc::clone(&entry.vm))
+        let entry = machines.get(id).ok_or_else(|| {
+            let troubles = self.shared.troubles.read();
+            match troubles.reason(id) {
+                Some(reason) => CommandError::Failed(format!(
+                    "the host cannot look after the Machine now, and tries again: {reason}"
+                )),
+                None => CommandError::Unknown(id.clone()),
+            }
+        })?;
+        Ok(of(entry))
     }
 
     /// The hands of a started Machine. One that is starting is waited for a little: it may have answered requests
@@ -376,13 +434,17 @@ impl AgentHandle {
 /// Keeps one task per Machine, as the catalog says.
 struct Supervisor {
     shared: Arc<Shared>,
-    tasks: JoinSet<(MachineId, bool)>,
+    /// Each tells whether its Machine was destroyed.
+    tasks: Watched<MachineId, bool>,
     /// Machines that are destroyed while the view still shows them, by when they were made.
     gone: HashMap<MachineId, jiff::Timestamp>,
 }
 
-/// A directory in the agent's own that belongs to no Machine.
-type Leftover = std::path::PathBuf;
+/// A Machine's directory that the catalog does not know.
+struct Stray {
+    path: PathBuf,
+    slot: Option<Slot>,
+}
 
 impl Supervisor {
     async fn run(mut self, mut stopped: oneshot::Receiver<()>) {
@@ -392,16 +454,24 @@ impl Supervisor {
             changes.mark_unchanged();
             self.reconcile(&view.snapshot()).await;
             self.shared.rounds.send_modify(|rounds| *rounds += 1);
+            let retry_at = self.shared.troubles.read().next();
+            let retry = async {
+                match retry_at {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 _ = &mut stopped => break,
                 changed = changes.changed() => if changed.is_err() { break },
-                Some(ended) = self.tasks.join_next() => self.ended(ended),
+                Some((id, ended)) = self.tasks.next() => self.ended(id, ended),
+                () = retry => {}
             }
         }
         // With their entries go the tasks' last senders; each writes what it has and ends.
         self.shared.machines.write().clear();
-        while let Some(ended) = self.tasks.join_next().await {
-            self.ended(ended);
+        while let Some((id, ended)) = self.tasks.next().await {
+            self.ended(id, ended);
         }
     }
 
@@ -414,7 +484,7 @@ impl Supervisor {
                 .get(id)
                 .is_some_and(|m| m.created_at == *made)
         });
-        let mut new = Vec::new();
+        let (mut new, mut lost) = (Vec::new(), Vec::new());
         {
             let mut machines = self.shared.machines.write();
             for machine in snapshot.machines.values().filter(|m| m.host == own) {
@@ -425,17 +495,32 @@ impl Supervisor {
                         let _ = entry.messages.send(Message::Wanted(Arc::clone(machine)));
                     }
                     None if self.gone.contains_key(&machine.id) => {}
+                    // Its record was gone for a moment, and its last task has not ended yet.
+                    None if self.tasks.has(&machine.id) => {}
                     None => new.push(Arc::clone(machine)),
                 }
             }
-            for (id, entry) in machines.iter() {
-                if snapshot.machines.get(id).is_none_or(|m| m.host != own) {
-                    let _ = entry.messages.send(Message::Gone);
-                }
+            // With its entry goes the task's last sender: it ends, and leaves everything as it is.
+            let known = |id: &MachineId| snapshot.machines.get(id).is_some_and(|m| m.host == own);
+            lost.extend(machines.extract_if(|id, _| !known(id)).map(|(id, _)| id));
+        }
+        {
+            let now = Instant::now();
+            let mut troubles = self.shared.troubles.write();
+            troubles.keep(|id| snapshot.machines.contains_key(id));
+            new.retain(|machine| troubles.may_try(machine, now));
+        }
+        for id in lost {
+            let path = MachineDir::new(&self.shared.host.config.machines_dir(), &id);
+            // One that was destroyed has left nothing.
+            if path.path().exists() {
+                self.quarantine(path.path());
             }
         }
         for machine in new {
-            let status = snapshot.machine_status.get(&machine.id).cloned();
+            let before = self.shared.troubles.read().before(&machine.id);
+            let told = || snapshot.machine_status.get(&machine.id).cloned();
+            let status = before.unwrap_or_else(told);
             self.take_up(machine, status).await;
         }
     }
@@ -478,13 +563,20 @@ impl Supervisor {
         match begun {
             Ok((entry, beginning)) => {
                 self.shared.machines.write().insert(id.clone(), entry);
-                self.tasks
-                    .spawn(async move { (id, Task::run(beginning).await) });
+                self.shared.troubles.write().over(&id);
+                self.tasks.spawn(id, Task::run(beginning));
             }
             Err(reason) => {
-                tracing::error!(machine = %id, reason, "a Machine cannot be taken up");
-                // Once per record: it is tried again when the record changes or the agent restarts.
-                self.gone.insert(id, machine.created_at);
+                let now = Instant::now();
+                let before = status.clone();
+                let told =
+                    |troubles: &mut Troubles| troubles.refused(&machine, before, &reason, now);
+                let news = told(&mut self.shared.troubles.write());
+                if !news {
+                    tracing::debug!(machine = %id, reason, "a Machine still cannot be taken up");
+                    return;
+                }
+                tracing::error!(machine = %id, reason, "a Machine cannot be taken up; it is tried again");
                 let failed = refusal(&machine, status.as_deref(), reason);
                 if let Err(error) = self.shared.catalog.put(&failed).await {
                     tracing::warn!(machine = %machine.id, %error, "a status cannot be written");
@@ -493,44 +585,47 @@ impl Supervisor {
         }
     }
 
-    fn ended(&mut self, ended: Result<(MachineId, bool), tokio::task::JoinError>) {
-        match ended {
-            Ok((id, destroyed)) => {
-                let entry = self.shared.machines.write().remove(&id);
-                if destroyed && let Some(entry) = entry {
-                    self.gone.insert(id, entry.wanted.created_at);
+    fn ended(&mut self, id: MachineId, ended: Result<bool, JoinError>) {
+        let entry = self.shared.machines.write().remove(&id);
+        match (ended, entry) {
+            (Ok(true), Some(entry)) => _ = self.gone.insert(id, entry.wanted.created_at),
+            (Ok(_), _) => {}
+            // The next task finds the Machine as an agent does that starts: its monitor is adopted.
+            (Err(error), entry) => {
+                tracing::error!(machine = %id, %error, "a Machine's task has failed; it is begun anew");
+                if let Some(entry) = entry {
+                    let mut troubles = self.shared.troubles.write();
+                    troubles.lost(&entry.wanted, &error.to_string(), Instant::now());
                 }
             }
-            Err(error) => tracing::error!(%error, "a Machine's task has failed"),
         }
     }
 
-    /// Removes what belongs to no Machine.
-    async fn sweep(&self, leftovers: Vec<Leftover>) {
+    /// Keeps Machines that the catalog does not know as they are, and removes devices that are of none.
+    async fn sweep(&self, strays: Vec<Stray>) {
         let host = &self.shared.host;
-        for path in leftovers {
-            tracing::warn!(path = %path.display(), "removing what belongs to no Machine");
-            let removed = async {
-                if let Some(monitor) = Monitor::adopt(&path.join("vmm.pid"))? {
-                    monitor.kill();
-                    monitor.ended().await;
-                }
-                if let Some(name) = path.file_name().and_then(|n| n.to_str()) {
-                    host.groups.remove(name)?;
-                }
-                fs::remove_dir_all(&path)
-            };
-            match removed.await {
-                Ok(()) => host.metrics.leftovers.add(1),
-                Err(error) => {
-                    tracing::error!(path = %path.display(), %error, "it cannot be removed");
-                }
+        for stray in strays {
+            if let Some(slot) = stray.slot {
+                host.network.reserve(slot);
             }
+            self.quarantine(&stray.path);
         }
         match host.network.sweep().await {
             Ok(removed) => host.metrics.leftovers.add(removed),
             Err(error) => tracing::error!(%error, "left over devices cannot be removed"),
         }
+    }
+
+    fn quarantine(&self, path: &Path) {
+        let host = &self.shared.host;
+        host.metrics.quarantined.add(1);
+        let marked = quarantine::mark(path);
+        let error = marked.err().map(|e| e.to_string());
+        tracing::error!(
+            path = %path.display(), error,
+            "the catalog does not know this Machine, which is left as it is: serve with the catalog that does, or \
+             see `tern host quarantine`"
+        );
     }
 }
 
@@ -542,7 +637,8 @@ async fn begin(
 ) -> Result<(Entry, Beginning), String> {
     let host = &shared.host;
     let dir = MachineDir::new(&host.config.machines_dir(), &machine.id);
-    let memo = match dir.memo().map_err(|e| e.to_string())? {
+    let at = |error: io::Error| format!("{}: {error}", dir.path().display());
+    let memo = match dir.memo().map_err(at)? {
         Some(memo) => memo,
         None => {
             let slot = host.network.take_slot().map_err(|e| e.to_string())?;
@@ -552,15 +648,19 @@ async fn begin(
                 image_digest: None,
                 boots: 0,
             };
-            fs::create_dir_all(dir.path())
-                .and_then(|()| dir.set_memo(&memo))
-                .map_err(|e| format!("{}: {e}", dir.path().display()))?;
+            let made = fs::create_dir_all(dir.path()).and_then(|()| dir.set_memo(&memo));
+            if let Err(error) = made {
+                // The next try takes one of its own.
+                host.network.release(slot);
+                return Err(at(error));
+            }
             memo
         }
     };
-    let starting = status.is_some_and(|s| s.state == MachineState::Starting);
-    let opened = Vm::open(Arc::clone(host), machine.id.clone(), memo, starting).await;
-    let (vm, found) = opened.map_err(|e| e.to_string())?;
+    quarantine::unmark(dir.path()).map_err(at)?;
+    let last = status.map(|s| s.state);
+    let opened = Vm::open(Arc::clone(host), machine.id.clone(), memo, last).await;
+    let (vm, found) = opened.map_err(at)?;
     if !matches!(found, Found::Nothing { .. }) {
         // Now, so that no wake has to wait for it. One that needs it tries again.
         if let Err(error) = vm.plug(machine).await {
@@ -568,14 +668,15 @@ async fn begin(
         }
     }
     let adopted = match found {
-        Found::Running { epoch } => Some(epoch),
+        Found::Running { epoch } | Found::Busy { epoch } => Some(epoch),
         _ => None,
     };
-    let now = std::time::Instant::now();
+    let now = Instant::now();
     let core = Core::new(Arc::clone(machine), status, vm.disk_instance(), found, now);
     let events = status.map(|s| s.events.clone()).unwrap_or_default();
     let (messages, received) = mpsc::unbounded_channel();
     let (state, states) = watch::channel(core.0.state());
+    let activity = Activity::new();
     let beginning = Beginning {
         core,
         adopted,
@@ -583,6 +684,7 @@ async fn begin(
         recorder: Recorder::new(shared.catalog.clone(), machine.id.clone(), events),
         checks: Checks::new(vm.ipv4(), Arc::clone(&host.metrics)),
         metrics: Arc::clone(&host.metrics),
+        activity: Arc::clone(&activity),
         messages: received,
         state,
     };
@@ -590,13 +692,18 @@ async fn begin(
         messages,
         state: states,
         vm,
+        activity,
         wanted: Arc::clone(machine),
     };
     Ok((entry, beginning))
 }
 
 /// What is told of a Machine that this host cannot look after.
-fn refusal(machine: &Machine, status: Option<&MachineStatus>, reason: String) -> MachineStatus {
+pub(crate) fn refusal(
+    machine: &Machine,
+    status: Option<&MachineStatus>,
+    reason: String,
+) -> MachineStatus {
     MachineStatus {
         id: machine.id.clone(),
         state: MachineState::Failed,
@@ -641,40 +748,32 @@ fn prepare_dirs(config: &HostConfig) -> Result<File, AgentError> {
 
 /// Looks at the Machines' directories: which have their place in the network, and which belong to
 /// none of this host's Machines.
-fn survey(
-    config: &HostConfig,
-    snapshot: &Snapshot,
-) -> Result<(Vec<Port>, Vec<Leftover>), AgentError> {
+fn survey(config: &HostConfig, snapshot: &Snapshot) -> Result<(Vec<Port>, Vec<Stray>), AgentError> {
     let machines = config.machines_dir();
     let failed = io_at(&machines.display());
     let mut ports: Vec<Port> = Vec::new();
-    let mut leftovers = Vec::new();
+    let mut strays = Vec::new();
     for entry in fs::read_dir(&machines).map_err(&failed)? {
         let path = entry.map_err(&failed)?.path();
-        let name = path
-            .file_name()
-            .and_then(|n| n.to_str())
-            .unwrap_or_default();
-        let machine = snapshot
-            .machines
-            .get(name)
-            .filter(|m| m.host == config.host);
-        let Some(machine) = machine else {
-            // The snapshot is a whole picture of the catalog, so this is certain. What has not
-            // the form of a Machine's id is somebody else's, and left alone.
-            if name.parse::<MachineId>().is_ok() {
-                leftovers.push(path);
-            }
+        if path.extension().is_some_and(|e| e == quarantine::GONE) {
+            fs::remove_dir_all(&path).map_err(io_at(&path.display()))?;
+            continue;
+        }
+        // What has not the form of a Machine's id is somebody else's, and left alone.
+        let name = path.file_name().and_then(|n| n.to_str());
+        let Some(Ok(id)) = name.map(str::parse::<MachineId>) else {
             continue;
         };
-        let dir = MachineDir::new(&machines, &machine.id);
-        let memo = dir.memo().map_err(&failed)?;
+        let memo = MachineDir::new(&machines, &id).memo().map_err(&failed)?;
         let slot = memo.and_then(|memo| Slot::new(memo.slot));
-        if let Some(slot) = slot {
-            ports.push(network::port(slot, machine.private_ip, machine.network));
+        let machine = snapshot.machines.get(&id);
+        match machine.filter(|m| m.host == config.host) {
+            Some(machine) => ports
+                .extend(slot.map(|slot| network::port(slot, machine.private_ip, machine.network))),
+            None => strays.push(Stray { path, slot }),
         }
     }
-    Ok((ports, leftovers))
+    Ok((ports, strays))
 }
 
 fn io_at(path: &dyn std::fmt::Display) -> impl Fn(io::Error) -> AgentError + use<> {

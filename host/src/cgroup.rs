@@ -105,6 +105,11 @@ impl Groups {
         }
     }
 
+    /// The same for a Machine of no agent.
+    pub(crate) fn forget(machine: &str) -> io::Result<()> {
+        absent_is_fine(fs::remove_dir(Path::new(MOUNT).join("tern").join(machine)))
+    }
+
     /// Whether the kernel killed its monitor for taking more memory than it may.
     pub(crate) fn out_of_memory(&self, machine: &str) -> bool {
         let events = self

@@ -13,10 +13,12 @@
 //! *Suspending*: the monitor is paused; it writes `snapshot/`, or updates the one that it woke from; the
 //! seal is written; the monitor is stopped. Whoever comes after a crash finds the monitor alive
 //! until the last step, and a living monitor wins: the seal is removed, then the vCPUs run on. A
-//! monitor that died before the seal was written leaves a crashed Machine.
+//! monitor that died before the seal was written leaves a crashed Machine. One that still writes when the next
+//! agent comes answers nobody before it has done; it is waited for, however long that takes.
 //!
-//! *Waking*: the seal is removed; the monitor starts from `snapshot/`; the guest is told the time.
-//! A crash after the first step leaves either a monitor to adopt or a Machine that starts cold from
+//! *Waking*: everything around the snapshot is made ready; the seal is removed; the monitor starts from
+//! `snapshot/`; the guest is told the time. What fails before the seal is removed leaves the Machine asleep, and a
+//! seal for which no monitor could be started is put back. A crash after it is leaves either a monitor to adopt or a Machine that starts cold from
 //! its disk.
 //!
 //! *Awake*, `snapshot/` stays where it is: its memory file lies under the guest's memory, and has its room on

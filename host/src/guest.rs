@@ -16,6 +16,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
+use crate::activity::Session;
+
 /// Why a guest could not be spoken to.
 #[derive(Debug, Error)]
 pub enum GuestError {
@@ -66,6 +68,8 @@ pub struct Exec {
 #[derive(Debug)]
 pub struct ExecOutputs {
     incoming: Incoming,
+    /// The Machine is of use until its output has been read.
+    _session: Option<Session>,
 }
 
 /// The input side of an [`Exec`].
@@ -190,7 +194,10 @@ impl Guest {
             .unwrap_or(Err(GuestError::Late(QUICK)))?;
         Ok(Exec {
             inputs: ExecInputs { outgoing },
-            outputs: ExecOutputs { incoming },
+            outputs: ExecOutputs {
+                incoming,
+                _session: None,
+            },
         })
     }
 
@@ -246,6 +253,12 @@ impl Attached {
 }
 
 impl Exec {
+    /// Has a session last until this has ended.
+    pub(crate) fn within(mut self, session: Session) -> Self {
+        self.outputs._session = Some(session);
+        self
+    }
+
     /// Gives the command this input and its end, passes on what it says, and returns how it ended: `Ok(None)` when
     /// the guest went away before that.
     ///

@@ -10,6 +10,7 @@ use tern_image::{
 
 use crate::cgroup::Groups;
 use crate::config::HostConfig;
+use crate::departures::Departures;
 use crate::disk::Blank;
 use crate::machine::core::BootFailure;
 use crate::metrics::Metrics;
@@ -26,6 +27,7 @@ pub(crate) struct Host {
     pub(crate) volumes: Volumes,
     pub(crate) groups: Groups,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) departures: Departures,
     /// The boot of the host's kernel.
     pub(crate) boot_id: String,
 }

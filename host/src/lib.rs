@@ -17,14 +17,18 @@
 //! | `network` | TAPs, addresses, routes, the packet filter |
 //! | `bundle`, `disk`, `host` | what a Machine boots with |
 //! | `cgroup`, `block_device`, `page_cache` | what it may take of the host |
+//! | `activity`, `departures` | when it was last of use to anybody; that it is about to sleep |
+//! | `quarantine` | Machines on the disk that the catalog does not know |
 //! | `checks`, `logs`, `last_words`, `metrics` | what is seen of it |
 
+mod activity;
 mod agent;
 mod block_device;
 mod bundle;
 mod cgroup;
 mod checks;
 mod config;
+mod departures;
 mod dir;
 mod disk;
 mod guest;
@@ -37,18 +41,22 @@ mod metrics;
 mod monitor;
 mod network;
 mod page_cache;
+mod quarantine;
 mod running;
 mod trace;
 mod vm;
 mod volumes;
+mod watched;
 
 pub use agent::{Agent, AgentError, AgentHandle};
 pub use config::{ConfigError, CpuTemplate, HostConfig, RateLimits, Registry};
+pub use departures::Departure;
 pub use guest::{Exec, ExecInputs, ExecOutput, ExecOutputs, GuestError};
 pub use logs::{LogItem, LogLine, LogReader};
 pub use machine::{CommandError, Source, StopRequest};
 pub use metrics::{Counter, Metrics};
 pub use network::{NetworkError, remove_all as remove_network};
 pub use page_cache::SnapshotCache;
+pub use quarantine::{Quarantined, purge, quarantined};
 pub use trace::{Phase, Side, StartTrace};
 pub use vm::MemoryUse;

@@ -42,7 +42,7 @@ counters! {
     failed_starts,
     /// Wakes begun.
     wakes,
-    /// Wakes that ended in a cold start instead.
+    /// Wakes that ended in a cold start instead, or not at all.
     refused_wakes,
     /// Microseconds that wakes have taken, together.
     wake_micros,
@@ -60,8 +60,10 @@ counters! {
     adopted,
     /// Machines destroyed.
     destroyed,
-    /// Directories, processes and devices removed that belonged to no Machine.
+    /// Devices removed that belonged to no Machine.
     leftovers,
+    /// Machines found on the disk that the catalog does not know, and left as they are.
+    quarantined,
     /// Lines of apps' output collected.
     log_lines,
     /// Lines that a guest had forgotten before they were collected.

@@ -24,7 +24,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use tern_catalog::{Machine, MachineId};
+use tern_catalog::{Machine, MachineId, MachineState};
 use tokio::sync::watch;
 
 pub use self::status::MemoryUse;
@@ -34,6 +34,7 @@ use crate::host::Host;
 use crate::logs::Logs;
 use crate::machine::core::{Epoch, Found};
 use crate::monitor::{Monitor, Start};
+use crate::network::meter::{Meter, Services};
 use crate::network::{Slot, bell};
 use crate::running::Running;
 use crate::trace::Marks;
@@ -60,6 +61,17 @@ pub(crate) struct Vm {
     calling: Mutex<Option<bell::Frame>>,
     /// Whether a monitor that woke takes frames for its guest.
     reachable: watch::Sender<bool>,
+    /// Counts calls over the private network while the Machine runs, once somebody wants to know.
+    meter: Mutex<Metered>,
+}
+
+#[derive(Debug, Default)]
+enum Metered {
+    #[default]
+    NotYet,
+    By(Meter),
+    /// It cannot be, which has been told.
+    Never,
 }
 
 impl Vm {
@@ -68,7 +80,7 @@ impl Vm {
         host: Arc<Host>,
         id: MachineId,
         memo: Memo,
-        starting: bool,
+        last: Option<MachineState>,
     ) -> std::io::Result<(Arc<Self>, Found)> {
         let dir = MachineDir::new(&host.config.machines_dir(), &id);
         let slot = Slot::new(memo.slot)
@@ -87,10 +99,11 @@ impl Vm {
             seals: Arc::default(),
             calling: Mutex::default(),
             reachable: watch::channel(false).0,
+            meter: Mutex::default(),
             host,
             dir,
         });
-        let found = vm.find(starting).await?;
+        let found = vm.find(last).await?;
         Ok((vm, found))
     }
 
@@ -112,6 +125,29 @@ impl Vm {
     /// Whether a wake has come as far as taking frames for the guest. It may still be refused.
     pub(crate) fn reachable(&self) -> watch::Receiver<bool> {
         self.reachable.subscribe()
+    }
+
+    /// Whether the Machine, if it runs, has been called over its private network since this was last asked.
+    pub(crate) fn was_called(&self) -> bool {
+        // Held throughout, so that none is opened for a monitor that has just ended.
+        let running = self.running.lock();
+        if running.is_none() {
+            return false;
+        }
+        let mut meter = self.meter.lock();
+        let called = match &*meter {
+            Metered::NotYet => self.host.machine(&self.id).map_or(Ok(false), |machine| {
+                *meter = Metered::By(Meter::open(self.slot, &Services::of(&machine))?);
+                Ok(false)
+            }),
+            Metered::By(meter) => meter.take().map(|calls| calls > 0),
+            Metered::Never => Ok(false),
+        };
+        called.unwrap_or_else(|error| {
+            tracing::error!(machine = %self.id, %error, "private traffic does not keep it awake");
+            *meter = Metered::Never;
+            false
+        })
     }
 
     /// The guest's address for IPv4.
@@ -173,6 +209,7 @@ impl Vm {
         if running.as_ref().is_some_and(|r| r.epoch == epoch) {
             *running = None;
             self.reachable.send_replace(false);
+            *self.meter.lock() = Metered::NotYet;
         }
     }
 }

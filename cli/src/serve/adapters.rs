@@ -1,6 +1,7 @@
 //! The agent, as the gate and the API know it.
 
 use std::net::Ipv4Addr;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
@@ -10,12 +11,15 @@ use tern_api::{
     StartPhase, StartTrace,
 };
 use tern_catalog::MachineId;
-use tern_edge::{MachineControl, StartError};
-use tern_host::{AgentHandle, CommandError, ExecOutput, LogItem, Source, StopRequest};
+use tern_edge::{Leaving, MachineControl, StartError};
+use tern_host::{AgentHandle, CommandError, Departure, ExecOutput, LogItem, Source, StopRequest};
+use tokio::sync::Mutex;
+use tokio::sync::mpsc::UnboundedReceiver;
 
 /// The agent of this host.
 pub struct HostAdapter {
     agent: AgentHandle,
+    departures: Mutex<UnboundedReceiver<Departure>>,
 }
 
 /// Output of one command that is kept for its answer; more is cut off.
@@ -23,7 +27,8 @@ const MAX_OUTPUT: usize = 4 << 20;
 
 impl HostAdapter {
     pub fn new(agent: AgentHandle) -> Self {
-        Self { agent }
+        let departures = Mutex::new(agent.departures());
+        Self { agent, departures }
     }
 }
 
@@ -58,6 +63,22 @@ impl MachineControl for HostAdapter {
             .stop(id, Source::Proxy, StopRequest::default())
             .await
             .map_err(|e| e.to_string())
+    }
+
+    fn last_use(&self, id: &MachineId) -> Option<Instant> {
+        self.agent.last_use(id)
+    }
+
+    async fn leaving(&self) -> Leaving {
+        match self.departures.lock().await.recv().await {
+            Some(departure) => Leaving {
+                machine: departure.machine,
+                ready: departure.ready,
+                suspended: departure.suspended,
+            },
+            // The agent has ended.
+            None => std::future::pending().await,
+        }
     }
 }
 

@@ -79,7 +79,7 @@ async fn serve(args: Serve) -> Result<()> {
 
     let internal_token = bootstrap::new_token();
     let config = host_config(&args, host, &files, &internal_token);
-    let agent = Agent::start(config, catalog.clone(), view.clone())
+    let mut agent = Agent::start(config, catalog.clone(), view.clone())
         .await
         .context("the agent")?;
     let adapter = Arc::new(HostAdapter::new(agent.handle()));
@@ -133,7 +133,8 @@ async fn serve(args: Serve) -> Result<()> {
     let ended = tokio::select! {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
-        error = mesh.ended() => Some(error),
+        error = mesh.ended() => Some(anyhow::Error::from(error).context("the mesh ended by itself")),
+        error = agent.failed() => Some(anyhow::Error::from(error).context("the agent has failed")),
     };
     tracing::info!("ending; Machines go on");
     end.cancel();
@@ -145,9 +146,7 @@ async fn serve(args: Serve) -> Result<()> {
     if let Err(error) = api.await {
         tracing::error!(%error, "the API ended badly");
     }
-    ended.map_or(Ok(()), |error| {
-        Err(error).context("the mesh ended by itself")
-    })
+    ended.map_or(Ok(()), Err)
 }
 
 /// What is run, and what Machines boot.

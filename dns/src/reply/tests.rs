@@ -223,6 +223,35 @@ async fn each_network_sees_its_own() {
 }
 
 #[tokio::test]
+async fn a_name_leads_to_who_sleeps_where_nobody_is_awake_and_a_call_wakes() {
+    let world = World::furnished().await;
+    let now = |s: &Snapshot, name: &str| look(s, &format!("{name}.internal."), RecordType::AAAA);
+    let own = format!("{}.vm.web", id(11));
+    let sleeper = || Ok(vec![address(7, 3, 11).to_string()]);
+    let s = world.view.snapshot();
+    for name in [own.as_str(), "cron.process.web"] {
+        assert_eq!(now(&s, name), Ok(vec![]), "{name}: nothing wakes it");
+    }
+    let mut machine = (*s.machines[&id(11)]).clone();
+    machine.config.services =
+        serde_json::from_value(serde_json::json!([{"internal_port": 80, "autostart": true}]))
+            .unwrap();
+    let revision = world.catalog.put(&machine).await.unwrap();
+    let follow = |revision| async move {
+        let seen = |s: &Snapshot| (s.revision >= revision).then_some(());
+        world.view.wait_for(seen).await;
+        world.view.snapshot()
+    };
+    let s = follow(revision).await;
+    for name in [own.as_str(), "cron.process.web"] {
+        assert_eq!(now(&s, name), sleeper(), "{name}");
+    }
+    // Who is awake is not passed over for one that sleeps.
+    let awake = now(&s, "web").unwrap();
+    assert!(awake.len() == 2 && !awake.contains(&sleeper().unwrap()[0]));
+}
+
+#[tokio::test]
 async fn lists_follow_the_catalog() {
     let world = World::furnished().await;
     let responder = Responder::new(None);

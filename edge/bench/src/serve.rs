@@ -2,7 +2,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use async_trait::async_trait;
@@ -14,7 +14,7 @@ use tern_catalog::{
     Catalog, Desired, DesiredState, HostId, HostnameRoute, Machine, MachineId, MachineNumber,
     MachineState, MachineStatus, NetworkId, SqliteStore, Store, View,
 };
-use tern_edge::{Edge, EdgeConfig, Limits, MachineControl, StartError};
+use tern_edge::{Edge, EdgeConfig, Leaving, Limits, MachineControl, StartError};
 
 use crate::HOST;
 use crate::contender::Kind;
@@ -124,5 +124,13 @@ impl MachineControl for Runs {
 
     async fn stop(&self, _: &MachineId) -> Result<(), String> {
         Err("it always runs".into())
+    }
+
+    fn last_use(&self, _: &MachineId) -> Option<Instant> {
+        None
+    }
+
+    async fn leaving(&self) -> Leaving {
+        std::future::pending().await
     }
 }

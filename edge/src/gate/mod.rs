@@ -57,8 +57,10 @@ struct Entry {
     belief: Belief,
     in_flight: u32,
     last_active: Instant,
-    /// Counts wakes: connections of an earlier life are not used again.
+    /// Counts wakes and departures: connections of an earlier life are not used again.
     epoch: u64,
+    /// Requests of earlier lives that are still with it.
+    earlier: u32,
     /// Where the app was found to listen on a port.
     found: HashMap<u16, SocketAddr>,
 }
@@ -342,20 +344,60 @@ impl Gate {
         Ok(accepted.await)
     }
 
-    /// Machines without a request for `idle`, with what their services say to do. A Machine named here is
-    /// believed asleep from now on: the next request waits for its start. `taken` says which to leave.
-    pub(crate) fn lay_down(&self, id: &MachineId, idle: Duration, status: &MachineStatus) -> bool {
+    /// Whether the Machine has been of no use to anybody for `idle`: it is believed asleep from now on, and the next
+    /// request waits for its start. `last_use` is by whom the gate does not see.
+    pub(crate) fn lay_down(
+        &self,
+        id: &MachineId,
+        idle: Duration,
+        last_use: Option<Instant>,
+        status: &MachineStatus,
+    ) -> bool {
         let mut machines = self.0.machines.lock();
         let entry = machines.entry(id.clone()).or_insert_with(Entry::new);
-        let quiet = entry.in_flight == 0
-            && entry.last_active.elapsed() >= idle
-            && entry.is_awake(Some(status));
+        let last_use = last_use.map_or(entry.last_active, |at| at.max(entry.last_active));
+        let quiet =
+            entry.in_flight == 0 && last_use.elapsed() >= idle && entry.is_awake(Some(status));
         if quiet {
             entry.belief = Belief::Asleep {
                 since: Timestamp::now(),
             };
         }
         quiet
+    }
+
+    /// Somebody is about to put the Machine to sleep: it is believed asleep from now on, and the next request waits
+    /// for its start. Returns when those that it has have ended.
+    pub(crate) async fn see_off(&self, id: &MachineId) {
+        {
+            let mut machines = self.0.machines.lock();
+            let entry = machines.entry(id.clone()).or_insert_with(Entry::new);
+            if matches!(entry.belief, Belief::Waking(_)) {
+                // Its requests wait for a start, and that may wait for this.
+                return;
+            }
+            entry.belief = Belief::Asleep {
+                since: Timestamp::now(),
+            };
+            entry.epoch += 1;
+            entry.earlier = entry.in_flight;
+        }
+        loop {
+            let ended = self.0.room.notified();
+            tokio::pin!(ended);
+            // Registered before looking, so that none that ends in between is missed.
+            ended.as_mut().enable();
+            if self
+                .0
+                .machines
+                .lock()
+                .get(id)
+                .is_none_or(|e| e.earlier == 0)
+            {
+                return;
+            }
+            ended.await;
+        }
     }
 
     /// Putting it to sleep ended: it sleeps from now on, or is not known to.
@@ -432,6 +474,7 @@ impl Entry {
             in_flight: 0,
             last_active: Instant::now(),
             epoch: 0,
+            earlier: 0,
             found: HashMap::new(),
         }
     }
@@ -490,6 +533,9 @@ impl Drop for Admission {
     fn drop(&mut self) {
         if let Some(entry) = self.gate.0.machines.lock().get_mut(&self.machine) {
             entry.in_flight = entry.in_flight.saturating_sub(1);
+            if self.epoch < entry.epoch {
+                entry.earlier = entry.earlier.saturating_sub(1);
+            }
             entry.last_active = Instant::now();
         }
         // All of them: one that waits for another app's room must not swallow the only call.

@@ -131,6 +131,69 @@ async fn a_machine_with_a_request_does_not_sleep() {
 }
 
 #[tokio::test]
+async fn a_machine_that_somebody_else_uses_does_not_sleep() {
+    let world = World::new(r#""autostop": "suspend","#, Duration::from_millis(300)).await;
+    world.agent.in_use.store(true, Ordering::SeqCst);
+    assert!(request(&world, "/").await.starts_with("HTTP/1.1 200"));
+    let looks = world.agent.looks.load(Ordering::SeqCst);
+    until(|| world.agent.looks.load(Ordering::SeqCst) > looks + 5).await;
+    assert_eq!(world.agent.sleeps.load(Ordering::SeqCst), 0);
+    world.agent.in_use.store(false, Ordering::SeqCst);
+    until(|| world.agent.sleeps.load(Ordering::SeqCst) == 1).await;
+}
+
+#[tokio::test]
+async fn who_puts_a_machine_to_sleep_loses_no_request() {
+    let world = World::new("", NEVER).await;
+    assert!(request(&world, "/").await.starts_with("HTTP/1.1 200"));
+    let agent = &world.agent;
+    agent.hold.armed.store(true, Ordering::SeqCst);
+    let asked = agent.asked.load(Ordering::SeqCst);
+    let (held, is_held) = tokio::sync::oneshot::channel();
+    let suspend = async {
+        agent.hold.held.notified().await;
+        held.send(()).unwrap();
+        agent.suspend_by_hand().await;
+    };
+    let newcomer = async {
+        is_held.await.unwrap();
+        // As soon as the gate knows, which nothing else tells.
+        while agent.asked.load(Ordering::SeqCst) == asked {
+            let reply = tokio::time::timeout(Duration::from_millis(50), request(&world, "/new"));
+            match reply.await {
+                Ok(reply) => assert!(reply.starts_with("HTTP/1.1 200"), "{reply}"),
+                Err(_waits) => {}
+            }
+        }
+        let sleeps = agent.sleeps.load(Ordering::SeqCst);
+        assert_eq!(sleeps, 0, "a request is under way");
+        agent.hold.released.notify_one();
+    };
+    let held = request(&world, "/held");
+    let all = async { tokio::join!(held, suspend, newcomer) };
+    let (held, (), ()) = tokio::time::timeout(Duration::from_secs(40), all)
+        .await
+        .expect("it is put to sleep");
+    assert!(held.starts_with("HTTP/1.1 200"), "{held}");
+    assert_eq!(agent.sleeps.load(Ordering::SeqCst), 1);
+    let reply = request(&world, "/after").await;
+    assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+    assert_eq!(agent.starts.load(Ordering::SeqCst), 2);
+}
+
+/// Waits until something is so.
+async fn until(mut so: impl FnMut() -> bool) {
+    let is_so = async {
+        while !so() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(40), is_so)
+        .await
+        .expect("in vain");
+}
+
+#[tokio::test]
 async fn the_last_machines_asked_for_keep_running() {
     let service = r#""autostop": "stop", "min_machines_running": 1,"#;
     let world = World::new(service, Duration::from_millis(200)).await;

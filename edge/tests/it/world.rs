@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Output;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use base64::Engine as _;
@@ -25,8 +25,9 @@ use tern_catalog::{
     Catalog, Desired, DesiredState, HostId, HostnameRoute, Machine, MachineConfig, MachineId,
     MachineNumber, MachineState, MachineStatus, NetworkId, SqliteStore, Store, View,
 };
-use tern_edge::{Edge, EdgeConfig, Limits, MachineControl, StartError};
+use tern_edge::{Edge, EdgeConfig, Leaving, Limits, MachineControl, StartError};
 use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::{mpsc, oneshot};
 
 pub const HOST: &str = "shop.tern.test";
 
@@ -57,17 +58,28 @@ pub struct Agent {
     /// Starts while this is set are told of as soon as the app listens, and are never done.
     pub early: AtomicBool,
     pub reached: tokio::sync::Notify,
+    /// How often it was asked for a start, whatever came of it.
+    pub asked: AtomicU32,
+    /// Somebody else than the gate uses the Machine while this is set.
+    pub in_use: AtomicBool,
+    /// How often it was asked for that.
+    pub looks: AtomicU32,
+    departures: (
+        mpsc::UnboundedSender<Leaving>,
+        tokio::sync::Mutex<mpsc::UnboundedReceiver<Leaving>>,
+    ),
     app: OnceLock<SocketAddr>,
     _place: [TcpSocket; 2],
     server: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
     pub hold: Arc<Hold>,
 }
 
-/// Once armed, the app keeps the next request for ever, and says that it has it.
+/// Once armed, the app keeps the next request until it is released, and says that it has it.
 #[derive(Default)]
 pub struct Hold {
     pub armed: AtomicBool,
     pub held: tokio::sync::Notify,
+    pub released: tokio::sync::Notify,
 }
 
 struct OneCertificate(Arc<CertifiedKey>);
@@ -116,6 +128,13 @@ impl World {
             on_ipv4: AtomicBool::new(false),
             early: AtomicBool::new(false),
             reached: tokio::sync::Notify::new(),
+            asked: AtomicU32::new(0),
+            in_use: AtomicBool::new(false),
+            looks: AtomicU32::new(0),
+            departures: {
+                let (tell, told) = mpsc::unbounded_channel();
+                (tell, tokio::sync::Mutex::new(told))
+            },
             app: OnceLock::from(free),
             _place: place,
             server: tokio::sync::Mutex::new(None),
@@ -228,11 +247,32 @@ impl Agent {
             let _ = server.await;
         }
     }
+
+    /// Suspends it as its owner does: when its requests have ended. Who asks for a start meanwhile waits.
+    pub async fn suspend_by_hand(&self) {
+        let mut server = self.server.lock().await;
+        let (ready, is_ready) = oneshot::channel();
+        let (suspended, is_suspended) = oneshot::channel();
+        let leaving = Leaving {
+            machine: self.machine.id.clone(),
+            ready,
+            suspended: is_suspended,
+        };
+        self.departures.0.send(leaving).unwrap();
+        is_ready.await.unwrap();
+        let server = server.take().unwrap();
+        server.abort();
+        let _ = server.await;
+        self.sleeps.fetch_add(1, Ordering::SeqCst);
+        self.tell(MachineState::Suspended).await;
+        suspended.send(()).unwrap();
+    }
 }
 
 #[async_trait]
 impl MachineControl for Agent {
     async fn start(&self, _: &MachineId) -> Result<(), StartError> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
         let mut server = self.server.lock().await;
         if server.is_some() {
             return Ok(());
@@ -283,6 +323,15 @@ impl MachineControl for Agent {
     async fn stop(&self, id: &MachineId) -> Result<(), String> {
         self.suspend(id).await
     }
+
+    fn last_use(&self, _: &MachineId) -> Option<Instant> {
+        self.looks.fetch_add(1, Ordering::SeqCst);
+        self.in_use.load(Ordering::SeqCst).then(Instant::now)
+    }
+
+    async fn leaving(&self) -> Leaving {
+        self.departures.1.lock().await.recv().await.unwrap()
+    }
 }
 
 /// The port of an app that is not there yet, of both families: bound, and never listened at, so that no other test
@@ -312,7 +361,7 @@ async fn serve(listener: TcpListener, hold: Arc<Hold>) {
             async move {
                 if hold.armed.swap(false, Ordering::SeqCst) {
                     hold.held.notify_one();
-                    std::future::pending::<()>().await;
+                    hold.released.notified().await;
                 }
                 reply(request).await
             }

@@ -5,8 +5,8 @@
 //!  ┌────────┐  or Wake ► Woken ┌─────────┐            ┌────────────┐
 //!  │  rest  │ ─► starting ───► │ started │ ► suspending ──► rest   │
 //!  │        │ ◄── BootFailed   │         │ ◄── SleepFailed         │
-//!  │created │    WakeRefused:  └─────────┘                         │
-//!  │stopped │    Boot instead     │  │ AppExited, MonitorExited     │
+//!  │created │    WakeNotReady  └─────────┘                         │
+//!  │stopped │    WakeRefused: Boot│  │ AppExited, MonitorExited     │
 //!  │suspended                     │  └──► rest, perhaps with a time │
 //!  │ failed │ ◄── stopping ◄──────┘       to start again            │
 //!  └────────┘   (Ask, later Kill)
@@ -45,13 +45,14 @@ use serde_json::Value;
 use tern_catalog::{Desired, Machine, MachineState, MachineStatus};
 use tern_guest::message::ExitStatus;
 
-use self::goal::{Goal, Target};
+use self::goal::Goal;
 use self::order::{Want, answer};
 use super::restart::Restarts;
 use super::{CommandError, Source};
 
 pub(crate) use self::found::Found;
 pub(crate) use self::message::{Action, BootFailure, End, Epoch, Event, Input, Order, Waiter};
+pub(crate) use self::steps::DRAIN_TIME;
 
 /// The state machine of one Machine.
 #[derive(Debug)]
@@ -95,6 +96,8 @@ enum Phase {
         source: Source,
         lost: Option<End>,
         exit: Option<ExitStatus>,
+        /// Somebody wants its end whatever becomes of its memory.
+        killed: bool,
     },
     Destroying {
         retry_at: Option<Instant>,
@@ -129,7 +132,7 @@ impl Core {
             goal: None,
             waiters: Vec::new(),
             epoch: match found {
-                Found::Running { epoch } => epoch,
+                Found::Running { epoch } | Found::Busy { epoch } => epoch,
                 _ => 0,
             },
             generation: status.map_or(0, |s| s.generation),
@@ -231,7 +234,6 @@ impl Core {
                     self.wish(state, out);
                 }
             }
-            Input::Gone => self.set_goal(Target::Destroyed { force: true }, Source::Host),
             Input::Command {
                 waiter,
                 source,
@@ -255,9 +257,11 @@ impl Core {
             Input::Up { epoch, .. }
             | Input::BootFailed { epoch, .. }
             | Input::Woken { epoch, .. }
+            | Input::WakeNotReady { epoch, .. }
             | Input::WakeRefused { epoch, .. }
             | Input::Slept { epoch, .. }
             | Input::SleepFailed { epoch, .. }
+            | Input::TakenOver { epoch }
             | Input::AskFailed { epoch, .. }
             | Input::AppExited { epoch, .. }
             | Input::MonitorExited { epoch, .. } => {

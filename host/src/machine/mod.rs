@@ -8,6 +8,7 @@ pub(crate) mod hands;
 pub(crate) mod recorder;
 mod restart;
 pub(crate) mod task;
+pub(crate) mod troubles;
 
 use std::fmt;
 use std::time::Duration;

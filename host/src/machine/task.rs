@@ -16,9 +16,10 @@ use tern_catalog::{Machine, MachineState};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::core::{Action, Core, Epoch, Event, Input, Order, Waiter};
-use super::hands::Hands;
+use super::hands::{Hands, WakeFailure};
 use super::recorder::Recorder;
 use super::{CommandError, Source};
+use crate::activity::Activity;
 use crate::checks::Checks;
 use crate::metrics::Metrics;
 
@@ -26,8 +27,6 @@ use crate::metrics::Metrics;
 pub(crate) enum Message {
     /// The record in the catalog.
     Wanted(Arc<Machine>),
-    /// There is no record any more.
-    Gone,
     /// A command, and where its outcome goes.
     Command(Source, Order, oneshot::Sender<Result<(), CommandError>>),
 }
@@ -39,6 +38,7 @@ pub(crate) struct Task {
     recorder: Recorder,
     checks: Checks,
     metrics: Arc<Metrics>,
+    activity: Arc<Activity>,
     messages: mpsc::UnboundedReceiver<Message>,
     /// What watches of monitors tell.
     told: (mpsc::UnboundedSender<Input>, mpsc::UnboundedReceiver<Input>),
@@ -62,6 +62,7 @@ pub(crate) struct Beginning {
     pub(crate) recorder: Recorder,
     pub(crate) checks: Checks,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) activity: Arc<Activity>,
     pub(crate) messages: mpsc::UnboundedReceiver<Message>,
     pub(crate) state: watch::Sender<MachineState>,
 }
@@ -77,6 +78,7 @@ impl Task {
             recorder: beginning.recorder,
             checks: beginning.checks,
             metrics: beginning.metrics,
+            activity: beginning.activity,
             messages: beginning.messages,
             told: mpsc::unbounded_channel(),
             operations: FuturesUnordered::new(),
@@ -94,7 +96,6 @@ impl Task {
             let Some(input) = task.next().await else {
                 break;
             };
-            let before = task.core.state();
             if let Input::Up { epoch, .. } | Input::Woken { epoch, .. } = input {
                 // Even if nobody wants it any more: then its end is waited for.
                 task.watch(epoch);
@@ -102,12 +103,7 @@ impl Task {
             if matches!(input, Input::Up { .. }) {
                 task.checks.reset();
             }
-            let actions = task.core.step(input, Instant::now());
-            let now = task.core.state();
-            if now != before {
-                // Before anybody is answered: who then looks must not see what was.
-                task.state.send_replace(now);
-            }
+            let actions = task.step(input);
             task.act(actions);
         }
         let destroyed = task.core.state() == MachineState::Destroyed;
@@ -118,6 +114,53 @@ impl Task {
         drop(task.operations);
         task.recorder.finish().await;
         destroyed
+    }
+
+    fn step(&mut self, input: Input) -> Vec<Action> {
+        let idle_end = match input {
+            Input::Command {
+                waiter,
+                source: Source::Proxy,
+                order: Order::Suspend | Order::Stop(_),
+            } => Some(waiter),
+            _ => None,
+        };
+        let activity = Arc::clone(&self.activity);
+        if let Some(waiter) = idle_end {
+            // Who begins a session meanwhile finds the Machine on its way to sleep.
+            let stepped = activity.unless_in_session(|| self.step_core(input));
+            return stepped.unwrap_or_else(|| {
+                let why = "somebody is in the Machine".to_owned();
+                let outcome = Err(CommandError::Refused(why));
+                vec![Action::Answer { waiter, outcome }]
+            });
+        }
+        let wished = matches!(
+            input,
+            Input::Wanted(_)
+                | Input::Command {
+                    order: Order::Start,
+                    ..
+                }
+        );
+        let before = self.core.state();
+        let actions = self.step_core(input);
+        let started = self.core.state() == MachineState::Started && before != MachineState::Started;
+        if wished || started {
+            activity.touch();
+        }
+        actions
+    }
+
+    fn step_core(&mut self, input: Input) -> Vec<Action> {
+        let before = self.core.state();
+        let actions = self.core.step(input, Instant::now());
+        let now = self.core.state();
+        if now != before {
+            // Before anybody is answered: who then looks must not see what was.
+            self.state.send_replace(now);
+        }
+        actions
     }
 
     /// The next input; `None` when the agent shuts down.
@@ -134,7 +177,6 @@ impl Task {
                 biased;
                 message = self.messages.recv() => match message? {
                     Message::Wanted(machine) => return Some(Input::Wanted(machine)),
-                    Message::Gone => return Some(Input::Gone),
                     Message::Command(source, order, reply) => {
                         let waiter = self.next_waiter;
                         self.next_waiter += 1;
@@ -218,9 +260,13 @@ impl Task {
                                 .add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
                             Input::Woken { epoch, took }
                         }
-                        Err(reason) => {
+                        Err(WakeFailure { reason, kept }) => {
                             metrics.refused_wakes.add(1);
-                            Input::WakeRefused { epoch, reason }
+                            if kept {
+                                Input::WakeNotReady { epoch, reason }
+                            } else {
+                                Input::WakeRefused { epoch, reason }
+                            }
                         }
                     }
                 });
@@ -244,14 +290,25 @@ impl Task {
                     }
                 });
             }
+            Action::TakeOver { epoch } => self.begin(async move {
+                match hands.take_over().await {
+                    Ok(()) => Input::TakenOver { epoch },
+                    Err(reason) => Input::SleepFailed {
+                        epoch,
+                        reason,
+                        alive: false,
+                    },
+                }
+            }),
             Action::Ask {
                 epoch,
                 signal,
                 timeout,
+                drain,
             } => {
                 metrics.stops.add(1);
                 self.begin(async move {
-                    match hands.ask(signal, timeout).await {
+                    match hands.ask(signal, timeout, drain).await {
                         // The deadline is running already.
                         Ok(()) => Input::Tick,
                         Err(reason) => {

@@ -42,7 +42,15 @@ pub(crate) enum ControlError {
 
 /// `GET /v1/vm`.
 pub(crate) async fn describe(socket: &Path) -> Result<VmState, ControlError> {
-    let body = call(socket, Method::GET, "/v1/vm", QUICK).await?;
+    describe_within(socket, QUICK).await
+}
+
+/// The same of a monitor that may have other things to do before.
+pub(crate) async fn describe_within(
+    socket: &Path,
+    limit: Duration,
+) -> Result<VmState, ControlError> {
+    let body = call(socket, Method::GET, "/v1/vm", limit).await?;
     serde_json::from_slice(&body).map_err(|e| ControlError::Broken {
         call: "GET /v1/vm".to_owned(),
         why: e.to_string(),
@@ -56,9 +64,9 @@ pub(crate) async fn pause(socket: &Path) -> Result<(), ControlError> {
         .map(drop)
 }
 
-/// Lets them run again.
+/// Lets them run again, as soon as the monitor has done all else that it was asked. The caller watches that it lives.
 pub(crate) async fn resume(socket: &Path) -> Result<(), ControlError> {
-    call(socket, Method::POST, "/v1/vm/resume", QUICK)
+    call(socket, Method::POST, "/v1/vm/resume", Duration::MAX)
         .await
         .map(drop)
 }
@@ -69,9 +77,10 @@ pub(crate) async fn limit_memory(socket: &Path, mib: u32) -> Result<(), ControlE
     call(socket, Method::POST, &path, QUICK).await.map(drop)
 }
 
-/// Writes the snapshot of a paused virtual machine.
+/// Writes the snapshot of a paused virtual machine. That takes what its memory and the disk take: no time is too long
+/// for all. The caller watches that the monitor lives.
 pub(crate) async fn snapshot(socket: &Path) -> Result<(), ControlError> {
-    call(socket, Method::POST, "/v1/vm/snapshot", SNAPSHOT)
+    call(socket, Method::POST, "/v1/vm/snapshot", Duration::MAX)
         .await
         .map(drop)
 }
@@ -155,5 +164,3 @@ async fn exchange(
 const MAX_ANSWER: usize = 256 * 1024;
 /// What only flips a switch. The host may be busy, and emulated.
 const QUICK: Duration = Duration::from_secs(10);
-/// Gigabytes of memory to a slow disk.
-const SNAPSHOT: Duration = Duration::from_secs(180);

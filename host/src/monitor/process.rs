@@ -134,6 +134,13 @@ impl Monitor {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
     }
 
+    /// How many bytes it has written so far (proc(5), `wchar`); 0 where that cannot be told.
+    pub(crate) fn written(&self) -> u64 {
+        let io = std::fs::read_to_string(format!("/proc/{}/io", self.pid())).unwrap_or_default();
+        let count = io.lines().find_map(|line| line.strip_prefix("wchar: "));
+        count.and_then(|count| count.parse().ok()).unwrap_or(0)
+    }
+
     /// Ends it at once.
     pub(crate) fn kill(&self) {
         match pidfd_send_signal(self.process.get_ref().as_fd(), Signal::KILL) {

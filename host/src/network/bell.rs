@@ -58,7 +58,7 @@ impl Calls {
     }
 
     /// Whether this frame asks for something that only the guest can give.
-    fn includes(&self, frame: &[u8]) -> bool {
+    pub(super) fn includes(&self, frame: &[u8]) -> bool {
         self.ports_called(frame).is_some()
     }
 

@@ -4,11 +4,12 @@
 //! another crate's.
 
 pub(crate) mod bell;
+pub(crate) mod meter;
 mod rules;
 mod slot;
 mod tap;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::Ipv6Addr;
 use std::path::Path;
@@ -29,6 +30,8 @@ pub(crate) struct Network {
     slots: Mutex<Slots>,
     /// What the rules hold. Its lock also puts changes of the rules in order.
     ports: tokio::sync::Mutex<BTreeMap<Slot, Port>>,
+    /// The slots of Machines that the catalog does not know: nobody else gets them, or their devices.
+    reserved: Mutex<BTreeSet<Slot>>,
     /// The slots whose devices were set up since the agent started.
     plugged: Mutex<BTreeMap<Slot, Ipv6Addr>>,
 }
@@ -85,6 +88,7 @@ impl Network {
             nat,
             slots: Mutex::new(slots),
             ports: tokio::sync::Mutex::new(ports),
+            reserved: Mutex::default(),
             plugged: Mutex::default(),
         })
     }
@@ -92,6 +96,17 @@ impl Network {
     /// A place for a new Machine.
     pub(crate) fn take_slot(&self) -> Result<Slot, NetworkError> {
         self.slots.lock().take().ok_or(NetworkError::Full)
+    }
+
+    /// Keeps the place of a Machine that nobody looks after now. Without rules it reaches nobody.
+    pub(crate) fn reserve(&self, slot: Slot) {
+        self.slots.lock().claim(slot);
+        self.reserved.lock().insert(slot);
+    }
+
+    /// Gives a place back that nothing was plugged in at.
+    pub(crate) fn release(&self, slot: Slot) {
+        self.slots.lock().release(slot);
     }
 
     /// Makes a Machine's device and rules. Costs nothing where that has been done.
@@ -128,8 +143,10 @@ impl Network {
     pub(crate) async fn sweep(&self) -> Result<u64, NetworkError> {
         let existing = tap::existing(&self.netlink).await?;
         let ports = self.ports.lock().await;
+        let reserved = self.reserved.lock().clone();
+        let owned = |slot: &Slot| ports.contains_key(slot) || reserved.contains(slot);
         let mut removed = 0;
-        for slot in existing.into_iter().filter(|s| !ports.contains_key(s)) {
+        for slot in existing.into_iter().filter(|slot| !owned(slot)) {
             tracing::warn!(
                 tap = slot.tap(),
                 "removing a device that belongs to no Machine"

@@ -509,3 +509,36 @@ fn a_frame_that_calls_is_noticed_and_passed_on() {
         assert_eq!(awake.receive().text, "a call");
     });
 }
+
+#[test]
+fn calls_over_the_private_network_are_counted_and_what_the_host_says_is_not() {
+    in_namespace(|| async {
+        let (_network, [a1, a2, b]) = world(true).await;
+        let services = |port: &Port, udp| meter::Services {
+            address: port.address,
+            tcp: BTreeSet::new(),
+            udp: BTreeSet::from([udp]),
+        };
+        let metered =
+            |guest: &Guest| meter::Meter::open(guest.port.slot, &services(&guest.port, 7)).unwrap();
+        let (meter, other) = (metered(&a2), metered(&a1));
+        let host = socket(HOST.address(), 0);
+        host.send_to(b"a health check", (a2.address(), 7)).unwrap();
+        assert_eq!(a2.receive().text, "a health check");
+        a1.send(a2.address(), 8, "no service");
+        assert_eq!(a2.receive().text, "no service");
+        b.send(a2.address(), 7, "of another network");
+        assert_eq!(meter.take().unwrap(), 0);
+        // More than its buffer holds are counted all the same.
+        for n in 0..100 {
+            a1.send(a2.address(), 7, &format!("call {n}"));
+            assert_eq!(a2.receive().text, format!("call {n}"));
+        }
+        assert_eq!(meter.take().unwrap(), 100);
+        assert_eq!(meter.take().unwrap(), 0);
+        a1.send(a2.address(), 7, "one more");
+        assert_eq!(a2.receive().text, "one more");
+        assert_eq!(meter.take().unwrap(), 1);
+        assert_eq!(other.take().unwrap(), 0, "what it asks of others");
+    });
+}

@@ -1,6 +1,9 @@
 //! What an agent that starts finds of a Machine: a monitor to adopt, a snapshot, or neither.
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use tern_catalog::MachineState;
 
 use super::end::end_of;
 use super::wake::resumed;
@@ -10,11 +13,14 @@ use crate::machine::core::{End, Epoch, Found};
 use crate::monitor::{Monitor, control};
 use crate::running::Running;
 
+/// A monitor that does nothing else answers in this time, or is taken for one that does.
+const BUSY_TIME: Duration = Duration::from_secs(2);
 /// What an adopted monitor counts as. Whatever is started after it counts higher.
 const ADOPTED: Epoch = 1;
 
 impl Vm {
-    pub(super) async fn find(&self, starting: bool) -> std::io::Result<Found> {
+    /// `last` is the state in which another agent has left it.
+    pub(super) async fn find(&self, last: Option<MachineState>) -> std::io::Result<Found> {
         let Some(monitor) = Monitor::adopt(&self.dir.pid_file())? else {
             let seal = self.dir.seal(&self.host.boot_id)?;
             if seal.is_some() {
@@ -32,7 +38,14 @@ impl Vm {
             });
         };
         let running = Running::new(ADOPTED, monitor);
-        match self.adopt(&running, starting).await {
+        if last == Some(MachineState::Suspending) && self.writes_snapshot(&running).await {
+            let pid = running.monitor.pid();
+            tracing::info!(machine = %self.id, pid, "a monitor writes its snapshot, and is adopted then");
+            *self.running.lock() = Some(running);
+            return Ok(Found::Busy { epoch: ADOPTED });
+        }
+        let starting = last == Some(MachineState::Starting);
+        match self.adopt(&running, starting, QUICK).await {
             Ok(()) => {
                 tracing::info!(machine = %self.id, pid = running.monitor.pid(), "adopted a monitor");
                 self.host.metrics.adopted.add(1);
@@ -40,10 +53,7 @@ impl Vm {
                 Ok(Found::Running { epoch: ADOPTED })
             }
             Err(reason) => {
-                tracing::warn!(machine = %self.id, %reason, "a monitor cannot be adopted");
-                running.monitor.kill();
-                running.monitor.ended().await;
-                self.remove_snapshot().await;
+                self.give_up(&running, &reason).await;
                 Ok(Found::Nothing {
                     end: Some(End {
                         by_guest: false,
@@ -54,16 +64,50 @@ impl Vm {
         }
     }
 
+    /// Whether a monitor that was told to write a snapshot still does: until then it answers nobody.
+    async fn writes_snapshot(&self, running: &Running) -> bool {
+        let socket = self.dir.control();
+        let answer = tokio::time::timeout(BUSY_TIME, control::describe(&socket));
+        answer.await.is_err() && !running.monitor.has_ended()
+    }
+
+    pub(super) async fn take_over_from_another(
+        &self,
+        running: &Arc<Running>,
+    ) -> Result<(), String> {
+        let outcome = self.adopt(running, false, Duration::MAX).await;
+        match &outcome {
+            Ok(()) => self.host.metrics.adopted.add(1),
+            Err(reason) => {
+                self.give_up(running, reason).await;
+                self.forget_running(running.epoch);
+            }
+        }
+        outcome
+    }
+
+    async fn give_up(&self, running: &Running, reason: &str) {
+        tracing::warn!(machine = %self.id, %reason, "a monitor cannot be adopted");
+        running.monitor.kill();
+        running.monitor.ended().await;
+        self.remove_snapshot().await;
+    }
+
     /// A living monitor wins over a snapshot, and must run. One that was `starting` when it was last
     /// seen must come as far as its app.
-    async fn adopt(&self, running: &Arc<Running>, starting: bool) -> Result<(), String> {
+    async fn adopt(
+        &self,
+        running: &Arc<Running>,
+        starting: bool,
+        limit: Duration,
+    ) -> Result<(), String> {
         self.dir
             .break_seal()
             .and_then(|()| self.dir.sync())
             .map_err(told)?;
         let socket = self.dir.control();
         let call = async {
-            if control::describe(&socket).await?.state != "running" {
+            if control::describe_within(&socket, limit).await?.state != "running" {
                 control::resume(&socket).await?;
             }
             Ok::<_, control::ControlError>(())

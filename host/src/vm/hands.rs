@@ -13,7 +13,7 @@ use super::end::end_of;
 use crate::dir::absent_is_fine;
 use crate::guest::QUICK;
 use crate::machine::core::{BootFailure, End, Epoch};
-use crate::machine::hands::{Hands, SleepFailure};
+use crate::machine::hands::{Hands, SleepFailure, WakeFailure};
 use crate::monitor::control;
 
 #[async_trait]
@@ -35,9 +35,11 @@ impl Hands for Vm {
         })
     }
 
-    async fn wake(&self, epoch: Epoch) -> Result<(), String> {
+    async fn wake(&self, epoch: Epoch) -> Result<(), WakeFailure> {
         let outcome = self
-            .unless_killed(epoch, self.resume(epoch), || "it was broken off".to_owned())
+            .unless_killed(epoch, self.resume(epoch), || {
+                WakeFailure::refused("it was broken off".to_owned())
+            })
             .await;
         if outcome.is_ok()
             && let Some(running) = self.current()
@@ -45,8 +47,8 @@ impl Hands for Vm {
             self.attend(&running);
             self.pass_call_on();
         }
-        if outcome.is_err() {
-            self.remove_snapshot().await;
+        if let Err(WakeFailure { kept: false, .. }) = outcome {
+            self.discard().await;
         }
         outcome
     }
@@ -58,6 +60,13 @@ impl Hands for Vm {
                 reason: "it does not run".to_owned(),
                 alive: false,
             }),
+        }
+    }
+
+    async fn take_over(&self) -> Result<(), String> {
+        match self.current() {
+            Some(running) => self.take_over_from_another(&running).await,
+            None => Err("it does not run".to_owned()),
         }
     }
 
@@ -88,7 +97,17 @@ impl Hands for Vm {
         self.end(&running, signal)
     }
 
-    async fn ask(&self, signal: Option<i32>, timeout: Duration) -> Result<(), String> {
+    async fn ask(
+        &self,
+        signal: Option<i32>,
+        timeout: Duration,
+        drain: Duration,
+    ) -> Result<(), String> {
+        // Who calls from now on waits for the next start.
+        self.reachable.send_replace(false);
+        if !drain.is_zero() {
+            drop(self.host.departures.announce(&self.id, drain).await);
+        }
         let request = Request::Stop {
             signo: signal,
             timeout_ms: Some(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::{Vm, told};
 use crate::dir::{Durability, Seal};
+use crate::machine::core::DRAIN_TIME;
 use crate::machine::hands::SleepFailure;
 use crate::monitor::control;
 use crate::running::Running;
@@ -19,9 +20,16 @@ impl Vm {
         let instance_id = self.memo.lock().instance_id.clone();
         let instance_id = instance_id.ok_or_else(|| alive("its config is not known".to_owned()))?;
         let socket = self.dir.control();
-        running.sleeps.store(true, Ordering::Release);
         // Who calls from now on waits for the wake.
         self.reachable.send_replace(false);
+        let leaving = self.host.departures.announce(&self.id, DRAIN_TIME);
+        let left = tokio::select! {
+            left = leaving => left,
+            signal = running.monitor.ended() => {
+                return Err(SleepFailure { reason: self.end(running, signal).reason, alive: false });
+            }
+        };
+        running.sleeps.store(true, Ordering::Release);
         let write = async {
             control::pause(&socket).await.map_err(|e| e.to_string())?;
             control::snapshot(&socket)
@@ -35,6 +43,7 @@ impl Vm {
                 .write_seal(&seal, Durability::Unsynced)
                 .map_err(told)
         };
+        let write = self.telling_progress(running, write);
         let written = tokio::select! {
             written = write => written,
             signal = running.monitor.ended() => {
@@ -48,7 +57,10 @@ impl Vm {
             running.sleeps.store(false, Ordering::Release);
             let back = self.break_seal().map_err(told);
             let back = match back {
-                Ok(()) => control::resume(&socket).await.map_err(|e| e.to_string()),
+                Ok(()) => tokio::select! {
+                    back = control::resume(&socket) => back.map_err(|e| e.to_string()),
+                    _ = running.monitor.ended() => Err("its monitor has ended".to_owned()),
+                },
                 Err(error) => Err(error),
             };
             let Err(error) = back else {
@@ -65,7 +77,27 @@ impl Vm {
         }
         self.end_paused(running).await;
         self.secure_snapshot(instance_id);
+        // Nobody may want to hear it.
+        let _ = left.send(());
         Ok(())
+    }
+
+    /// Tells now and then how a snapshot gets on that takes long. However slow it is, it is not given up: its Machine's
+    /// memory is in it and nowhere else.
+    async fn telling_progress<T>(&self, running: &Running, write: impl Future<Output = T>) -> T {
+        tokio::pin!(write);
+        let mut before = running.monitor.written();
+        loop {
+            match tokio::time::timeout(PROGRESS_TIME, &mut write).await {
+                Ok(written) => return written,
+                Err(_) => {
+                    let now = running.monitor.written();
+                    let mib = now.saturating_sub(before) >> 20;
+                    before = now;
+                    tracing::warn!(machine = %self.id, mib, "a suspend takes long; this was written in the last minute");
+                }
+            }
+        }
     }
 
     /// Ends a monitor whose vCPUs stand still: however it goes, nothing is lost.
@@ -165,5 +197,7 @@ impl Vm {
     }
 }
 
+/// Between two words about a suspend that takes long.
+const PROGRESS_TIME: Duration = Duration::from_secs(60);
 /// How long a monitor may take to end after it was asked to, with nothing left to do.
 const STOP_TIME: Duration = Duration::from_secs(5);

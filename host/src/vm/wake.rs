@@ -6,25 +6,28 @@ use tern_guest::message::Request;
 use tokio::sync::oneshot;
 
 use super::{Vm, told};
+use crate::dir::{Durability, Seal};
 use crate::machine::core::Epoch;
+use crate::machine::hands::WakeFailure;
 use crate::network::bell;
 use crate::trace::Marks;
 
 impl Vm {
-    pub(super) async fn resume(&self, epoch: Epoch) -> Result<(), String> {
+    /// Everything that may fail for a while, of the host's own, comes before the seal is broken: with that the
+    /// snapshot is this wake's, and gone if it fails.
+    pub(super) async fn resume(&self, epoch: Epoch) -> Result<(), WakeFailure> {
+        let (refused, not_ready) = (WakeFailure::refused, WakeFailure::not_ready);
         let mut marks = Marks::new(false);
-        let seal = self.take_seal().map_err(told)?;
-        let seal = seal.ok_or("there is none that is good")?;
+        let seal = self.dir.seal(&self.host.boot_id).map_err(told);
+        let seal = seal.map_err(not_ready)?;
+        let seal = seal.ok_or_else(|| refused(NO_SNAPSHOT.to_owned()))?;
         if Some(&seal.instance_id) != self.memo.lock().instance_id.as_ref() {
-            return Err("it is of another config".to_owned());
+            return Err(refused("it is of another config".to_owned()));
         }
         self.reachable.send_replace(false);
-        // One that was good in this boot of the host alone may come back with the power: it is void then.
-        let seal_gone = seal.boot_id.is_none().then(|| {
-            let dir = self.dir.clone();
-            tokio::task::spawn_blocking(move || dir.sync())
-        });
-        self.dir.prepare_for_monitor(self.user()).map_err(told)?;
+        self.dir
+            .prepare_for_monitor(self.user())
+            .map_err(|e| not_ready(told(e)))?;
         marks.mark("prepared");
         let machine = self.host.machine(&self.id);
         // Who copies a volume while its Machine sleeps has it locked.
@@ -37,16 +40,30 @@ impl Vm {
             self.host
                 .groups
                 .make(self.id.as_str(), guest.cpus.into(), guest.memory_mb)
-                .map_err(told)?;
-            self.plug(machine).await?;
+                .map_err(|e| not_ready(told(e)))?;
+            self.plug(machine).await.map_err(not_ready)?;
         }
         marks.mark("plugged");
-        if let Some(seal_gone) = seal_gone {
+        let seal = self.take_seal().map_err(|e| not_ready(told(e)))?;
+        // It may have become good in any boot meanwhile, and nothing else.
+        let seal = seal.ok_or_else(|| refused(NO_SNAPSHOT.to_owned()))?;
+        // One that was good in this boot of the host alone may come back with the power: it is void then.
+        if seal.boot_id.is_none() {
+            let dir = self.dir.clone();
+            let gone = tokio::task::spawn_blocking(move || dir.sync()).await;
             // A guest that runs writes to its disk, if only by timers that were due while it slept.
-            seal_gone.await.map_err(|e| e.to_string())?.map_err(told)?;
+            if let Err(error) = gone
+                .map_err(|e| e.to_string())
+                .and_then(|s| s.map_err(told))
+            {
+                return Err(self.put_back(&seal, error));
+            }
             marks.mark("seal_gone");
         }
-        let running = self.spawn(epoch, true)?;
+        let running = match self.spawn(epoch, true) {
+            Ok(running) => running,
+            Err(error) => return Err(self.put_back(&seal, error)),
+        };
         marks.mark("spawned");
         let limit = self.host.config.wake_timeout;
         let (up, is_up) = oneshot::channel();
@@ -73,9 +90,18 @@ impl Vm {
             self.report(marks);
             Ok(())
         };
-        tokio::select! {
+        let outcome = tokio::select! {
             outcome = speak => outcome,
             signal = running.monitor.ended() => Err(self.end(&running, signal).reason),
+        };
+        outcome.map_err(refused)
+    }
+
+    /// No monitor has come of it: the snapshot is as it was.
+    fn put_back(&self, seal: &Seal, reason: String) -> WakeFailure {
+        match self.dir.write_seal(seal, Durability::Synced) {
+            Ok(()) => WakeFailure::not_ready(reason),
+            Err(error) => WakeFailure::refused(format!("{reason}; and its seal is lost: {error}")),
         }
     }
 
@@ -103,6 +129,8 @@ impl Vm {
         }
     }
 }
+
+const NO_SNAPSHOT: &str = "there is none that is good";
 
 /// The news for a guest that was away.
 pub(super) fn resumed() -> Request {

@@ -8,10 +8,10 @@ use jiff::Timestamp;
 use tern_catalog::{
     Catalog, Snapshot, SnapshotStatus, Volume, VolumeId, VolumeState, VolumeStatus,
 };
-use tokio::task::JoinSet;
 
 use super::{Turn, VolumeError, Volumes};
 use crate::host::Host;
+use crate::watched::Watched;
 
 /// How soon a volume is looked at again that could not be done justice.
 const RETRY: Duration = Duration::from_secs(2);
@@ -20,8 +20,8 @@ const RETRY: Duration = Duration::from_secs(2);
 pub(crate) struct Keeper {
     host: Arc<Host>,
     catalog: Catalog,
-    busy: HashSet<VolumeId>,
-    work: JoinSet<(VolumeId, bool)>,
+    /// Each tells whether its volume was done justice.
+    work: Watched<VolumeId, bool>,
     /// Volumes that were not done justice, until they are looked at again.
     resting: HashSet<VolumeId>,
 }
@@ -31,8 +31,7 @@ impl Keeper {
         Self {
             host,
             catalog,
-            busy: HashSet::new(),
-            work: JoinSet::new(),
+            work: Watched::new(),
             resting: HashSet::new(),
         }
     }
@@ -48,15 +47,15 @@ impl Keeper {
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() { return },
                 () = host.volumes.grown.notified() => {}
-                Some(done) = self.work.join_next() => match done {
-                    Ok((id, well)) => {
-                        self.busy.remove(&id);
-                        if !well {
-                            self.resting.insert(id);
-                        }
+                Some((id, done)) = self.work.next() => {
+                    let well = done.unwrap_or_else(|error| {
+                        tracing::error!(volume = %id, %error, "a volume's task has failed");
+                        false
+                    });
+                    if !well {
+                        self.resting.insert(id);
                     }
-                    Err(error) => tracing::error!(%error, "a volume's task has failed"),
-                },
+                }
                 () = tokio::time::sleep(RETRY), if !self.resting.is_empty() => self.resting.clear(),
             }
         }
@@ -66,19 +65,18 @@ impl Keeper {
         let own = self.host.config.host;
         for volume in snapshot.volumes.values().filter(|v| v.host == own) {
             let status = snapshot.volume_status.get(&volume.id);
-            let left_alone = self.busy.contains(&volume.id) || self.resting.contains(&volume.id);
+            let left_alone = self.work.has(&volume.id) || self.resting.contains(&volume.id);
             if left_alone || self.is_well(volume, status) {
                 continue;
             }
-            self.busy.insert(volume.id.clone());
             let (host, catalog) = (Arc::clone(&self.host), self.catalog.clone());
             let (volume, status) = (Arc::clone(volume), status.cloned());
-            self.work.spawn(async move {
+            self.work.spawn(volume.id.clone(), async move {
                 let outcome = tend(&host, &catalog, &volume, status.as_deref()).await;
                 if let Err(error) = &outcome {
                     tracing::warn!(volume = %volume.id, %error, "a volume waits");
                 }
-                (volume.id.clone(), outcome.is_ok())
+                outcome.is_ok()
             });
         }
     }

@@ -247,26 +247,151 @@ fn a_guest_runs_only_when_a_seal_that_outlasts_a_loss_of_power_is_gone_on_disk()
 }
 
 #[test]
-fn what_belongs_to_nobody_is_removed_and_what_is_not_ours_stays() {
+fn a_slow_suspend_outlives_its_agent() {
+    let pipes = tempfile::tempdir().unwrap();
+    let pipe = pipes.path().join("disk");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let mut world = World::new();
-    let machine = world.launch(&[]);
-    let stranger = world.launch(&[]);
+    let mut machine = world.launch(&[("FAKE_SNAPSHOT_WAITS", pipe.to_str().unwrap())]);
+    world.count(&machine);
+    let monitor = world.monitor(&machine);
+    world.begin(&mut machine, json!("suspended"));
+    // Its other end is there when the snapshot is being written.
+    let end = fs::File::options().write(true).open(&pipe).unwrap();
+    world.wait(&machine, "suspending");
     world.kill();
-    // The catalog forgets one of them.
+    world.up();
+    assert_eq!(world.status(&machine)["state"], "suspending");
+    assert_eq!(world.monitors(), [monitor]);
+    // A request that comes meanwhile waits, and then has the Machine as it was.
+    let start = world.say("start", &machine.id, json!({"source": "proxy"}));
+    fs::remove_file(&pipe).unwrap();
+    drop(end);
+    world.answer(start).unwrap();
+    assert_eq!(world.count(&machine), 2, "its memory");
+
+    // And without one, it is suspended after all.
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    world.begin(&mut machine, json!("suspended"));
+    let end = fs::File::options().write(true).open(&pipe).unwrap();
+    world.wait(&machine, "suspending");
+    world.kill();
+    world.up();
+    fs::remove_file(&pipe).unwrap();
+    drop(end);
+    world.wait(&machine, "suspended");
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 3);
+
+    // Only who wants its end by force does not wait for that.
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    world.begin(&mut machine, json!("suspended"));
+    let _end = fs::File::options().write(true).open(&pipe).unwrap();
+    let killed = json!({"stopped": {"signal": 9, "timeout_ms": 0}});
+    world.begin(&mut machine, killed);
+    world.wait(&machine, "stopped");
+    assert!(world.monitors().is_empty());
+}
+
+#[test]
+fn a_machine_that_cannot_be_taken_up_is_tried_again() {
+    let mut world = World::new();
+    let mut machine = Machine::new(&[]);
+    // As on a full disk, what the agent must remember of it cannot be written.
+    let in_the_way = world.machine_dir(&machine).join("agent.json.tmp");
+    fs::create_dir_all(&in_the_way).unwrap();
+    world.wish(&mut machine, json!("started"));
+    let status = world.wait(&machine, "failed");
+    let reason = status["reason"].as_str().unwrap();
+    assert!(reason.contains(&machine.id), "{reason}");
+    let refused = world.ask("start", &machine.id, json!({})).unwrap_err();
+    assert!(refused.contains("tries again"), "{refused}");
+    // Other Machines are looked after meanwhile.
+    let other = world.launch(&[]);
+    fs::remove_dir(&in_the_way).unwrap();
+    world.wait(&machine, "started");
+    assert_eq!(world.count(&machine), 1);
+    // And no place is lost by that.
+    let place = |machine: &Machine| {
+        fs::read_to_string(world.machine_dir(machine).join("agent.json")).unwrap()
+    };
+    assert!(place(&other).contains("\"slot\":0"), "{}", place(&other));
+    assert!(
+        place(&machine).contains("\"slot\":1"),
+        "{}",
+        place(&machine)
+    );
+}
+
+#[test]
+fn what_the_catalog_does_not_know_is_left_as_it_is() {
+    let mut world = World::new();
+    let known = world.launch(&[]);
+    let mut runs = world.launch(&[]);
+    world.exec(&runs, &["write", "kept"]);
+    world.count(&runs);
+    let mut sleeps = world.launch(&[]);
+    world.count(&sleeps);
+    asleep(&mut world, &sleeps, |seal| seal);
+    let before = world.monitor(&runs);
+    world.kill();
+    // The catalog is an old one.
     let catalog = world.machines_dir().parent().unwrap().join("catalog.db");
     fs::create_dir(world.machines_dir().join("lost+found")).unwrap();
-    forget(&catalog, &stranger.id);
+    forget(&catalog, &runs.id);
+    forget(&catalog, &sleeps.id);
+    let stray = std::process::Command::new("ip")
+        .args(["tuntap", "add", "tn77", "mode", "tap"])
+        .status();
+    assert!(stray.unwrap().success());
     world.up();
-    assert_eq!(world.metric("leftovers"), 2, "a directory and a device");
-    assert_eq!(world.monitors(), [world.monitor(&machine)]);
-    assert!(!world.machine_dir(&stranger).exists());
+    assert_eq!(world.metric("quarantined"), 2);
+    assert_eq!(world.metric("leftovers"), 1, "a device of nobody");
+    assert_eq!(world.monitors().len(), 2);
+    let listed = world.quarantined();
+    assert_eq!(listed.len(), 2, "{listed:?}");
+    assert!(listed.iter().all(|id| *id == runs.id || *id == sleeps.id));
+    // Nobody gets their place, in which they reach nobody.
+    let newcomer = world.launch(&[]);
+    let place = |world: &World, machine: &Machine| {
+        fs::read_to_string(world.machine_dir(machine).join("agent.json")).unwrap()
+    };
+    let slot = |world: &World, machine: &Machine| -> serde_json::Value {
+        serde_json::from_str::<serde_json::Value>(&place(world, machine)).unwrap()["slot"].clone()
+    };
+    for machine in [&known, &runs, &sleeps] {
+        assert_ne!(slot(&world, &newcomer), slot(&world, machine));
+    }
+    let rules = format!("\"tn{}\"", slot(&world, &runs));
+    assert!(!world.traces().iter().any(|t| t.contains(&rules)));
+
+    // With the right catalog both go on where they were.
+    world.wish(&mut runs, json!("started"));
+    world.wait(&runs, "started");
+    assert_eq!(world.monitor(&runs), before);
+    assert_eq!(world.count(&runs), 2, "its memory");
+    assert_eq!(world.exec(&runs, &["read"]), "kept");
+    world.wish(&mut sleeps, json!("started"));
+    world.wait(&sleeps, "started");
+    assert_eq!(world.count(&sleeps), 2, "its memory");
+    assert!(world.quarantined().is_empty());
     assert!(world.machines_dir().join("lost+found").exists());
-    assert!(
-        !world
-            .traces()
-            .iter()
-            .any(|t| t.contains("\"tn1\"") || t.contains(": tn1:"))
-    );
+}
+
+#[test]
+fn a_machine_whose_record_vanishes_is_left_as_it_is() {
+    let mut world = World::new();
+    let mut machine = world.launch(&[]);
+    world.count(&machine);
+    world.ask("forget", &machine.id, json!({})).unwrap();
+    until("it is noticed", || !world.quarantined().is_empty());
+    let unknown = world.ask("stop", &machine.id, json!({})).unwrap_err();
+    assert!(unknown.contains("not on this host"), "{unknown}");
+    assert_eq!(world.monitors(), [world.monitor(&machine)]);
+    world.wish(&mut machine, json!("started"));
+    world.wait(&machine, "started");
+    assert_eq!(world.count(&machine), 2);
+    assert!(world.quarantined().is_empty());
 }
 
 /// Removes a Machine's records behind the agent's back.

@@ -1,5 +1,7 @@
 //! A Machine's life, as the gate and the API see it.
 
+use std::io::Write as _;
+
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 
@@ -118,6 +120,90 @@ fn a_waking_machine_is_reachable_before_its_guest_has_answered() {
     world.answer(reachable).unwrap();
     std::fs::write(&pipe, "").unwrap();
     world.answer(start).unwrap();
+}
+
+#[test]
+fn a_machine_that_somebody_is_in_is_not_idle() {
+    let pipes = tempfile::tempdir().unwrap();
+    let pipe = pipes.path().join("command");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    let wait = json!({"cmd": ["wait", pipe]});
+    let command = world.say("exec", &machine.id, wait);
+    // Its other end is there when the command has begun.
+    let mut end = std::fs::File::options().write(true).open(&pipe).unwrap();
+    let gate = json!({"source": "proxy"});
+    for how in ["suspend", "stop"] {
+        let refused = world.ask(how, &machine.id, gate.clone()).unwrap_err();
+        assert!(refused.contains("somebody is in"), "{refused}");
+    }
+    assert_eq!(world.status(&machine)["state"], "started");
+    end.write_all(b"done").unwrap();
+    drop(end);
+    assert_eq!(world.answer(command).unwrap()["stdout"], "done");
+    // Nothing else tells that it has left; and then its idle time begins.
+    until("it is let go", || {
+        world.ask("suspend", &machine.id, gate.clone()).is_ok()
+    });
+}
+
+#[test]
+fn a_start_is_of_use() {
+    let mut world = World::new();
+    let mut machine = world.launch(&[]);
+    let idle = |world: &mut World, machine: &Machine| -> u64 {
+        let idle = world.ask("idle", &machine.id, json!({})).unwrap();
+        idle.as_u64().unwrap()
+    };
+    let grown = |world: &mut World, machine: &Machine| {
+        until("time passes", || idle(world, machine) >= 200);
+    };
+    grown(&mut world, &machine);
+    world.suspend(&machine);
+    let began = std::time::Instant::now();
+    world.start(&machine);
+    let so_far = || u64::try_from(began.elapsed().as_millis()).unwrap();
+    assert!(idle(&mut world, &machine) <= so_far(), "it was woken");
+    grown(&mut world, &machine);
+    let began = std::time::Instant::now();
+    let so_far = || u64::try_from(began.elapsed().as_millis()).unwrap();
+    world.wish(&mut machine, json!("started"));
+    assert!(idle(&mut world, &machine) <= so_far(), "it runs already");
+    grown(&mut world, &machine);
+    let began = std::time::Instant::now();
+    let so_far = || u64::try_from(began.elapsed().as_millis()).unwrap();
+    assert_eq!(world.count(&machine), 1);
+    assert!(
+        idle(&mut world, &machine) <= so_far(),
+        "a command ran in it"
+    );
+}
+
+#[test]
+fn nobody_is_put_to_sleep_before_the_gate_knows() {
+    let mut world = World::new();
+    let mut machine = world.launch(&[]);
+    world.ask("follow", "", json!({})).unwrap();
+    world.begin(&mut machine, json!("suspended"));
+    let leaving = world.ask("departure", "", json!({})).unwrap();
+    assert_eq!(leaving, json!(machine.id));
+    let suspended = world.ask("let_go", "", json!({})).unwrap();
+    assert_eq!(suspended, json!(true));
+    world.wait(&machine, "suspended");
+    world.start(&machine);
+    // A request that takes long does not keep it for ever, and wakes it again.
+    world.begin(&mut machine, json!("suspended"));
+    world.ask("departure", "", json!({})).unwrap();
+    world.wait(&machine, "suspended");
+    assert_eq!(world.ask("let_go", "", json!({})).unwrap(), json!(true));
+    world.start(&machine);
+    // A stop is told too, and is not a sleep to be woken from.
+    let stopped = json!({"stopped": {"signal": null, "timeout_ms": null}});
+    world.begin(&mut machine, stopped);
+    world.ask("departure", "", json!({})).unwrap();
+    assert_eq!(world.ask("let_go", "", json!({})).unwrap(), json!(false));
+    world.wait(&machine, "stopped");
 }
 
 #[test]
@@ -304,6 +390,28 @@ fn a_damaged_snapshot_becomes_a_cold_start() {
         told.contains("the snapshot could not be used"),
         "{status:#}"
     );
+}
+
+#[test]
+fn a_wake_that_fails_before_its_monitor_runs_loses_no_memory() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    world.count(&machine);
+    world.suspend(&machine);
+    let gate = json!({"source": "proxy"});
+    // Before the seal is broken, and after: a directory is in the way of a socket, and of a log.
+    for name in ["vmm.sock", "vmm.log"] {
+        let in_the_way = world.machine_dir(&machine).join(name);
+        std::fs::remove_file(&in_the_way).unwrap();
+        std::fs::create_dir(&in_the_way).unwrap();
+        let error = world.ask("start", &machine.id, gate.clone()).unwrap_err();
+        assert!(error.contains("could not be woken yet"), "{error}");
+        world.wait(&machine, "suspended");
+        std::fs::remove_dir(&in_the_way).unwrap();
+    }
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 2, "its memory");
+    assert_eq!(world.metric("cold_starts"), 1);
 }
 
 #[test]

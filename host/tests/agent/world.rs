@@ -263,6 +263,16 @@ impl World {
         self.dir.path().join("machines")
     }
 
+    /// The Machines that the catalog was found not to know.
+    pub fn quarantined(&self) -> Vec<String> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let listed = runtime.block_on(tern_host::quarantined(self.dir.path()));
+        listed.unwrap().iter().map(|q| q.id.to_string()).collect()
+    }
+
     /// The process id of the Machine's monitor.
     pub fn monitor(&self, machine: &Machine) -> Pid {
         let text = std::fs::read_to_string(self.machine_dir(machine).join("vmm.pid")).unwrap();

@@ -17,6 +17,8 @@ use crate::machine::{Source, StopRequest};
 pub(crate) enum Found {
     /// A monitor that runs.
     Running { epoch: Epoch },
+    /// A monitor that writes a snapshot, and does nothing else before that is done.
+    Busy { epoch: Epoch },
     /// No monitor, and a snapshot that is good.
     Asleep,
     /// Neither; with why the last monitor ended, if it said.
@@ -59,6 +61,16 @@ impl Core {
                         json!({"adopted": true, "was": last}),
                     );
                 }
+            }
+            Found::Busy { epoch } => {
+                self.goal = None; // it follows from the phase
+                self.phase = Phase::Suspending {
+                    source: Source::Host,
+                    lost: None,
+                    exit: None,
+                    killed: false,
+                };
+                out.push(Action::TakeOver { epoch });
             }
             Found::Asleep => self.rest(Rest::at(MachineState::Suspended)),
             Found::Nothing { end } => match last {

@@ -114,14 +114,7 @@ impl Core {
                 }
                 Phase::Starting { .. } => return self.break_off(out),
                 Phase::Stopping { .. } => return self.join_stop(now, out),
-                Phase::Suspending { .. } => {
-                    if let Some(goal) = &self.goal
-                        && goal.to == Target::Suspended
-                    {
-                        self.goal = None;
-                    }
-                    return;
-                }
+                Phase::Suspending { .. } => return self.break_off_sleep(out),
                 Phase::Destroying { .. } | Phase::Destroyed => {
                     return self.answer_all(out, || CommandError::Gone);
                 }
@@ -145,7 +138,14 @@ impl Core {
                 self.start(kind, goal.source, out);
                 false
             }
-            Target::Suspended => true,
+            Target::Suspended => {
+                if was != MachineState::Suspended {
+                    let error =
+                        format!("the Machine is {was}: only a started one can be suspended");
+                    self.record(out, "suspend", goal.source, json!({"error": error}));
+                }
+                true
+            }
             Target::Stopped(_) => {
                 rest.restart_at = None;
                 if was == MachineState::Suspended {
@@ -183,6 +183,7 @@ impl Core {
                     source,
                     lost: None,
                     exit,
+                    killed: false,
                 };
                 out.push(Action::Sleep { epoch });
             }
@@ -207,6 +208,46 @@ impl Core {
         }
         out.push(Action::Record(None));
         false
+    }
+
+    /// A suspend takes as long as its disk does. By force alone its Machine ends before.
+    fn break_off_sleep(&mut self, out: &mut Vec<Action>) {
+        let (Phase::Suspending { killed, .. }, Some(goal)) = (&mut self.phase, &self.goal) else {
+            return;
+        };
+        if goal.to == Target::Suspended {
+            self.goal = None;
+        } else if goal.to.is_forced() && !*killed {
+            *killed = true;
+            out.push(Action::Kill { epoch: self.epoch });
+        }
+    }
+
+    /// A suspend was broken off by force: its Machine has stopped. Returns whether that is so.
+    pub(super) fn sleep_broken_off(&mut self, now: Instant, out: &mut Vec<Action>) -> bool {
+        let (Phase::Suspending { killed, exit, .. }, Some(goal)) = (&self.phase, &self.goal) else {
+            return false;
+        };
+        if !*killed || !goal.to.is_forced() {
+            return false;
+        }
+        let (source, exit) = (goal.source, *exit);
+        self.goal = match goal.to.clone() {
+            Target::Restarted { kind, .. } => Some(Goal {
+                to: Target::Started { kind },
+                source,
+            }),
+            to @ Target::Destroyed { .. } => Some(Goal { to, source }),
+            _ => None,
+        };
+        self.phase = Phase::Stopping {
+            source: asker(source),
+            kill_at: None,
+            exit,
+            hastened: false,
+        };
+        self.stopped(now, out);
+        true
     }
 
     /// A stop that is under way serves whoever wants an end, and is hastened by who is in a greater hurry.

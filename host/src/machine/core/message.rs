@@ -23,8 +23,6 @@ pub(crate) type Waiter = u64;
 pub(crate) enum Input {
     /// The catalog's record is this now.
     Wanted(Arc<Machine>),
-    /// The catalog's record is gone.
-    Gone,
     /// Somebody on this host asks, and waits for the outcome.
     Command {
         waiter: Waiter,
@@ -41,6 +39,8 @@ pub(crate) enum Input {
     BootFailed { epoch: Epoch, failure: BootFailure },
     /// A suspended Machine runs again.
     Woken { epoch: Epoch, took: Duration },
+    /// It does not, and no monitor is left; the snapshot is as it was, for another try.
+    WakeNotReady { epoch: Epoch, reason: String },
     /// It does not; no monitor is left, and the snapshot is void.
     WakeRefused { epoch: Epoch, reason: String },
     /// Memory is on disk, and the monitor has ended.
@@ -51,6 +51,8 @@ pub(crate) enum Input {
         reason: String,
         alive: bool,
     },
+    /// A Machine whose suspend another agent began runs on.
+    TakenOver { epoch: Epoch },
     /// The guest could not be asked to stop.
     AskFailed { epoch: Epoch },
     /// The app of a running Machine has ended.
@@ -129,12 +131,16 @@ pub(crate) enum Action {
     Wake { epoch: Epoch },
     /// Write the snapshot and end the monitor.
     Sleep { epoch: Epoch },
+    /// Wait until a suspend that another agent began is over, and have the Machine run on.
+    TakeOver { epoch: Epoch },
     /// Ask the app to stop.
     Ask {
         epoch: Epoch,
         /// Instead of the one in the run configuration.
         signal: Option<i32>,
         timeout: Duration,
+        /// How long requests that are under way may take before that.
+        drain: Duration,
     },
     /// End the monitor, or the start under way.
     Kill { epoch: Epoch },

@@ -28,6 +28,17 @@ impl Core {
             (&mut Phase::Starting { source, .. }, Input::Woken { took, .. }) => {
                 self.started(source, json!({"cold": false, "took_ms": millis(took)}), out);
             }
+            (&mut Phase::Starting { source, .. }, Input::WakeNotReady { reason, .. }) => {
+                self.rest(Rest::at(MachineState::Suspended));
+                let reason = format!("it could not be woken yet: {reason}");
+                // Who waits is told, and the next who wants it tries again.
+                self.record(out, "start", source, json!({"error": reason}));
+                self.reason = Some(reason);
+            }
+            (Phase::Stopping { .. }, Input::WakeNotReady { .. }) => {
+                out.push(Action::Discard);
+                self.stopped(now, out);
+            }
             (Phase::Starting { source, wakes }, Input::WakeRefused { reason, .. }) => {
                 *wakes = false;
                 let source = *source;
@@ -57,11 +68,12 @@ impl Core {
             (
                 Phase::Stopping {
                     kill_at: Some(kill_at),
-                    hastened: true,
+                    hastened,
+                    exit,
                     ..
                 },
                 Input::AskFailed { .. },
-            ) => {
+            ) if *hastened || exit.is_some() => {
                 // The app may have ended of what was asked before, and init still has the disks to flush.
                 *kill_at = (now + FLUSH_TIME).min(*kill_at);
             }
@@ -81,11 +93,34 @@ impl Core {
                 self.rest(Rest::at(MachineState::Suspended));
                 self.reason = None;
                 self.record(out, "suspend", source, json!({"took_ms": millis(took)}));
+                // Whoever has wished for this sleep once more meanwhile has it. Requests that wait go on.
+                let awaited = self.waiters.iter().any(|&(_, want)| want == Want::Started);
+                if awaited && self.goal.is_none() {
+                    self.set_goal(Target::Started { kind: "start" }, Source::Proxy);
+                }
             }
-            (
-                Phase::Suspending { lost, exit, source },
-                Input::SleepFailed { reason, alive, .. },
-            ) => {
+            (Phase::Suspending { source, exit, .. }, Input::TakenOver { .. }) => {
+                let source = *source;
+                self.phase = Phase::Started {
+                    exit: exit.map(|status| (status, now + FLUSH_TIME)),
+                };
+                let detail = json!({"adopted": true, "was": MachineState::Suspending});
+                self.record(out, "start", source, detail);
+                // That it was to sleep still holds, unless something else is wanted by now.
+                if self.goal.is_none() {
+                    self.set_goal(Target::Suspended, source);
+                }
+            }
+            (Phase::Suspending { .. }, Input::SleepFailed { reason, alive, .. }) => {
+                if !alive && self.sleep_broken_off(now, out) {
+                    return;
+                }
+                let Phase::Suspending {
+                    lost, exit, source, ..
+                } = &mut self.phase
+                else {
+                    return;
+                };
                 let (exit, source) = (*exit, *source);
                 let lost = lost.take().or_else(|| {
                     (!alive).then(|| End {

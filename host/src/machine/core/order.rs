@@ -4,7 +4,7 @@
 
 use tern_catalog::MachineState;
 
-use super::goal::Target;
+use super::goal::{Goal, Target};
 use super::{Action, Core, Order, Phase, Waiter};
 use crate::machine::{CommandError, Source};
 
@@ -35,8 +35,17 @@ impl Core {
         match order {
             Order::Start => {
                 self.waiters.push((waiter, Want::Started));
-                // A start that is under way serves everybody, unless something else is to follow.
-                let joins = matches!(self.phase, Phase::Starting { .. }) && self.goal.is_none();
+                // A start that is under way serves everybody, unless something else is to follow. What its owner
+                // wants to follow does: a request is served before that.
+                let owners_end = |goal: &Goal| {
+                    goal.source == Source::User
+                        && matches!(goal.to, Target::Suspended | Target::Stopped(_))
+                };
+                let joins = matches!(self.phase, Phase::Starting { .. })
+                    && self
+                        .goal
+                        .as_ref()
+                        .is_none_or(|goal| source == Source::Proxy && owners_end(goal));
                 if !joins {
                     self.set_goal(Target::Started { kind: "start" }, source);
                 }

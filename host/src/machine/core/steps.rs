@@ -13,6 +13,9 @@ use crate::machine::{Source, StopRequest};
 
 /// How long init may take, after the app's end, to flush the disks and reset the Machine.
 pub(super) const FLUSH_TIME: Duration = Duration::from_secs(10);
+/// How long requests that are under way may take to end before their Machine is put to sleep. What takes longer is
+/// answered by the resumed Machine, or lost with one that is stopped; and all that is new waits meanwhile.
+pub(crate) const DRAIN_TIME: Duration = Duration::from_secs(5);
 /// As on Fly.io.
 pub(super) const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// No app may take longer to stop, or a typing error would hold a deploy for ever.
@@ -103,6 +106,7 @@ impl Core {
                 epoch: self.epoch,
                 signal,
                 timeout,
+                drain: Duration::ZERO,
             });
         }
     }
@@ -116,9 +120,11 @@ impl Core {
         now: Instant,
         out: &mut Vec<Action>,
     ) {
+        // Who allows the app no time allows its requests none.
+        let drain = DRAIN_TIME.min(timeout);
         self.phase = Phase::Stopping {
             source: asker(source),
-            kill_at: Some(now + timeout + FLUSH_TIME),
+            kill_at: Some(now + drain + timeout + FLUSH_TIME),
             exit,
             hastened: false,
         };
@@ -128,6 +134,7 @@ impl Core {
                 epoch: self.epoch,
                 signal,
                 timeout,
+                drain,
             });
         }
     }

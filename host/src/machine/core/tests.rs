@@ -261,6 +261,43 @@ fn a_snapshot_that_is_refused_becomes_a_cold_start_with_the_same_disk() {
 }
 
 #[test]
+fn a_wake_that_is_not_ready_yet_keeps_the_snapshot_for_the_next() {
+    let mut bench = Bench::suspended();
+    let not_ready = |bench: &mut Bench| {
+        let epoch = bench.core.epoch;
+        let reason = "no device".to_owned();
+        bench.tell(Input::WakeNotReady { epoch, reason });
+    };
+    bench.start(1);
+    not_ready(&mut bench);
+    bench.is(MachineState::Suspended);
+    assert!(bench.boots().is_empty(), "its memory would be gone");
+    let Err(CommandError::Failed(told)) = &bench.answers()[&1] else {
+        panic!("{:?}", bench.answers())
+    };
+    assert!(told.contains("no device"), "{told}");
+    assert!(bench.core.reason().unwrap().contains("no device"));
+    bench.start(2);
+    assert!(bench.does(|a| matches!(a, Action::Wake { .. })));
+    bench.woken();
+    assert_eq!(bench.answers()[&2], Ok(()));
+    assert_eq!(bench.core.reason(), None);
+
+    // Who wants no wake any more gets what he wants.
+    let mut bench = Bench::suspended();
+    bench.start(1);
+    let request = StopRequest {
+        signal: Some(SIGKILL),
+        timeout: None,
+    };
+    bench.order(2, Source::User, Order::Stop(request));
+    not_ready(&mut bench);
+    bench.is(MachineState::Stopped);
+    assert!(bench.does(|a| matches!(a, Action::Discard)));
+    assert_eq!(bench.answers()[&2], Ok(()));
+}
+
+#[test]
 fn a_start_after_a_stop_begins_with_an_empty_disk_and_after_a_crash_it_does_not() {
     let mut bench = Bench::started();
     bench.order(1, Source::User, Order::Stop(StopRequest::default()));
@@ -614,6 +651,163 @@ fn a_start_during_a_suspend_wakes_it_right_after() {
 }
 
 #[test]
+fn a_request_that_waits_for_a_suspend_is_answered_however_often_that_is_asked_for() {
+    let mut bench = Bench::started();
+    bench.wish(DesiredState::Suspended);
+    bench.start(1);
+    bench.wish(DesiredState::Suspended);
+    bench.slept();
+    assert_eq!(bench.events()[0].kind, "suspend");
+    bench.is(MachineState::Starting);
+    bench.woken();
+    assert_eq!(bench.answers()[&1], Ok(()));
+    bench.is(MachineState::Started);
+}
+
+#[test]
+fn a_request_does_not_take_back_what_the_owner_wants_of_a_machine_that_starts() {
+    let stop = DesiredState::Stopped {
+        signal: None,
+        timeout_ms: None,
+    };
+    for (wish, state) in [
+        (DesiredState::Suspended, MachineState::Suspending),
+        (stop, MachineState::Stopping),
+    ] {
+        let mut bench = Bench::suspended();
+        bench.start(1).wish(wish);
+        bench.start(2).woken();
+        let answers = bench.answers();
+        assert!(answers.len() == 2 && answers.values().all(Result::is_ok));
+        bench.is(state);
+    }
+}
+
+#[test]
+fn a_suspend_of_what_does_not_run_says_so() {
+    let mut bench = Bench::started();
+    bench.app_exits(0).monitor_ends(true);
+    bench.is(MachineState::Stopped);
+    bench.wish(DesiredState::Suspended);
+    let [event] = bench.events()[..] else {
+        panic!("{:?}", bench.events())
+    };
+    assert_eq!((event.kind, event.source), ("suspend", Source::User));
+    let error = event.detail["error"].as_str().unwrap();
+    assert!(error.contains("stopped"), "{error}");
+    let mut bench = Bench::suspended();
+    bench.wish(DesiredState::Suspended);
+    assert!(bench.events().is_empty(), "it is that already");
+}
+
+#[test]
+fn a_stop_lets_requests_end_unless_it_is_in_a_hurry() {
+    for (timeout, drain) in [
+        (None, DRAIN_TIME),
+        (Some(Duration::from_secs(1)), Duration::from_secs(1)),
+        (Some(Duration::ZERO), Duration::ZERO),
+    ] {
+        let mut bench = Bench::started();
+        let signal = None;
+        bench.order(
+            1,
+            Source::User,
+            Order::Stop(StopRequest { signal, timeout }),
+        );
+        let asked = bench.actions.iter().find_map(|action| match action {
+            Action::Ask { drain, .. } => Some(*drain),
+            _ => None,
+        });
+        assert_eq!(asked, Some(drain));
+        let by = drain + timeout.unwrap_or(STOP_TIMEOUT) + FLUSH_TIME;
+        assert_eq!(bench.core.deadline(), Some(bench.now + by));
+        // An app that ends of itself meanwhile is not there to be asked, and its disks are being flushed.
+        bench.app_exits(0);
+        let epoch = bench.core.epoch;
+        bench.tell(Input::AskFailed { epoch });
+        assert!(!bench.does(|a| matches!(a, Action::Kill { .. })));
+        assert!(bench.core.deadline().unwrap() <= bench.now + FLUSH_TIME);
+    }
+}
+
+#[test]
+fn a_suspend_that_another_agent_began_is_waited_for_and_then_done() {
+    let suspending = status(MachineState::Suspending);
+    let busy = || Bench::found(&suspending, Found::Busy { epoch: 1 });
+    let taken_over = |bench: &mut Bench| {
+        bench.tell(Input::TakenOver { epoch: 1 });
+    };
+    let mut bench = busy();
+    bench.is(MachineState::Suspending);
+    assert!(bench.does(|a| matches!(a, Action::TakeOver { .. })));
+    taken_over(&mut bench);
+    bench.is(MachineState::Suspending);
+    assert!(bench.does(|a| matches!(a, Action::Sleep { .. })));
+    let mut bench = busy();
+    bench.start(1);
+    taken_over(&mut bench);
+    assert_eq!(bench.answers()[&1], Ok(()));
+    bench.is(MachineState::Started);
+}
+
+#[test]
+fn a_suspend_is_broken_off_by_force_alone() {
+    let kills = |bench: &Bench| bench.does(|a| matches!(a, Action::Kill { .. }));
+    let fails = |bench: &mut Bench| {
+        let epoch = bench.core.epoch;
+        let reason = "killed".to_owned();
+        bench.monitor_ends(false).tell(Input::SleepFailed {
+            epoch,
+            reason,
+            alive: false,
+        });
+    };
+    let mut bench = Bench::started();
+    bench.wish(DesiredState::Suspended);
+    bench.order(1, Source::User, Order::Stop(StopRequest::default()));
+    assert!(!kills(&bench), "its memory is being written");
+    bench.wish(DesiredState::Stopped {
+        signal: Some(SIGKILL),
+        timeout_ms: None,
+    });
+    assert!(kills(&bench));
+    bench.tell(Input::Tick);
+    assert!(!kills(&bench), "once");
+    bench.is(MachineState::Suspending);
+    fails(&mut bench);
+    bench.is(MachineState::Stopped);
+    assert_eq!(bench.core.deadline(), None, "no restart follows");
+    assert_eq!(bench.events()[0].kind, "stop");
+
+    for (wish, state) in [
+        (
+            DesiredState::Restarted { force: true },
+            MachineState::Starting,
+        ),
+        (
+            DesiredState::Destroyed { force: true },
+            MachineState::Destroying,
+        ),
+    ] {
+        let mut bench = Bench::started();
+        bench.wish(DesiredState::Suspended).wish(wish);
+        assert!(kills(&bench));
+        fails(&mut bench);
+        bench.is(state);
+    }
+    // It may have been done by then.
+    let mut bench = Bench::started();
+    bench.wish(DesiredState::Suspended);
+    bench.wish(DesiredState::Stopped {
+        signal: Some(SIGKILL),
+        timeout_ms: None,
+    });
+    bench.slept();
+    bench.is(MachineState::Stopped);
+    assert!(bench.does(|a| matches!(a, Action::Discard)));
+}
+
+#[test]
 fn a_failed_suspend_leaves_it_running() {
     let mut bench = Bench::started();
     bench.order(1, Source::Proxy, Order::Suspend);
@@ -810,7 +1004,8 @@ fn a_restart_that_was_due_when_the_agent_died_is_not_forgotten() {
 /// What may happen in a simulated world.
 #[derive(Debug, Clone)]
 enum Happening {
-    /// The operation under way ends, well or badly; and a start before or after it had its disk.
+    /// The operation under way ends, well or badly; and a start before or after it had its disk, a wake after or
+    /// before it touched its snapshot.
     Done {
         well: bool,
         disk_ready: bool,
@@ -927,6 +1122,7 @@ impl World {
                     assert_eq!(Some(*epoch), self.bench.core.state_epoch());
                     self.operation = Some(action);
                 }
+                Action::TakeOver { .. } => panic!("only of what is found"),
                 Action::Remove => {
                     assert!(self.operation.is_none() && self.monitor.is_none());
                     self.operation = Some(action);
@@ -992,6 +1188,10 @@ impl World {
             Action::Wake { epoch } if well => {
                 self.monitor = Some(epoch);
                 self.tell(Input::Woken { epoch, took: TOOK });
+            }
+            Action::Wake { epoch } if disk_ready && !self.killed => {
+                self.snapshot = true;
+                self.tell(Input::WakeNotReady { epoch, reason });
             }
             Action::Wake { epoch } => {
                 self.killed = false;
