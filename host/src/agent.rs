@@ -138,13 +138,19 @@ impl Agent {
         let snapshot = view.snapshot();
         let images = ImageStore::open(config.data_dir.join("images"), Limits::default())?;
         let (ports, leftovers) = survey(&config, &snapshot)?;
-        let network = Network::open(config.nat, ports).await?;
+        let boot_id = dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?;
+        let setup = network::Setup {
+            nat: config.nat,
+            data_dir: &config.data_dir,
+            boot_id: &boot_id,
+        };
+        let network = Network::open(setup, ports).await?;
         let host = Arc::new(Host {
             blank: Blank::new(&config.data_dir, config.disk_size),
             volumes: Volumes::open(config.volumes_dir())
                 .map_err(|e| AgentError::Volumes(e.to_string()))?,
             groups: Groups::open(&config.data_dir, &config.rate_limits),
-            boot_id: dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?,
+            boot_id,
             metrics: Arc::new(Metrics::default()),
             view,
             images,

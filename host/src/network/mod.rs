@@ -4,19 +4,22 @@
 //! another crate's.
 
 pub(crate) mod bell;
+mod forwarding;
 mod rules;
 mod slot;
 mod tap;
+mod uplinks;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Ipv6Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 use tern_catalog::NetworkId;
 use thiserror::Error;
 
+use rules::Policy;
 pub(crate) use rules::Port;
 use slot::Slots;
 pub(crate) use slot::{GATEWAY, Slot};
@@ -25,12 +28,23 @@ pub(crate) use slot::{GATEWAY, Slot};
 #[derive(Debug)]
 pub(crate) struct Network {
     netlink: rtnetlink::Handle,
-    nat: bool,
+    policy: Policy,
     slots: Mutex<Slots>,
     /// What the rules hold. Its lock also puts changes of the rules in order.
     ports: tokio::sync::Mutex<BTreeMap<Slot, Port>>,
     /// The slots whose devices were set up since the agent started.
     plugged: Mutex<BTreeMap<Slot, Ipv6Addr>>,
+}
+
+/// What the network is given.
+#[derive(Debug)]
+pub(crate) struct Setup<'a> {
+    /// Whether Machines reach the outside over IPv4.
+    pub(crate) nat: bool,
+    /// Where the agent keeps what it must not forget.
+    pub(crate) data_dir: &'a Path,
+    /// This boot of the host's kernel.
+    pub(crate) boot_id: &'a str,
 }
 
 /// Why the network could not be set up.
@@ -55,6 +69,9 @@ pub enum NetworkError {
     /// A kernel setting could not be changed.
     #[error("{0} cannot be set: {1}")]
     Sysctl(String, io::Error),
+    /// What forwarding was before could not be written down.
+    #[error("{}: {}", .0.display(), .1)]
+    Memory(PathBuf, #[source] io::Error),
     /// The packet filter could not be changed.
     #[error("the packet filter cannot be set: {0}")]
     Rules(io::Error),
@@ -67,22 +84,29 @@ pub enum NetworkError {
 }
 
 impl Network {
-    /// Turns forwarding on and puts the table in place, with rules for the Machines that are there.
-    pub(crate) async fn open(nat: bool, ports: Vec<Port>) -> Result<Self, NetworkError> {
+    /// Puts the table in place, with rules for the Machines that are there, and turns forwarding on.
+    pub(crate) async fn open(setup: Setup<'_>, ports: Vec<Port>) -> Result<Self, NetworkError> {
         let (connection, netlink, _) = rtnetlink::new_connection().map_err(NetworkError::Open)?;
         tokio::spawn(connection);
-        forward()?;
         let ports: BTreeMap<_, _> = ports.into_iter().map(|p| (p.slot, p)).collect();
-        rules::apply(&rules::table(ports.values(), nat))
+        let memory = setup.data_dir.join(FORWARDING);
+        let policy = Policy {
+            nat: setup.nat,
+            guard: forwarding::before(&memory, setup.boot_id)?,
+            uplinks: uplinks::find(&netlink).await?,
+        };
+        rules::apply(&rules::table(ports.values(), &policy))
             .await
             .map_err(NetworkError::Rules)?;
+        // Only now: nothing is let through without a filter.
+        forwarding::switch_on()?;
         let mut slots = Slots::default();
         for &slot in ports.keys() {
             slots.claim(slot);
         }
         Ok(Self {
             netlink,
-            nat,
+            policy,
             slots: Mutex::new(slots),
             ports: tokio::sync::Mutex::new(ports),
             plugged: Mutex::default(),
@@ -152,7 +176,7 @@ impl Network {
         {
             // Somebody else has touched the table, for example by flushing the whole rule set.
             tracing::warn!(%error, "the packet filter is put in place anew");
-            rules::apply(&rules::table(next.values(), self.nat))
+            rules::apply(&rules::table(next.values(), &self.policy))
                 .await
                 .map_err(NetworkError::Rules)?;
         }
@@ -192,29 +216,8 @@ fn exists(slot: Slot) -> bool {
     nix::net::if_::if_nametoindex(slot.tap().as_str()).is_ok()
 }
 
-/// Lets the host forward packets.
-fn forward() -> Result<(), NetworkError> {
-    // A host that forwards stops believing routers, and would lose its own IPv6 route to the
-    // outside, unless it is told to go on (`ip-sysctl.rst`: `accept_ra` 2).
-    let conf = Path::new("/proc/sys/net/ipv6/conf");
-    for entry in std::fs::read_dir(conf).into_iter().flatten().flatten() {
-        let path = entry.path().join("accept_ra");
-        let name = entry.file_name();
-        let own = name.to_str().is_none_or(|n| Slot::of_tap(n).is_some());
-        if !own && std::fs::read_to_string(&path).is_ok_and(|v| v.trim() == "1") {
-            set(&path, "2")?;
-        }
-    }
-    set(Path::new("/proc/sys/net/ipv4/ip_forward"), "1")?;
-    set(&conf.join("all/forwarding"), "1")
-}
-
-fn set(path: &Path, value: &str) -> Result<(), NetworkError> {
-    if std::fs::read_to_string(path).is_ok_and(|now| now.trim() == value) {
-        return Ok(());
-    }
-    std::fs::write(path, value).map_err(|e| NetworkError::Sysctl(path.display().to_string(), e))
-}
+/// Remembers what forwarding was before the agent came, in the data directory.
+const FORWARDING: &str = "forwarding.json";
 
 #[cfg(test)]
 mod tests;

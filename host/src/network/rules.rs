@@ -1,15 +1,23 @@
 //! The packet filter: one nftables table, `inet tern`.
 //!
-//! What it promises, whatever a guest sends:
+//! What it promises, whatever a guest or a stranger sends:
 //!
 //! - A packet that enters at a TAP has a source that is its Machine's own.
 //! - It goes to its own network's /48, to the resolver's port 53, or, over IPv4 where that is
 //!   allowed, to the outside; never to the host itself, to another Machine over IPv4, or to the link
 //!   local addresses where clouds keep their instances' credentials.
 //! - A packet reaches a TAP from the same network only, or from the host itself, or as a reply.
+//! - A private address is only believed, and only reached, at a TAP, at the mesh's device and within the
+//!   host: what comes in anywhere else with one is dropped before anybody, connection tracking included, has
+//!   seen it, and none goes out anywhere else.
+//! - What comes in by an uplink goes through this host only as a reply, or to where the host's owner
+//!   translates it ([`Guard`]). Other traffic of theirs is not judged.
 //!
 //! A TAP without elements in the sets can send and receive nothing. Each text that is given to
 //! `nft -f -` is one transaction: there is no moment with half a table.
+//!
+//! Over IPv4 "private" means the addresses that Machines have at the time, not all of 172.19.0.0/16: the rest
+//! may be a container engine's or a company's network, and is nothing to protect as long as it is nobody's.
 
 use std::fmt::Write as _;
 use std::io;
@@ -22,6 +30,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 
 use super::slot::Slot;
+use super::uplinks::Uplinks;
 
 /// A Machine as the rules know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,13 +40,37 @@ pub(crate) struct Port {
     pub(crate) network: NetworkId,
 }
 
+/// What the table says beside the Machines.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Policy {
+    /// Whether Machines reach the outside over IPv4.
+    pub(crate) nat: bool,
+    pub(crate) guard: Guard,
+    pub(crate) uplinks: Uplinks,
+}
+
+/// The families in which strangers may not pass through this host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Guard {
+    pub(crate) ipv4: bool,
+    pub(crate) ipv6: bool,
+}
+
 /// The whole table, in place of what was there.
-pub(crate) fn table<'a>(ports: impl Iterator<Item = &'a Port>, nat: bool) -> String {
-    let outside = if nat {
+pub(crate) fn table<'a>(ports: impl Iterator<Item = &'a Port>, policy: &Policy) -> String {
+    let outside = if policy.nat {
         "oifname != \"tern0\" accept"
     } else {
         "drop"
     };
+    let guarded = |is: bool, family| match is {
+        true => format!("meta nfproto {family} counter drop"),
+        false => String::new(),
+    };
+    let (strangers4, strangers6) = (
+        guarded(policy.guard.ipv4, "ipv4"),
+        guarded(policy.guard.ipv6, "ipv6"),
+    );
     let mut text = format!(
         r#"add table inet tern
 delete table inet tern
@@ -50,10 +83,23 @@ table inet tern {{
   # A TAP and the addresses of the resolver there.
   set resolvers {{ type ifname . ipv6_addr; }}
 
-  # After connection tracking, before any choice of route.
+  # The addresses of Machines and their gateways over IPv4, whatever their TAP.
+  set ours4 {{ type ipv4_addr; }}
+  # Devices that lead outside, and those that pass frames on without routing them, with themselves.
+  set uplinks {{ type ifname; }}
+  set bridges {{ type ifname . ifname; }}
+
+  # After fragments are put together, before connection tracking.
   chain from_any {{
-    type filter hook prerouting priority mangle; policy accept;
+    type filter hook prerouting priority raw; policy accept;
     iifname "tn*" jump from_machine
+    iifname {{ "tn*", "lo" }} accept
+    iifname "tern0" ip6 saddr fdaa::/16 ip6 daddr fdaa::/16 accept
+    iifname "tern0" counter drop
+    ip6 saddr fdaa::/16 counter drop
+    ip6 daddr fdaa::/16 counter drop
+    ip saddr @ours4 counter drop
+    ip daddr @ours4 counter drop
   }}
   chain from_machine {{
     iifname . ip6 saddr @own6 return
@@ -82,6 +128,9 @@ table inet tern {{
     type filter hook forward priority filter; policy accept;
     iifname "tn*" jump through_from_machine
     oifname "tn*" jump through_to_machine
+    iifname "tern0" oifname != "tern0" counter drop
+    oifname "tern0" iifname != {{ "tn*", "tern0" }} counter drop
+    iifname @uplinks jump through_from_strangers
   }}
   chain through_from_machine {{
     iifname . ip6 daddr @same6 oifname {{ "tn*", "tern0" }} return
@@ -96,15 +145,49 @@ table inet tern {{
     counter drop
   }}
 
+  # Replies, and what the host's owner translates: a container's published port, for example.
+  chain through_from_strangers {{
+    ct state established,related return
+    ct status dnat return
+    iifname . oifname @bridges return
+    {strangers4}
+    {strangers6}
+  }}
+
   chain to_outside {{
     type nat hook postrouting priority srcnat; policy accept;
-    ip saddr 172.19.0.0/16 oifname != "tn*" masquerade
+    iifname "tn*" oifname != "tn*" ip saddr @ours4 masquerade
+  }}
+  # After translation.
+  chain leaving {{
+    type filter hook postrouting priority srcnat + 1; policy accept;
+    oifname {{ "tn*", "tern0", "lo" }} accept
+    ip6 saddr fdaa::/16 counter drop
+    ip6 daddr fdaa::/16 counter drop
+    ip saddr @ours4 counter drop
+    ip daddr @ours4 counter drop
   }}
 }}
 "#
     );
+    text.push_str(&uplink_elements("add", &policy.uplinks));
     for port in ports {
         text.push_str(&elements("add", port));
+    }
+    text
+}
+
+/// Adds (`add`) or removes (`delete`) what the table holds of the devices that lead outside.
+fn uplink_elements(verb: &str, uplinks: &Uplinks) -> String {
+    let mut text = String::new();
+    for name in &uplinks.names {
+        let _ = writeln!(text, "{verb} element inet tern uplinks {{ \"{name}\" }}");
+    }
+    for name in &uplinks.bridges {
+        let _ = writeln!(
+            text,
+            "{verb} element inet tern bridges {{ \"{name}\" . \"{name}\" }}"
+        );
     }
     text
 }
@@ -119,6 +202,7 @@ pub(crate) fn elements(verb: &str, port: &Port) -> String {
     for (set, element) in [
         ("own6", format!("\"{tap}\" . {own}")),
         ("own4", format!("\"{tap}\" . {v4}")),
+        ("ours4", format!("{v4}, {}", port.slot.host_v4())),
         ("same6", format!("\"{tap}\" . {same}")),
         ("resolvers", format!("\"{tap}\" . {RESOLVER}")),
         ("resolvers", format!("\"{tap}\" . {resolver}")),
