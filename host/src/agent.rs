@@ -143,6 +143,7 @@ impl Agent {
             nat: config.nat,
             data_dir: &config.data_dir,
             boot_id: &boot_id,
+            nft: network::NFT.as_ref(),
         };
         let network = Network::open(setup, ports).await?;
         let host = Arc::new(Host {

@@ -4,7 +4,9 @@
 //! another crate's.
 
 pub(crate) mod bell;
+mod filter;
 mod forwarding;
+mod netfilter;
 mod rules;
 mod slot;
 mod tap;
@@ -14,11 +16,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tern_catalog::NetworkId;
 use thiserror::Error;
+use tokio::task::JoinHandle;
 
+use filter::Filter;
 use rules::Policy;
 pub(crate) use rules::Port;
 use slot::Slots;
@@ -28,10 +33,9 @@ pub(crate) use slot::{GATEWAY, Slot};
 #[derive(Debug)]
 pub(crate) struct Network {
     netlink: rtnetlink::Handle,
-    policy: Policy,
+    filter: Arc<Filter>,
+    keeper: JoinHandle<()>,
     slots: Mutex<Slots>,
-    /// What the rules hold. Its lock also puts changes of the rules in order.
-    ports: tokio::sync::Mutex<BTreeMap<Slot, Port>>,
     /// The slots whose devices were set up since the agent started.
     plugged: Mutex<BTreeMap<Slot, Ipv6Addr>>,
 }
@@ -45,6 +49,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) data_dir: &'a Path,
     /// This boot of the host's kernel.
     pub(crate) boot_id: &'a str,
+    /// The program that changes the packet filter.
+    pub(crate) nft: &'a Path,
 }
 
 /// Why the network could not be set up.
@@ -95,20 +101,21 @@ impl Network {
             guard: forwarding::before(&memory, setup.boot_id)?,
             uplinks: uplinks::find(&netlink).await?,
         };
-        rules::apply(&rules::table(ports.values(), &policy))
-            .await
-            .map_err(NetworkError::Rules)?;
-        // Only now: nothing is let through without a filter.
-        forwarding::switch_on()?;
         let mut slots = Slots::default();
         for &slot in ports.keys() {
             slots.claim(slot);
         }
+        // Listened for first: what happens to the table from its first moment on is heard.
+        let watch = Filter::watch().map_err(NetworkError::Open)?;
+        let filter = Filter::open(netlink.clone(), setup.nft.to_owned(), policy, ports);
+        let filter = Arc::new(filter.await?);
+        // Only now: nothing is let through without a filter.
+        forwarding::switch_on()?;
         Ok(Self {
             netlink,
-            policy,
+            keeper: tokio::spawn(Arc::clone(&filter).keep(watch)),
+            filter,
             slots: Mutex::new(slots),
-            ports: tokio::sync::Mutex::new(ports),
             plugged: Mutex::default(),
         })
     }
@@ -124,12 +131,7 @@ impl Network {
             return Ok(());
         }
         // The rules first: a device must not be without.
-        self.change(|ports| match ports.insert(port.slot, port) {
-            Some(old) if old == port => String::new(),
-            Some(old) => rules::elements("delete", &old) + &rules::elements("add", &port),
-            None => rules::elements("add", &port),
-        })
-        .await?;
+        self.filter.set(port.slot, Some(port)).await?;
         tap::create(&self.netlink, port.slot, port.address).await?;
         self.plugged.lock().insert(port.slot, port.address);
         Ok(())
@@ -139,11 +141,7 @@ impl Network {
     pub(crate) async fn unplug(&self, slot: Slot) -> Result<(), NetworkError> {
         self.plugged.lock().remove(&slot);
         tap::remove(&self.netlink, &slot.tap()).await?;
-        self.change(|ports| match ports.remove(&slot) {
-            Some(old) => rules::elements("delete", &old),
-            None => String::new(),
-        })
-        .await?;
+        self.filter.set(slot, None).await?;
         self.slots.lock().release(slot);
         Ok(())
     }
@@ -151,7 +149,7 @@ impl Network {
     /// Removes devices that belong to no Machine. Returns how many.
     pub(crate) async fn sweep(&self) -> Result<u64, NetworkError> {
         let existing = tap::existing(&self.netlink).await?;
-        let ports = self.ports.lock().await;
+        let ports = self.filter.ports().await;
         let mut removed = 0;
         for slot in existing.into_iter().filter(|s| !ports.contains_key(s)) {
             tracing::warn!(
@@ -163,25 +161,11 @@ impl Network {
         }
         Ok(removed)
     }
+}
 
-    async fn change(
-        &self,
-        change: impl FnOnce(&mut BTreeMap<Slot, Port>) -> String,
-    ) -> Result<(), NetworkError> {
-        let mut ports = self.ports.lock().await;
-        let mut next = ports.clone();
-        let text = change(&mut next);
-        if !text.is_empty()
-            && let Err(error) = rules::apply(&text).await
-        {
-            // Somebody else has touched the table, for example by flushing the whole rule set.
-            tracing::warn!(%error, "the packet filter is put in place anew");
-            rules::apply(&rules::table(next.values(), &self.policy))
-                .await
-                .map_err(NetworkError::Rules)?;
-        }
-        *ports = next;
-        Ok(())
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.keeper.abort();
     }
 }
 
@@ -194,7 +178,7 @@ pub async fn remove_all() -> Result<(), NetworkError> {
         for slot in tap::existing(&netlink).await? {
             tap::remove(&netlink, &slot.tap()).await?;
         }
-        rules::apply(rules::NOTHING)
+        rules::apply(Path::new(NFT), rules::NOTHING)
             .await
             .map_err(NetworkError::Rules)
     };
@@ -216,6 +200,8 @@ fn exists(slot: Slot) -> bool {
     nix::net::if_::if_nametoindex(slot.tap().as_str()).is_ok()
 }
 
+/// The program that changes the packet filter, of the package `nftables`.
+pub(crate) const NFT: &str = "nft";
 /// Remembers what forwarding was before the agent came, in the data directory.
 const FORWARDING: &str = "forwarding.json";
 

@@ -22,6 +22,7 @@
 use std::fmt::Write as _;
 use std::io;
 use std::net::Ipv6Addr;
+use std::path::Path;
 use std::process::Stdio;
 
 use ipnet::Ipv6Net;
@@ -213,18 +214,28 @@ pub(crate) fn elements(verb: &str, port: &Port) -> String {
     text
 }
 
+/// The rules for these devices in place of those.
+pub(super) fn other_uplinks(old: &Uplinks, new: &Uplinks) -> String {
+    uplink_elements("delete", old) + &uplink_elements("add", new)
+}
+
+/// The table's name, in the family `inet`.
+pub(super) const TABLE: &str = "tern";
+
 /// Removes the table.
 pub(crate) const NOTHING: &str = "add table inet tern\ndelete table inet tern\n";
 
 /// Has `nft` do a text as one transaction.
-pub(crate) async fn apply(text: &str) -> io::Result<()> {
-    let mut nft = Command::new("nft")
+pub(crate) async fn apply(nft: &Path, text: &str) -> io::Result<()> {
+    let mut nft = Command::new(nft)
         .args(["-f", "-"])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|e| io::Error::new(e.kind(), format!("nft (package nftables): {e}")))?;
+        .map_err(|e| {
+            io::Error::new(e.kind(), format!("nft (install the package nftables): {e}"))
+        })?;
     let mut input = nft.stdin.take();
     let text = text.as_bytes().to_owned();
     // Beside waiting: neither side can fill the other's pipe then.

@@ -227,7 +227,7 @@ fn a_host_that_was_no_router_does_not_become_one() {
         // What the owner translates comes in.
         let rules = "add table ip owner; add chain ip owner in { type nat hook prerouting priority dstnat; }; \
              add rule ip owner in udp dport 8080 dnat to 203.0.113.5";
-        rules::apply(rules).await.unwrap();
+        rules::apply(NFT.as_ref(), rules).await.unwrap();
         let IpAddr::V4(public) = UPLINK else { panic!() };
         forge(&uplink, STRANGER, ELSEWHERE, 9);
         forge(&uplink, STRANGER, public, 8080);
