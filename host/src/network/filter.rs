@@ -133,12 +133,16 @@ impl Filter {
         self.state.lock().await.ports.clone()
     }
 
-    /// Has a Machine's rules be these; `None` removes them.
-    pub(super) async fn set(&self, slot: Slot, port: Option<Port>) -> Result<(), NetworkError> {
+    /// Has a Machine's rules be these; `None` removes them. Returns what they were.
+    pub(super) async fn set(
+        &self,
+        slot: Slot,
+        port: Option<Port>,
+    ) -> Result<Option<Port>, NetworkError> {
         let mut state = self.state.lock().await;
         let old = state.ports.get(&slot).copied();
         if old == port && !state.stopped {
-            return Ok(());
+            return Ok(old);
         }
         let elements = |verb, port: Option<Port>| {
             port.map_or_else(String::new, |port| rules::elements(verb, &port))
@@ -153,7 +157,7 @@ impl Filter {
             false => self.apply(&mut state, &text).await,
         };
         let Err(error) = applied else {
-            return Ok(());
+            return Ok(old);
         };
         // Somebody else has touched the table, and the news of it is on its way.
         tracing::warn!(%error, "the packet filter is put in place anew");
@@ -164,7 +168,7 @@ impl Filter {
                 None => state.ports.remove(&slot),
             };
         }
-        restored
+        restored.map(|()| old)
     }
 
     /// Opens the ears for [`Filter::keep`], before the table is there.

@@ -4,6 +4,7 @@
 //! another crate's.
 
 pub(crate) mod bell;
+mod conntrack;
 mod filter;
 mod forwarding;
 mod netfilter;
@@ -81,6 +82,11 @@ pub enum NetworkError {
     /// The packet filter could not be changed.
     #[error("the packet filter cannot be set: {0}")]
     Rules(io::Error),
+    /// Connection tracking could not be told to forget.
+    #[error(
+        "connections of a Machine that is gone cannot be forgotten (the module nf_conntrack_netlink does that): {0}"
+    )]
+    Connections(io::Error),
     /// Too many Machines.
     #[error(
         "this host has no room for another Machine: all {} places are taken",
@@ -137,13 +143,18 @@ impl Network {
         Ok(())
     }
 
-    /// Removes a Machine's device and rules, and gives its place back.
+    /// Removes a Machine's device and rules, and what the kernel remembers of its connections. Its place stays
+    /// taken until it is given back ([`Network::release`]).
     pub(crate) async fn unplug(&self, slot: Slot) -> Result<(), NetworkError> {
         self.plugged.lock().remove(&slot);
         tap::remove(&self.netlink, &slot.tap()).await?;
-        self.filter.set(slot, None).await?;
+        let port = self.filter.set(slot, None).await?;
+        forget(slot, port).await
+    }
+
+    /// Gives a Machine's place back, when nothing on this host is left of it.
+    pub(crate) fn release(&self, slot: Slot) {
         self.slots.lock().release(slot);
-        Ok(())
     }
 
     /// Removes devices that belong to no Machine. Returns how many.
@@ -157,6 +168,7 @@ impl Network {
                 "removing a device that belongs to no Machine"
             );
             tap::remove(&self.netlink, &slot.tap()).await?;
+            forget(slot, None).await?;
             removed += 1;
         }
         Ok(removed)
@@ -194,6 +206,18 @@ pub(crate) fn port(slot: Slot, address: Ipv6Addr, network: NetworkId) -> Port {
         address,
         network,
     }
+}
+
+/// Has the kernel forget the connections of a Machine whose device is gone.
+async fn forget(slot: Slot, port: Option<Port>) -> Result<(), NetworkError> {
+    let own = port.map(|port| port.prefix());
+    let forgetting = tokio::task::spawn_blocking(move || conntrack::forget(slot.guest_v4(), own));
+    let outcome = forgetting
+        .await
+        .unwrap_or_else(|e| Err(io::Error::other(e)));
+    let count = outcome.map_err(NetworkError::Connections)?;
+    tracing::debug!(tap = slot.tap(), count, "connections are forgotten");
+    Ok(())
 }
 
 fn exists(slot: Slot) -> bool {

@@ -11,7 +11,11 @@ use netlink_sys::{Socket, SocketAddr};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::RcvBufForce;
 
+const SUBSYSTEM_CONNTRACK: u16 = 1;
 const SUBSYSTEM_TABLES: u16 = 10;
+
+pub(super) const GET_CONNECTION: u16 = SUBSYSTEM_CONNTRACK << 8 | 1;
+pub(super) const DELETE_CONNECTION: u16 = SUBSYSTEM_CONNTRACK << 8 | 2;
 
 /// Changes of packet filters (`NFNLGRP_NFTABLES`).
 const GROUP_TABLES: u32 = 7;
@@ -145,6 +149,10 @@ impl<'a> Message<'a> {
         attributes(self.body)
     }
 
+    pub(super) fn family(&self) -> u8 {
+        self.family
+    }
+
     fn generation(&self) -> Option<u32> {
         let is_generation = self.kind == NEW_GENERATION;
         let (_, value) = self.attributes().find(|(kind, _)| *kind == FIRST)?;
@@ -175,6 +183,15 @@ pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some((kind, value))
     })
+}
+
+/// Appends an attribute.
+pub(super) fn put(attributes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
+    attributes.extend(length.to_ne_bytes());
+    attributes.extend(kind.to_ne_bytes());
+    attributes.extend(value);
+    attributes.resize(attributes.len().next_multiple_of(4), 0);
 }
 
 fn request(kind: u16, flags: u16, sequence: u32, family: u8, attributes: &[u8]) -> Vec<u8> {

@@ -41,6 +41,13 @@ pub(crate) struct Port {
     pub(crate) network: NetworkId,
 }
 
+impl Port {
+    /// The addresses that are the Machine's own.
+    pub(super) fn prefix(&self) -> Ipv6Net {
+        Ipv6Net::new_assert(self.address, 112).trunc()
+    }
+}
+
 /// What the table says beside the Machines.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Policy {
@@ -196,7 +203,7 @@ fn uplink_elements(verb: &str, uplinks: &Uplinks) -> String {
 /// Adds (`add`) or removes (`delete`) what the table holds of one Machine.
 pub(crate) fn elements(verb: &str, port: &Port) -> String {
     let tap = port.slot.tap();
-    let own = Ipv6Net::new_assert(port.address, 112).trunc();
+    let own = port.prefix();
     let same = port.network.prefix();
     let (v4, resolver) = (port.slot.guest_v4(), port.network.resolver());
     let mut text = String::new();
