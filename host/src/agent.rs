@@ -140,10 +140,14 @@ impl Agent {
         let (ports, leftovers) = survey(&config, &snapshot)?;
         let boot_id = dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?;
         let setup = network::Setup {
-            nat: config.nat,
+            outside: network::Outside {
+                nat: config.nat,
+                allowed: config.machine_allow.clone(),
+                public: config.public.clone(),
+            },
             data_dir: &config.data_dir,
             boot_id: &boot_id,
-            nft: network::NFT.as_ref(),
+            nft: network::NFT.into(),
         };
         let network = Network::open(setup, ports).await?;
         let host = Arc::new(Host {

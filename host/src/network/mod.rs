@@ -8,6 +8,7 @@ mod conntrack;
 mod filter;
 mod forwarding;
 mod netfilter;
+mod outside;
 mod rules;
 mod slot;
 mod tap;
@@ -25,6 +26,8 @@ use thiserror::Error;
 use tokio::task::JoinHandle;
 
 use filter::Filter;
+pub(crate) use outside::Outside;
+pub use outside::{AllowedPrefix, PrefixError};
 use rules::Policy;
 pub(crate) use rules::Port;
 use slot::Slots;
@@ -44,14 +47,14 @@ pub(crate) struct Network {
 /// What the network is given.
 #[derive(Debug)]
 pub(crate) struct Setup<'a> {
-    /// Whether Machines reach the outside over IPv4.
-    pub(crate) nat: bool,
+    /// What Machines reach beyond the private network.
+    pub(crate) outside: Outside,
     /// Where the agent keeps what it must not forget.
     pub(crate) data_dir: &'a Path,
     /// This boot of the host's kernel.
     pub(crate) boot_id: &'a str,
     /// The program that changes the packet filter.
-    pub(crate) nft: &'a Path,
+    pub(crate) nft: PathBuf,
 }
 
 /// Why the network could not be set up.
@@ -103,7 +106,7 @@ impl Network {
         let ports: BTreeMap<_, _> = ports.into_iter().map(|p| (p.slot, p)).collect();
         let memory = setup.data_dir.join(FORWARDING);
         let policy = Policy {
-            nat: setup.nat,
+            outside: setup.outside,
             guard: forwarding::before(&memory, setup.boot_id)?,
             uplinks: uplinks::find(&netlink).await?,
         };
@@ -113,7 +116,7 @@ impl Network {
         }
         // Listened for first: what happens to the table from its first moment on is heard.
         let watch = Filter::watch().map_err(NetworkError::Open)?;
-        let filter = Filter::open(netlink.clone(), setup.nft.to_owned(), policy, ports);
+        let filter = Filter::open(netlink.clone(), setup.nft, policy, ports);
         let filter = Arc::new(filter.await?);
         // Only now: nothing is let through without a filter.
         forwarding::switch_on()?;

@@ -3,9 +3,10 @@
 //! What it promises, whatever a guest or a stranger sends:
 //!
 //! - A packet that enters at a TAP has a source that is its Machine's own.
-//! - It goes to its own network's /48, to the resolver's port 53, or, over IPv4 where that is
-//!   allowed, to the outside; never to the host itself, to another Machine over IPv4, or to the link
-//!   local addresses where clouds keep their instances' credentials.
+//! - It goes to its own network's /48, to the resolver's port 53, to the edge's ports at the host's public
+//!   addresses, or, over IPv4 where that is allowed, to the outside; never to anything else of the host's, to another
+//!   Machine over IPv4, or, unless the owner allows it, to private networks and other special addresses ([`Outside`]).
+//! - A Machine has a bounded number of connections open: the kernel's memory for them is everybody's.
 //! - A packet reaches a TAP from the same network only, or from the host itself, or as a reply.
 //! - A private address is only believed, and only reached, at a TAP, at the mesh's device and within the
 //!   host: what comes in anywhere else with one is dropped before anybody, connection tracking included, has
@@ -30,6 +31,7 @@ use tern_catalog::{NetworkId, RESOLVER};
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 
+use super::outside::Outside;
 use super::slot::Slot;
 use super::uplinks::Uplinks;
 
@@ -51,8 +53,7 @@ impl Port {
 /// What the table says beside the Machines.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Policy {
-    /// Whether Machines reach the outside over IPv4.
-    pub(crate) nat: bool,
+    pub(crate) outside: Outside,
     pub(crate) guard: Guard,
     pub(crate) uplinks: Uplinks,
 }
@@ -66,11 +67,8 @@ pub(crate) struct Guard {
 
 /// The whole table, in place of what was there.
 pub(crate) fn table<'a>(ports: impl Iterator<Item = &'a Port>, policy: &Policy) -> String {
-    let outside = if policy.nat {
-        "oifname != \"tern0\" accept"
-    } else {
-        "drop"
-    };
+    let (outside, to_edge) = (policy.outside.through(), policy.outside.to_edge());
+    let inner = Outside::inner();
     let guarded = |is: bool, family| match is {
         true => format!("meta nfproto {family} counter drop"),
         false => String::new(),
@@ -97,6 +95,9 @@ table inet tern {{
   set uplinks {{ type ifname; }}
   set bridges {{ type ifname . ifname; }}
 
+  # A TAP and the chain that counts the connections of its Machine.
+  map bounds {{ type ifname : verdict; }}
+
   # After fragments are put together, before connection tracking.
   chain from_any {{
     type filter hook prerouting priority raw; policy accept;
@@ -117,6 +118,12 @@ table inet tern {{
     counter drop
   }}
 
+  # The first packet of a connection, before it is remembered.
+  chain bounded {{
+    type filter hook prerouting priority mangle; policy accept;
+    iifname "tn*" ct state new ct status & confirmed != confirmed iifname vmap @bounds
+  }}
+
   # To the host itself.
   chain to_host {{
     type filter hook input priority filter; policy accept;
@@ -128,6 +135,8 @@ table inet tern {{
     iifname . ip6 daddr @resolvers udp dport 53 accept
     iifname . ip6 daddr @resolvers tcp dport 53 accept
     iifname . ip6 daddr @resolvers icmpv6 type echo-request accept
+    {inner}
+{to_edge}
     counter drop
   }}
 
@@ -142,9 +151,9 @@ table inet tern {{
   }}
   chain through_from_machine {{
     iifname . ip6 daddr @same6 oifname {{ "tn*", "tern0" }} return
-    meta nfproto ipv6 counter drop
-    oifname "tn*" counter drop
-    ip daddr {{ 172.19.0.0/16, 169.254.0.0/16, 127.0.0.0/8, 224.0.0.0/4 }} counter drop
+    # Told of, so that who has a name with both kinds of addresses goes on with the other.
+    meta nfproto ipv6 counter reject with icmpv6 admin-prohibited
+    oifname {{ "tn*", "tern0" }} counter drop
     {outside}
   }}
   chain through_to_machine {{
@@ -218,13 +227,25 @@ pub(crate) fn elements(verb: &str, port: &Port) -> String {
         // Writing to a String does not fail.
         let _ = writeln!(text, "{verb} element inet tern {set} {{ {element} }}");
     }
-    text
+    // A chain of its own, because an element that counts vanishes from a set with what it counts. A chain goes
+    // after whatever names it.
+    let chain = format!("{verb} chain inet tern bound_{tap}\n");
+    let bound = format!("{verb} element inet tern bounds {{ \"{tap}\" : jump bound_{tap} }}\n");
+    let rule = format!("add rule inet tern bound_{tap} ct count over {CONNECTIONS} counter drop\n");
+    text + &match verb {
+        "add" => chain + &rule + &bound,
+        _ => bound + &chain,
+    }
 }
 
 /// The rules for these devices in place of those.
 pub(super) fn other_uplinks(old: &Uplinks, new: &Uplinks) -> String {
     uplink_elements("delete", old) + &uplink_elements("add", new)
 }
+
+/// Connections of a Machine's own that may be open at once; those that have ended do not count. It takes 32 Machines
+/// that use them up to fill a table of the usual 262,144.
+pub(super) const CONNECTIONS: u32 = 8192;
 
 /// The table's name, in the family `inet`.
 pub(super) const TABLE: &str = "tern";

@@ -17,6 +17,7 @@ use super::tap::VNET_HEADER;
 use super::*;
 
 mod flushed;
+mod outside;
 mod recycled;
 mod strangers;
 
@@ -133,15 +134,19 @@ fn inject(tap: &File, mac: [u8; 6], packet: &[u8]) {
 /// The next datagram that comes out of a TAP.
 fn receive(tap: &File) -> Datagram {
     loop {
-        let mut ready = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
-        let count = poll(&mut ready, PollTimeout::from(10_000u16)).unwrap();
-        assert!(count > 0, "nothing arrives");
         let mut frame = [0; 2048];
-        let length = (&mut &*tap).read(&mut frame).unwrap();
+        let length = read_frame(tap, &mut frame);
         if let Some(datagram) = parse(&frame[VNET_HEADER..length]) {
             return datagram;
         }
     }
+}
+
+fn read_frame(mut tap: &File, frame: &mut [u8]) -> usize {
+    let mut ready = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
+    let count = poll(&mut ready, PollTimeout::from(10_000u16)).unwrap();
+    assert!(count > 0, "nothing arrives");
+    tap.read(frame).unwrap()
 }
 
 /// EtherType, IP header, UDP header, text.
@@ -221,28 +226,29 @@ fn parse(frame: &[u8]) -> Option<Datagram> {
 /// What an agent is given that has never been on this host.
 fn setup(data_dir: &Path, nat: bool) -> Setup<'_> {
     Setup {
-        nat,
+        outside: Outside {
+            nat,
+            ..Outside::default()
+        },
         data_dir,
         boot_id: "this boot",
-        nft: NFT.as_ref(),
+        nft: NFT.into(),
     }
 }
 
 /// Two Machines of one network, one of another, and the host with its addresses.
 async fn world(nat: bool) -> (Network, [Guest; 3]) {
-    world_with(nat, NFT.as_ref()).await
+    world_with(|_| {}, nat).await
 }
 
-async fn world_with(nat: bool, nft: &Path) -> (Network, [Guest; 3]) {
+async fn world_with(change: impl FnOnce(&mut Setup<'_>), nat: bool) -> (Network, [Guest; 3]) {
     ip("link set lo up");
     for address in [HOST.address(), RESOLVER, ORG_A.resolver(), ORG_B.resolver()] {
         ip(&format!("addr add {address}/128 dev lo"));
     }
     let data = tempfile::tempdir().unwrap();
-    let setup = Setup {
-        nft,
-        ..setup(data.path(), nat)
-    };
+    let mut setup = setup(data.path(), nat);
+    change(&mut setup);
     let network = Network::open(setup, Vec::new()).await.unwrap();
     let ports = [port_of(0, ORG_A), port_of(1, ORG_A), port_of(2, ORG_B)];
     for port in ports {

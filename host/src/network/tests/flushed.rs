@@ -102,13 +102,14 @@ fn own_changes_and_those_of_other_tables_are_left_alone() {
             nft(&format!("add element ip owner bad {{ 192.0.2.{round} }}"));
             network.plug(port_of(10 + round, ORG_A)).await.unwrap();
             tokio::task::yield_now().await;
+            // In the same place another.
+            let slot = Slot::new(10 + round).unwrap();
+            let other = PrivateAddress::of_machine(ORG_B, HOST, MachineNumber(500));
+            network.plug(port(slot, other, ORG_B)).await.unwrap();
             nft(&format!(
                 "delete element ip owner bad {{ 192.0.2.{round} }}"
             ));
-            network
-                .unplug(Slot::new(10 + round).unwrap())
-                .await
-                .unwrap();
+            network.unplug(slot).await.unwrap();
         }
         // News comes in order: by the time that this is undone, all that came before has been judged.
         let third = put_back_once().await;
@@ -129,7 +130,7 @@ fn without_a_table_machines_have_no_network() {
         );
         std::fs::write(&program, script).unwrap();
         std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
-        let (network, [a1, a2, b]) = world_with(true, &program).await;
+        let (network, [a1, a2, b]) = world_with(|setup| setup.nft = program.clone(), true).await;
         let is_up = |name: &str| {
             let output = Command::new("ip")
                 .args(["-o", "link", "show", name])
