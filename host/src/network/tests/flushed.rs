@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 
-fn nft(arguments: &str) -> String {
+pub(super) fn nft(arguments: &str) -> String {
     let output = Command::new("nft")
         .args(arguments.split(' '))
         .output()
@@ -27,7 +27,7 @@ fn handle() -> Option<u64> {
 }
 
 /// Lets the network's own task work until this holds.
-async fn until(what: &str, holds: impl Fn() -> bool) {
+pub(super) async fn until(what: &str, holds: impl Fn() -> bool) {
     let begun = Instant::now();
     while !holds() {
         assert!(
@@ -159,13 +159,14 @@ fn without_a_table_machines_have_no_network() {
         })
         .await;
         assert!(handle().is_some());
+        // After the rest of what it takes to set the devices up.
+        network.plug(port_of(7, ORG_B)).await.unwrap();
+        assert!(is_up("tn7"));
         for guest in [&a1, &a2, &b] {
             wait_for_carrier(&guest.port.slot.tap());
         }
         is_isolated(&a1, &b);
         a1.send(a2.address(), 7, "to a neighbour");
         assert_eq!(a2.receive().text, "to a neighbour");
-        network.plug(port_of(7, ORG_B)).await.unwrap();
-        assert!(is_up("tn7"));
     });
 }

@@ -272,3 +272,28 @@ fn a_host_that_was_a_router_stays_one() {
         assert_eq!(receive(&own).to, (ELSEWHERE, 8).into());
     });
 }
+
+#[test]
+fn an_uplink_that_comes_later_is_one_too() {
+    in_namespace(|| async {
+        no_router();
+        let own = owners_device("own0");
+        let (_network, [_a1, _a2, _b]) = world(true).await;
+        let uplinks = || flushed::nft("list set inet tern uplinks");
+        assert!(!uplinks().contains("up0"));
+        let uplink = uplink();
+        flushed::until("it is known", || uplinks().contains("\"up0\"")).await;
+        forge(&uplink, STRANGER, ELSEWHERE, 7);
+        inject(
+            &own,
+            ELSEWHERE_MAC,
+            &packet(ELSEWHERE.into(), OUTSIDE.into(), 1000, "a question"),
+        );
+        assert_eq!(receive(&uplink).text, "a question");
+        let answer = packet(OUTSIDE.into(), ELSEWHERE.into(), 1000, "an answer");
+        inject(&uplink, UPLINK_MAC, &answer);
+        assert_eq!(receive(&own).text, "an answer");
+        drop(uplink);
+        flushed::until("it is gone", || !uplinks().contains("up0")).await;
+    });
+}
