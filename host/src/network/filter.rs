@@ -3,7 +3,7 @@
 //! Whoever may change packet filters may remove ours: `flush ruleset`, with which a restart of Debian's
 //! `nftables.service` begins, does, and leaves every Machine open to every other. So the kernel is asked to
 //! tell of each change, and one that was not made here is undone at once, whatever it was: the whole table is put in
-//! place anew, in one transaction. Where that fails, the Machines' devices are taken down until it does not:
+//! place anew, in one transaction, and what may have begun in between is forgotten. Where that fails, the Machines' devices are taken down until it does not:
 //! a Machine without a network is a fault that somebody sees.
 //!
 //! The kernel tells of transactions by number, and one after the other. Of each of our own it is known between
@@ -32,7 +32,7 @@ use tokio::time::{Instant, sleep_until};
 use super::netfilter::{Asking, LONGEST, Listener};
 use super::rules::{self, Policy, Port};
 use super::slot::Slot;
-use super::{NetworkError, tap, uplinks};
+use super::{NetworkError, conntrack, tap, uplinks};
 
 /// How soon after a look at the host's devices the next may be.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -124,6 +124,8 @@ impl Filter {
         let text = rules::table(state.ports.values(), &state.policy);
         let applied = filter.apply(&mut state, &text).await;
         applied.map_err(NetworkError::Rules)?;
+        // Nobody knows what happened to the table before.
+        super::forgotten(conntrack::forget_unfiltered).await?;
         drop(state);
         Ok(filter)
     }
@@ -245,7 +247,11 @@ impl Filter {
     async fn restore(&self, state: &mut State) -> Result<(), NetworkError> {
         let text = rules::table(state.ports.values(), &state.policy);
         let begun = Instant::now();
-        let applied = self.apply(state, &text).await;
+        let mut applied = self.apply(state, &text).await.map_err(NetworkError::Rules);
+        if applied.is_ok() {
+            // What began meanwhile must not go on.
+            applied = super::forgotten(conntrack::forget_unfiltered).await;
+        }
         match (&applied, state.stopped) {
             (Ok(()), false) => {
                 tracing::info!(
@@ -276,7 +282,7 @@ impl Filter {
             }
             (Err(error), true) => tracing::debug!(%error, "the packet filter is still not there"),
         }
-        applied.map_err(NetworkError::Rules)
+        applied
     }
 
     /// Looks which devices lead outside, and tells the rules.

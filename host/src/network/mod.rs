@@ -87,7 +87,7 @@ pub enum NetworkError {
     Rules(io::Error),
     /// Connection tracking could not be told to forget.
     #[error(
-        "connections of a Machine that is gone cannot be forgotten (the module nf_conntrack_netlink does that): {0}"
+        "connections of Machines cannot be forgotten (is there the kernel's module nf_conntrack_netlink?): {0}"
     )]
     Connections(io::Error),
     /// Too many Machines.
@@ -214,12 +214,17 @@ pub(crate) fn port(slot: Slot, address: Ipv6Addr, network: NetworkId) -> Port {
 /// Has the kernel forget the connections of a Machine whose device is gone.
 async fn forget(slot: Slot, port: Option<Port>) -> Result<(), NetworkError> {
     let own = port.map(|port| port.prefix());
-    let forgetting = tokio::task::spawn_blocking(move || conntrack::forget(slot.guest_v4(), own));
-    let outcome = forgetting
-        .await
-        .unwrap_or_else(|e| Err(io::Error::other(e)));
+    forgotten(move || conntrack::forget(slot.guest_v4(), own)).await
+}
+
+/// Has the kernel forget connections, and waits for it.
+async fn forgotten(
+    work: impl FnOnce() -> io::Result<u64> + Send + 'static,
+) -> Result<(), NetworkError> {
+    let outcome = tokio::task::spawn_blocking(work).await;
+    let outcome = outcome.unwrap_or_else(|e| Err(io::Error::other(e)));
     let count = outcome.map_err(NetworkError::Connections)?;
-    tracing::debug!(tap = slot.tap(), count, "connections are forgotten");
+    tracing::debug!(count, "connections are forgotten");
     Ok(())
 }
 

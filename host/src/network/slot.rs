@@ -95,6 +95,21 @@ impl Slot {
         self.v4(2)
     }
 
+    /// The slot whose guest has this address.
+    pub(crate) fn of_guest_v4(address: Ipv4Addr) -> Option<Self> {
+        Self::of_v4(address).filter(|slot| slot.guest_v4() == address)
+    }
+
+    /// The slot at which the host has this address.
+    pub(crate) fn of_host_v4(address: Ipv4Addr) -> Option<Self> {
+        Self::of_v4(address).filter(|slot| slot.host_v4() == address)
+    }
+
+    fn of_v4(address: Ipv4Addr) -> Option<Self> {
+        let offset = u32::from(address).checked_sub(V4_BASE)?;
+        Self::new(u16::try_from(offset / 4).ok()?)
+    }
+
     fn v4(self, offset: u32) -> Ipv4Addr {
         Ipv4Addr::from(V4_BASE + u32::from(self.0) * 4 + offset)
     }
@@ -153,6 +168,21 @@ mod tests {
         let last = Slot::new(Slot::COUNT - 1).unwrap();
         assert_eq!(last.guest_v4().to_string(), "172.19.255.254");
         assert_eq!(Slot::new(Slot::COUNT), None);
+        assert_eq!(Slot::of_guest_v4(slot.guest_v4()), Some(slot));
+        assert_eq!(Slot::of_host_v4(slot.host_v4()), Some(slot));
+        assert_eq!(Slot::of_guest_v4(slot.host_v4()), None);
+        for foreign in [
+            "172.18.255.254",
+            "172.20.0.2",
+            "10.0.0.2",
+            "255.255.255.254",
+        ] {
+            assert_eq!(
+                Slot::of_guest_v4(foreign.parse().unwrap()),
+                None,
+                "{foreign}"
+            );
+        }
     }
 
     #[test]

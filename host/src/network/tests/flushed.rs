@@ -62,6 +62,72 @@ fn a_table_that_is_flushed_comes_back_by_itself() {
 }
 
 #[test]
+fn what_began_without_a_table_does_not_go_on() {
+    in_namespace(|| async {
+        let uplink = uplink();
+        let (network, [a1, a2, b]) = world(true).await;
+        let (gate, service) = (socket(HOST.address(), 0), socket(HOST.address(), 4280));
+        gate.send_to(b"before", (a1.address(), 1000)).unwrap();
+        assert_eq!(a1.receive().text, "before");
+        a2.send(OUTSIDE, 1000, "a question");
+        let asked = receive(&uplink).from;
+
+        // Connections are tracked as long as any table asks for it.
+        let owners = "add table inet owner; add chain inet owner in { type filter hook input priority 0; }; \
+             add rule inet owner in ct state invalid counter";
+        rules::apply(NFT.as_ref(), owners).await.unwrap();
+        let first = handle().unwrap();
+        nft("delete table inet tern");
+        // The network's task has not had its turn yet.
+        a1.send(HOST.address(), 4280, "to the host");
+        let (text, from) = heard(&service);
+        assert_eq!(text, "to the host");
+        service.send_to(b"an answer", from).unwrap();
+        assert_eq!(a1.receive().text, "an answer");
+        a1.send(b.address(), 1000, "to another organization");
+        assert_eq!(b.receive().text, "to another organization");
+        b.send(a1.address(), 1000, "and back");
+        assert_eq!(a1.receive().text, "and back");
+        forge(&uplink, a1.address());
+        assert_eq!(a1.receive().text, "from outside");
+        a1.send(STRANGER, 1000, "a reply");
+
+        until("the table is back", || handle().is_some_and(|h| h != first)).await;
+        // Its owner has done what there is to do when a change of ours gets its turn.
+        network.plug(port_of(9, ORG_A)).await.unwrap();
+        a1.send(HOST.address(), 4280, "to the host");
+        a1.send(b.address(), 1000, "to another organization");
+        b.send(a1.address(), 1000, "and back");
+        forge(&uplink, a1.address());
+        let host = socket(HOST.address(), 0);
+        for (listener, to) in [(&b, b.address()), (&a1, a1.address())] {
+            host.send_to(b"from the host", (to, 7)).unwrap();
+            assert_eq!(listener.receive().text, "from the host");
+        }
+        service.set_nonblocking(true).unwrap();
+        assert!(service.recv(&mut [0; 9]).is_err());
+        // What the host began, and what was translated, goes on.
+        a1.send(HOST.address(), gate.local_addr().unwrap().port(), "a reply");
+        assert_eq!(heard(&gate).0, "a reply");
+        let mut answer = packet(OUTSIDE.into(), asked.ip(), asked.port(), "an answer");
+        answer[2 + 20 + 6..2 + 20 + 8].fill(0);
+        inject(&uplink, UPLINK_MAC, &answer);
+        assert_eq!(a2.receive().text, "an answer");
+    });
+}
+
+const STRANGER: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x66);
+
+/// A stranger's packet to a Machine.
+fn forge(uplink: &File, to: IpAddr) {
+    inject(
+        uplink,
+        UPLINK_MAC,
+        &packet(STRANGER.into(), to, 1000, "from outside"),
+    );
+}
+
+#[test]
 fn whatever_is_done_to_the_table_is_undone() {
     in_namespace(|| async {
         let (_network, [a1, _a2, b]) = world(true).await;
