@@ -1,7 +1,7 @@
 # Everything a person can run here. Each target installs what it lacks and says so.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help demo test check check-deep bench bench-monitor build kernel fmt clean
+.PHONY: help demo test check check-deep bench bench-edge bench-monitor build kernel fmt clean
 
 help:          ## Show this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,9 @@ check-deep:    ## Two hours: every fuzz target for TERN_FUZZ_SECONDS=60, and the
 
 bench:         ## Wake latency beside a warm request and a cold start: a table and a plot
 	@.ci/bench
+
+bench-edge:    ## The edge beside nginx, HAProxy and Caddy: processor time, memory (ROUNDS=5 CASES= CONTENDERS=)
+	@.ci/bench-edge
 
 bench-monitor: ## The monitor beside QEMU's microvm: start, restore, memory
 	@.ci/bench-monitor

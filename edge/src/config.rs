@@ -2,27 +2,21 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use pingora_core::apps::{HttpServerApp as _, HttpServerOptions};
-use pingora_core::protocols::http::v2::server::H2Options;
-use pingora_core::server::configuration::ServerConf;
-use pingora_proxy::{HttpProxy, http_proxy};
 use rustls::server::ResolvesServerCert;
 use tern_catalog::{HostId, View};
-use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use crate::control::MachineControl;
+use crate::entrance::Entrance;
 use crate::gate::Gate;
-use crate::headers::MAX_HEAD_BYTES;
-use crate::ingress::Ingress;
-use crate::listen::{self, Entry};
+use crate::limits::Limits;
 use crate::metrics::Metrics;
-use crate::route::Entrance;
-use crate::sleep;
+use crate::worker::{self, Door, Shared};
+use crate::{sleep, socket, tls};
 
 /// How an edge is run.
 #[derive(Debug, Clone)]
@@ -39,27 +33,34 @@ pub struct EdgeConfig {
     pub autostop_after: Duration,
     /// Longest a request waits for room or a start.
     pub wake_timeout: Duration,
+    /// Threads that serve; each takes its share of the connections.
+    pub threads: usize,
+    /// How long clients may take.
+    pub limits: Limits,
 }
 
 /// A running edge.
 pub struct Edge {
     metrics: Arc<Metrics>,
-    end: watch::Sender<bool>,
-    sleeper: CancellationToken,
-    proxies: Vec<Arc<HttpProxy<Ingress>>>,
-    connections: TaskTracker,
+    ending: CancellationToken,
+    ended: CancellationToken,
+    threads: Vec<JoinHandle<()>>,
     addresses: Vec<SocketAddr>,
 }
 
-/// Streams of one HTTP/2 connection at once.
-const MAX_STREAMS: u32 = 256;
-/// An HTTP/2 connection without a stream is closed after this time.
-const H2_IDLE: Duration = Duration::from_secs(75);
-/// Tries of one request; the ingress decides which failures are tried again.
-const MAX_TRIES: usize = 5;
+/// Connections of one address at once.
+const MAX_CONNECTIONS: usize = 16_384;
+
+impl EdgeConfig {
+    /// One thread for each processor.
+    pub fn threads_of_this_host() -> usize {
+        thread::available_parallelism().map_or(1, usize::from)
+    }
+}
 
 impl Edge {
-    /// Binds every address and begins to serve. Certificates come from `resolver`.
+    /// Binds every address and begins to serve. Certificates come from `resolver`. Starts of Machines run on the
+    /// caller's runtime.
     pub async fn start(
         config: EdgeConfig,
         view: View,
@@ -73,64 +74,60 @@ impl Edge {
             Arc::clone(&metrics),
             config.wake_timeout,
         );
-        let (end, ending) = watch::channel(false);
-        let connections = TaskTracker::new();
-        let acceptor = Arc::new(listen::tls(resolver).map_err(std::io::Error::other)?);
-        let conf = Arc::new(ServerConf {
-            max_retries: MAX_TRIES,
-            ..ServerConf::default()
-        });
-
-        let mut bound = Vec::new();
+        let shared = Shared {
+            view,
+            gate: gate.clone(),
+            metrics: Arc::clone(&metrics),
+            region: config.region.as_str().into(),
+            tls: Arc::new(tls::config(resolver).map_err(std::io::Error::other)?),
+            limits: config.limits,
+            ending: CancellationToken::new(),
+            ended: CancellationToken::new(),
+            alt_svc: None,
+        };
+        let mut edge = Self {
+            metrics,
+            ending: shared.ending.clone(),
+            ended: shared.ended.clone(),
+            threads: Vec::new(),
+            addresses: Vec::new(),
+        };
+        let threads = config.threads.max(1);
+        let mut doors: Vec<Vec<Door>> = (0..threads).map(|_| Vec::new()).collect();
         for (entrance, addresses) in [
             (Entrance::Http, &config.http),
             (Entrance::Https, &config.https),
         ] {
             for address in addresses {
-                let named =
-                    |e: std::io::Error| std::io::Error::new(e.kind(), format!("{address}: {e}"));
-                bound.push((entrance, TcpListener::bind(address).await.map_err(named)?));
+                let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+                let listeners = socket::listeners(*address, threads)?;
+                edge.addresses.push(listeners[0].local_addr()?);
+                for (doors, listener) in doors.iter_mut().zip(listeners) {
+                    doors.push(Door {
+                        entrance,
+                        listener,
+                        places: Arc::clone(&places),
+                    });
+                }
             }
         }
-        let mut edge = Self {
-            metrics: Arc::clone(&metrics),
-            end,
-            sleeper: CancellationToken::new(),
-            proxies: Vec::new(),
-            connections: connections.clone(),
-            addresses: Vec::new(),
-        };
-        for (entrance, listener) in bound {
-            edge.addresses.push(listener.local_addr()?);
-            let ingress = Ingress {
-                view: view.clone(),
-                gate: gate.clone(),
-                metrics: Arc::clone(&metrics),
-                region: config.region.clone(),
-                entrance,
+        for (n, doors) in doors.into_iter().enumerate() {
+            let shared = shared.clone();
+            let run = move || {
+                if let Err(error) = worker::run(doors, shared) {
+                    tracing::error!(%error, "a thread of the edge ended");
+                }
             };
-            let mut proxy = http_proxy(&conf, ingress);
-            proxy.h2_options = Some(h2_options());
-            let mut options = HttpServerOptions::default();
-            options.h2_idle_timeout = Some(H2_IDLE);
-            proxy.server_options = Some(options);
-            let proxy = Arc::new(proxy);
-            edge.proxies.push(Arc::clone(&proxy));
-            let tls = (entrance == Entrance::Https).then(|| Arc::clone(&acceptor));
-            let entry = Entry {
-                proxy,
-                tls,
-                metrics: Arc::clone(&metrics),
-                connections: connections.clone(),
-                ending: ending.clone(),
-            };
-            connections.spawn(listen::run(listener, entry));
+            let thread = thread::Builder::new()
+                .name(format!("edge-{n}"))
+                .spawn(run)?;
+            edge.threads.push(thread);
         }
         tokio::spawn(sleep::run(
             gate,
             config.host,
             config.autostop_after,
-            edge.sleeper.clone(),
+            shared.ending,
         ));
         Ok(edge)
     }
@@ -146,29 +143,27 @@ impl Edge {
     }
 
     /// Accepts no more, lets requests under way end, and gives up on them after `limit`.
-    pub async fn drain(self, limit: Duration) {
-        self.sleeper.cancel();
-        self.end.send_replace(true);
-        for proxy in &self.proxies {
-            proxy.http_cleanup().await;
-        }
-        self.connections.close();
-        if tokio::time::timeout(limit, self.connections.wait())
-            .await
-            .is_err()
-        {
-            tracing::warn!(
-                connections = self.connections.len(),
-                "connections were still open at the end"
-            );
+    pub async fn drain(mut self, limit: Duration) {
+        self.ending.cancel();
+        let threads = std::mem::take(&mut self.threads);
+        let joined = tokio::task::spawn_blocking(|| {
+            for thread in threads {
+                if thread.join().is_err() {
+                    tracing::error!("a thread of the edge panicked");
+                }
+            }
+        });
+        tokio::pin!(joined);
+        if tokio::time::timeout(limit, joined.as_mut()).await.is_err() {
+            self.ended.cancel();
+            let _ = joined.await;
         }
     }
 }
 
-fn h2_options() -> H2Options {
-    let mut options = H2Options::new();
-    options
-        .max_concurrent_streams(MAX_STREAMS)
-        .max_header_list_size(MAX_HEAD_BYTES as u32);
-    options
+impl Drop for Edge {
+    fn drop(&mut self) {
+        self.ending.cancel();
+        self.ended.cancel();
+    }
 }

@@ -1,28 +1,37 @@
 //! The public side: ingress and gate.
 //!
 //! - **Ingress** ends TLS (certificate by SNI), speaks HTTP/1.1 and HTTP/2, finds the app by host name in
-//!   the [`View`], and proxies with pingora. It answers ACME http-01, redirects to https where an app
-//!   asks for it, and refuses what no app should see.
+//!   the [`View`], and relays. It answers ACME http-01, redirects to https where an app asks for it, and
+//!   refuses what no app should see.
 //! - **Gate** holds the one true count of requests of each Machine of this host. It admits, makes wait,
 //!   refuses, or wakes: a thousand requests to a sleeping Machine cause one start. With no traffic for a
 //!   while it puts a Machine to sleep, as its `fly.toml` says.
 //!
-//! HTTP/3 (`ingress/quic.rs`) and raw TCP handlers (`ingress/tcp.rs`) will stand beside `listen.rs` and
-//! meet the same router and gate.
+//! The way of a request, downwards: `worker` (a thread's sockets, TLS) → `h1::client` or `h2` (its head) →
+//! `relay` (which site, which Machine, which connection, both ways) → `h1::app` or an HTTP/2 stream.
 //!
 //! [`View`]: tern_catalog::View
 
 mod config;
 mod control;
+mod entrance;
 mod gate;
+mod h1;
+mod h2;
 mod headers;
-mod ingress;
-mod listen;
+mod limits;
+mod message;
 mod metrics;
 mod pages;
-mod route;
+mod relay;
+mod site;
 mod sleep;
+mod socket;
+mod timer;
+mod tls;
+mod worker;
 
 pub use config::{Edge, EdgeConfig};
 pub use control::{MachineControl, StartError};
+pub use limits::Limits;
 pub use metrics::Metrics;

@@ -1,13 +1,16 @@
 //! What the edge itself answers. Short, safe, and with the next step for whoever runs the app.
 
+use std::future::poll_fn;
+use std::task::Poll;
+
 use bytes::Bytes;
-use pingora_core::Result;
-use pingora_http::ResponseHeader;
-use pingora_proxy::Session;
 
 use crate::gate::Refused;
-use crate::headers::{BadHead, REQUEST_ID};
-use crate::route::NoRoute;
+use crate::h1::head::BadHead;
+use crate::message::Length;
+use crate::relay::{Client, Ended, Gone, Reply, ReplyFields};
+use crate::site::NoSite;
+use crate::timer::Timer;
 
 /// A whole answer.
 #[derive(Debug, Clone)]
@@ -17,8 +20,6 @@ pub struct Page {
     pub location: Option<String>,
     /// Seconds after which trying again may help.
     pub retry_after: Option<u32>,
-    /// The connection cannot be trusted to be in step any more.
-    pub close: bool,
 }
 
 impl Page {
@@ -28,7 +29,6 @@ impl Page {
             body: body.into(),
             location: None,
             retry_after: None,
-            close: false,
         }
     }
 
@@ -40,59 +40,80 @@ impl Page {
         }
     }
 
-    pub async fn send(self, session: &mut Session, request_id: &str) -> Result<()> {
-        let mut head = ResponseHeader::build(self.status, Some(6))?;
-        head.insert_header("content-type", "text/plain; charset=utf-8")?;
-        head.insert_header("content-length", self.body.len())?;
-        head.insert_header("server", "tern")?;
-        head.insert_header(REQUEST_ID, request_id)?;
-        if let Some(location) = self.location {
-            head.insert_header("location", location)?;
+    /// Gives it to a client, within the timer.
+    pub async fn send<C: Client>(
+        self,
+        client: &mut C,
+        timer: &mut Timer,
+        request_id: &str,
+    ) -> Ended {
+        let sent = self.begin(client, request_id);
+        let flushed = poll_fn(|cx| match client.poll_flush(cx) {
+            Poll::Pending => timer.poll(cx).map(|()| Err(Gone::Closed)),
+            flushed => flushed,
+        });
+        match sent {
+            Ok(()) if flushed.await.is_ok() => Ended::Whole,
+            _ => Ended::Broken,
         }
-        if let Some(seconds) = self.retry_after {
-            head.insert_header("retry-after", seconds)?;
+    }
+
+    fn begin<C: Client>(self, client: &mut C, request_id: &str) -> Result<(), Gone> {
+        let retry_after = self.retry_after.map(|s| s.to_string());
+        let mut fields = vec![
+            ("content-type", "text/plain; charset=utf-8"),
+            ("server", "tern"),
+        ];
+        if !request_id.is_empty() {
+            fields.push(("fly-request-id", request_id));
         }
-        if self.close {
-            session.set_keepalive(None);
+        fields.extend(self.location.as_deref().map(|to| ("location", to)));
+        fields.extend(retry_after.as_deref().map(|s| ("retry-after", s)));
+        let reply = Reply {
+            status: self.status,
+            reason: b"",
+            fields: ReplyFields::Page(&fields),
+            length: Length::Exact(self.body.len() as u64),
+        };
+        client.begin(&reply)?;
+        if self.body.is_empty() {
+            return Ok(());
         }
-        let is_head = session.req_header().method == http::Method::HEAD;
-        session
-            .write_response_header(Box::new(head), is_head || self.body.is_empty())
-            .await?;
-        if !is_head && !self.body.is_empty() {
-            session
-                .write_response_body(Some(Bytes::from(self.body)), true)
-                .await?;
-        }
-        Ok(())
+        client.give(Bytes::from(self.body), true)
     }
 }
 
 impl From<BadHead> for Page {
     fn from(bad: BadHead) -> Self {
-        let page = match bad {
-            BadHead::TooLarge => Self::new(431, "The request's head is larger than 64 KiB.\n"),
+        match bad {
+            BadHead::TargetTooLong => Self::new(414, "The request's URL is longer than 64 KiB.\n"),
+            BadHead::TooLarge => Self::new(
+                431,
+                "The request's head is larger than 64 KiB, or has more than 256 fields.\n",
+            ),
             BadHead::Ambiguous => Self::new(400, "The request can be read in two ways.\n"),
-        };
-        Self {
-            close: true,
-            ..page
+            BadHead::UnknownCoding => {
+                Self::new(501, "The request's transfer coding is not `chunked`.\n")
+            }
+            BadHead::Malformed => Self::new(400, "The request is not HTTP as RFC 9112 has it.\n"),
+            BadHead::NoHost => Self::new(400, "The request names no host.\n"),
+            BadHead::Connect => Self::new(405, "This is no forward proxy.\n"),
         }
     }
 }
 
-impl From<NoRoute> for Page {
-    fn from(none: NoRoute) -> Self {
+impl From<NoSite> for Page {
+    fn from(none: NoSite) -> Self {
         match none {
-            NoRoute::UnknownHost => Self::new(404, "No app answers to this host name.\n"),
-            NoRoute::NoMachines(app) => Self {
+            NoSite::UnknownHost => Self::new(404, "No app answers to this host name.\n"),
+            NoSite::NoMachines(app) => Self {
                 retry_after: Some(10),
                 ..Self::new(
                     503,
                     format!("App {app} has no Machines yet; deploy it with `tern deploy`.\n"),
                 )
             },
-            NoRoute::NoService(app) => Self::new(
+            NoSite::NoService(app) => Self::new(
                 404,
                 format!("App {app} has no HTTP service on this port.\n"),
             ),

@@ -20,7 +20,7 @@ use tern_api::{ApiConfig, ApiServer, REGISTRY_NAME};
 use tern_catalog::{Catalog, HostId, SqliteStore, Store, View};
 use tern_certs::{CertsConfig, Issuer};
 use tern_dns::{Dns, DnsConfig};
-use tern_edge::{Edge, EdgeConfig};
+use tern_edge::{Edge, EdgeConfig, Limits};
 use tern_host::{Agent, HostConfig, RateLimits, Registry};
 use tern_mesh::{Mesh, MeshConfig, MeshKey};
 use tokio::signal::unix::{SignalKind, signal};
@@ -109,6 +109,8 @@ async fn serve(args: Serve) -> Result<()> {
         host,
         autostop_after: args.autostop_after,
         wake_timeout: args.wake_timeout,
+        threads: EdgeConfig::threads_of_this_host(),
+        limits: Limits::default(),
     };
     let edge = Edge::start(edge, view.clone(), issuer.resolver(), adapter.clone())
         .await

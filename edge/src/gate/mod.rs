@@ -44,6 +44,8 @@ struct Inner {
     control: Arc<dyn MachineControl>,
     metrics: Arc<Metrics>,
     wake_timeout: Duration,
+    /// Where starts run: they go on whatever becomes of the thread that asked for one.
+    runtime: tokio::runtime::Handle,
     machines: Mutex<HashMap<MachineId, Entry>>,
     /// Told whenever a request ends.
     room: Notify,
@@ -97,7 +99,7 @@ pub enum Refused {
 const MAX_WAITING: u32 = 10_000;
 
 impl Gate {
-    /// A gate that admits to the Machines of this view.
+    /// A gate that admits to the Machines of this view. Starts run on the caller's runtime.
     pub fn new(
         view: View,
         control: Arc<dyn MachineControl>,
@@ -110,6 +112,7 @@ impl Gate {
             control,
             metrics,
             wake_timeout,
+            runtime: tokio::runtime::Handle::current(),
             machines,
             room: Notify::new(),
             waiting: AtomicU32::new(0),
@@ -254,7 +257,8 @@ impl Gate {
                     let (tell, outcome) = watch::channel(None);
                     entry.belief = Belief::Waking(outcome.clone());
                     // In a task of its own: whoever asked first may go away before it is done.
-                    tokio::spawn(self.clone().start(id.clone(), address, tell));
+                    let start = self.clone().start(id.clone(), address, tell);
+                    self.0.runtime.spawn(start);
                     outcome
                 }
             }

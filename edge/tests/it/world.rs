@@ -22,7 +22,7 @@ use tern_catalog::{
     Catalog, Desired, DesiredState, HostId, HostnameRoute, Machine, MachineConfig, MachineId,
     MachineNumber, MachineState, MachineStatus, NetworkId, SqliteStore, Store, View,
 };
-use tern_edge::{Edge, EdgeConfig, MachineControl, StartError};
+use tern_edge::{Edge, EdgeConfig, Limits, MachineControl, StartError};
 use tokio::net::{TcpListener, TcpSocket};
 
 pub const HOST: &str = "shop.tern.test";
@@ -133,6 +133,8 @@ impl World {
             host: HostId(1),
             autostop_after: idle,
             wake_timeout: WAKE_TIMEOUT,
+            threads: 2,
+            limits: Limits::default(),
         };
         let resolver = Arc::new(OneCertificate(certificate));
         let edge = Edge::start(config, view.clone(), resolver, agent.clone())

@@ -1,0 +1,325 @@
+//! One request's tries.
+
+use std::future::poll_fn;
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::task::Poll;
+use std::time::Duration;
+
+use http::Version;
+use tern_catalog::ChallengeKind;
+
+use super::pool::{self, H2App, Key};
+use super::pump::{Failure, Pump};
+use super::sides::{App, Client, Gone, Lost};
+use crate::entrance::Entrance;
+use crate::gate::Admission;
+use crate::headers::Facts;
+use crate::message::RequestHead;
+use crate::pages::Page;
+use crate::site::{self, Site};
+use crate::timer::Timer;
+use crate::worker::Worker;
+
+/// What is known of a client's connection.
+pub struct Connection {
+    /// The client's address, as apps are told.
+    client: String,
+    entrance: Entrance,
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Its client was given a whole reply.
+    Whole,
+    /// It was not, and may have to be told so.
+    Broken,
+}
+
+/// RFC 8555 section 8.3.
+const HTTP_01: &[u8] = b"/.well-known/acme-challenge/";
+/// Connections tried for one request before it is given up.
+const MAX_CONNECTS: u32 = 4;
+/// Longest a page may take to be written.
+const PAGE: Duration = Duration::from_secs(30);
+
+impl Connection {
+    pub fn new(client: IpAddr, entrance: Entrance) -> Self {
+        let client = client.to_canonical().to_string();
+        Self { client, entrance }
+    }
+}
+
+/// Serves one request, whose head has been read: with an app's reply, or a page of the edge's own.
+pub async fn exchange<C: Client>(
+    worker: &Worker,
+    connection: &Connection,
+    client: &mut C,
+    timer: &mut Timer,
+    head: &RequestHead,
+) -> Ended {
+    let request_id = worker.request_id();
+    let facts = Facts {
+        client: &connection.client,
+        entrance: connection.entrance,
+        region: &worker.region,
+        request_id: &request_id,
+        version: head.version,
+        alt_svc: worker.alt_svc(connection.entrance, head.version),
+    };
+    let (ended, status) = match route(worker, connection.entrance, head) {
+        Ok(site) => {
+            let mut request = Attempts {
+                worker,
+                client,
+                timer,
+                head,
+                site: &site,
+                facts: &facts,
+                connects: 0,
+                replayed: false,
+            };
+            request.run().await
+        }
+        Err(page) => {
+            worker.metrics.refused.add();
+            timer.set(PAGE);
+            let status = page.status;
+            (page.send(client, timer, &request_id).await, status)
+        }
+    };
+    tracing::debug!(
+        method = %head.method,
+        target = %String::from_utf8_lossy(&head.target),
+        status,
+        request = request_id,
+        ?ended,
+        "request"
+    );
+    ended
+}
+
+/// Where a request goes, or what it is answered instead.
+fn route(worker: &Worker, entrance: Entrance, head: &RequestHead) -> Result<Rc<Site>, Page> {
+    let snapshot = worker.view.snapshot();
+    if entrance == Entrance::Http
+        && let Some(token) = head.target.strip_prefix(HTTP_01)
+    {
+        return Err(challenge(&snapshot, head, token));
+    }
+    let site = worker.sites().find(&snapshot, &head.authority, entrance)?;
+    if site.force_https {
+        let target = String::from_utf8_lossy(&head.target);
+        let path = if target.starts_with('/') {
+            &target
+        } else {
+            "/"
+        };
+        return Err(Page::redirect(format!("https://{}{path}", site.hostname)));
+    }
+    Ok(site)
+}
+
+fn challenge(snapshot: &tern_catalog::Snapshot, head: &RequestHead, token: &[u8]) -> Page {
+    let name = std::str::from_utf8(&head.authority).ok();
+    let found = name.and_then(site::hostname).and_then(|hostname| {
+        let key = format!("{hostname}/{}", ChallengeKind::Http01.as_str());
+        let challenge = snapshot.challenges.get(&key)?;
+        (challenge.token.as_bytes() == token).then(|| challenge.key_authorization.clone())
+    });
+    found.map_or_else(
+        || Page::new(404, "There is no such challenge.\n"),
+        |key| Page::new(200, key),
+    )
+}
+
+struct Attempts<'a, C> {
+    worker: &'a Worker,
+    client: &'a mut C,
+    timer: &'a mut Timer,
+    head: &'a RequestHead,
+    site: &'a Site,
+    facts: &'a Facts<'a>,
+    connects: u32,
+    /// It was lost with a Machine once, and sent again.
+    replayed: bool,
+}
+
+/// What one try came to.
+enum Tried {
+    Ended(Ended, u16),
+    Again,
+    Page(Page),
+}
+
+impl<C: Client> Attempts<'_, C> {
+    async fn run(&mut self) -> (Ended, u16) {
+        loop {
+            match self.once().await {
+                Tried::Ended(ended, status) => return (ended, status),
+                Tried::Again => {}
+                Tried::Page(page) => {
+                    self.timer.set(PAGE);
+                    let status = page.status;
+                    let sent = page.send(self.client, self.timer, self.facts.request_id);
+                    return (sent.await, status);
+                }
+            }
+        }
+    }
+
+    async fn once(&mut self) -> Tried {
+        let admission = match self.admit().await {
+            Ok(admission) => admission,
+            Err(tried) => return tried,
+        };
+        let key = Key {
+            address: admission.address,
+            epoch: admission.epoch,
+        };
+        let (app, reused) = match self.connect(key).await {
+            Ok(app) => app,
+            Err(error) => {
+                // Nothing was sent yet: trying again is safe whatever the method.
+                self.worker.gate.doubt(&admission.machine);
+                self.connects += 1;
+                tracing::debug!(machine = %admission.machine, %error, "no connection to the app");
+                if self.connects < MAX_CONNECTS {
+                    return Tried::Again;
+                }
+                return Tried::Page(unreachable(&error));
+            }
+        };
+        let (outcome, status, app) = self.relay(app).await;
+        match outcome {
+            Ok(()) => {
+                if let App::H1(app) = app {
+                    self.worker.pool().put(key, app);
+                }
+                Tried::Ended(Ended::Whole, status)
+            }
+            Err(failure) => {
+                if reused {
+                    self.worker.pool().forget(&key);
+                }
+                drop(admission);
+                self.failed(failure, status, app.is_silent())
+            }
+        }
+    }
+
+    /// A place at a Machine, unless the client goes away first.
+    async fn admit(&mut self) -> Result<Admission, Tried> {
+        let admitted = self
+            .worker
+            .gate
+            .admit(&self.site.app, self.site.internal_port);
+        tokio::pin!(admitted);
+        let client = &mut *self.client;
+        let admitted = poll_fn(|cx| {
+            if let Poll::Ready(admitted) = admitted.as_mut().poll(cx) {
+                return Poll::Ready(Some(admitted));
+            }
+            client.poll_gone(cx).map(|_| None)
+        });
+        match admitted.await {
+            Some(Ok(admission)) => Ok(admission),
+            Some(Err(refused)) => Err(Tried::Page(Page::from(&refused))),
+            None => Err(Tried::Ended(Ended::Broken, 0)),
+        }
+    }
+
+    /// A connection to the app, and whether it was used before.
+    async fn connect(&self, key: Key) -> std::io::Result<(App, bool)> {
+        // An upgrade is HTTP/1.1's, whatever else the app speaks.
+        if self.site.h2_backend && self.head.upgrade.is_none() {
+            let shared = self.worker.pool().shared(&key);
+            if let Some(sender) = shared {
+                if let Ok(app) = H2App::new(sender).await {
+                    return Ok((App::H2(Box::new(app)), true));
+                }
+                self.worker.pool().forget(&key);
+            }
+            let sender = pool::h2(key.address).await?;
+            self.worker.pool().share(key, sender.clone());
+            let app = H2App::new(sender).await.map_err(std::io::Error::other)?;
+            return Ok((App::H2(Box::new(app)), false));
+        }
+        let idle = self.worker.pool().take(&key);
+        match idle {
+            Some(app) => Ok((App::H1(app), true)),
+            None => Ok((pool::h1(key.address).await?, false)),
+        }
+    }
+
+    async fn relay(&mut self, mut app: App) -> (Result<(), Failure>, u16, App) {
+        if let Err(lost) = app.begin(self.head, self.site, self.facts) {
+            return (Err(Failure::App(lost)), 0, app);
+        }
+        let mut pump = Pump::new(
+            self.client,
+            &mut app,
+            self.head,
+            self.site,
+            self.facts,
+            &self.worker.metrics,
+        );
+        let timer = &mut *self.timer;
+        let outcome = poll_fn(|cx| pump.poll(cx, timer)).await;
+        let status = pump.status();
+        (outcome, status, app)
+    }
+
+    /// What a failure means to the client.
+    fn failed(&mut self, failure: Failure, status: u16, silent: bool) -> Tried {
+        tracing::debug!(
+            request = self.facts.request_id,
+            ?failure,
+            status,
+            "not relayed to its end"
+        );
+        if status > 0 {
+            return Tried::Ended(Ended::Broken, status);
+        }
+        Tried::Page(match failure {
+            Failure::Client(Gone::Closed) => return Tried::Ended(Ended::Broken, 0),
+            Failure::Client(Gone::Malformed) => {
+                Page::new(400, "The request's content is not as its head says.\n")
+            }
+            // It may be sent again without asking (RFC 9110 section 9.2.2), and there is no content to send anew.
+            Failure::App(Lost::Connection(_))
+                if silent && !self.replayed && self.head.is_repeatable() =>
+            {
+                self.replayed = true;
+                self.worker.metrics.replayed.add();
+                return Tried::Again;
+            }
+            Failure::App(Lost::Connection(_)) => {
+                Page::new(502, "The app closed the connection without an answer.\n")
+            }
+            Failure::App(Lost::Reply(what)) => Page::new(
+                502,
+                format!("The app's reply cannot be passed on: {what}.\n"),
+            ),
+            Failure::Idle { app_has_all: true } => {
+                Page::new(504, "The app did not answer in time.\n")
+            }
+            Failure::Idle { app_has_all: false } => {
+                Page::new(408, "The request's content did not come in time.\n")
+            }
+        })
+    }
+}
+
+fn unreachable(error: &std::io::Error) -> Page {
+    if error.kind() == std::io::ErrorKind::TimedOut {
+        return Page::new(504, "The app did not answer in time.\n");
+    }
+    Page::new(502, "The app accepts no connections.\n")
+}
+
+/// Whether replies of this version may say where HTTP/3 is to be had: HTTP/3 itself need not.
+pub fn tells_of_h3(entrance: Entrance, version: Version) -> bool {
+    entrance.is_tls() && version != Version::HTTP_3
+}

@@ -1,0 +1,387 @@
+//! Connections to apps, kept by one thread and used again.
+
+use std::collections::HashMap;
+use std::future::{Future as _, poll_fn};
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use h2::client::{ResponseFuture, SendRequest};
+use h2::{Reason, RecvStream, SendStream};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::timeout;
+
+use super::sides::{App, Lost};
+use crate::h1;
+use crate::h1::head::MAX_HEAD_BYTES;
+use crate::headers::{self, Facts};
+use crate::message::{Fields, Length, Piece, ReplyHead, RequestHead};
+
+/// A Machine that runs answers a connection at once.
+const CONNECT: Duration = Duration::from_secs(2);
+/// Idle connections to Machines are kept this long.
+const KEEP: Duration = Duration::from_secs(30);
+/// Idle connections kept to one address.
+const KEPT: usize = 128;
+/// A Machine that ends with requests under way says nothing: its kernel is gone, and nobody speaks for its
+/// address until it runs again. Probes find that out, or meet the new kernel, which resets them.
+const PROBES: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
+    .with_time(Duration::from_secs(5))
+    .with_interval(Duration::from_secs(1))
+    .with_retries(5);
+/// Content of replies that an app may send ahead of its clients, per stream and per connection.
+const H2_STREAM_WINDOW: u32 = 256 << 10;
+const H2_CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Which connections are alike: those to one address, in one life of its Machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Key {
+    pub address: SocketAddr,
+    pub epoch: u64,
+}
+
+/// The connections of one thread.
+#[derive(Default)]
+pub struct Pool {
+    idle: HashMap<Key, Vec<Idle>>,
+    shared: HashMap<Key, SendRequest<Bytes>>,
+}
+
+struct Idle {
+    connection: Box<h1::app::Connection>,
+    since: Instant,
+}
+
+impl Pool {
+    /// An idle connection that is still good.
+    pub fn take(&mut self, key: &Key) -> Option<Box<h1::app::Connection>> {
+        let idle = self.idle.get_mut(key)?;
+        // The one used last: it is the least likely to be closed by its app in this moment.
+        while let Some(last) = idle.pop() {
+            if last.since.elapsed() < KEEP && last.connection.is_quiet() {
+                return Some(last.connection);
+            }
+        }
+        None
+    }
+
+    /// Keeps a connection whose request is over, if it may be used again.
+    pub fn put(&mut self, key: Key, connection: Box<h1::app::Connection>) {
+        if connection.may_go_on() {
+            let idle = self.idle.entry(key).or_default();
+            if idle.len() < KEPT {
+                let since = Instant::now();
+                idle.push(Idle { connection, since });
+            }
+        }
+    }
+
+    /// Drops connections of which one was found to be dead.
+    pub fn forget(&mut self, key: &Key) {
+        self.idle.remove(key);
+        self.shared.remove(key);
+    }
+
+    /// Drops what nobody used for a while, or what its app has closed.
+    pub fn sweep(&mut self) {
+        self.idle.retain(|_, idle| {
+            idle.retain(|i| i.since.elapsed() < KEEP && i.connection.is_quiet());
+            !idle.is_empty()
+        });
+        // Connections that have ended say so when they are asked for a stream.
+        self.shared.retain(|_, sender| {
+            let mut cx = Context::from_waker(std::task::Waker::noop());
+            !matches!(sender.poll_ready(&mut cx), Poll::Ready(Err(_)))
+        });
+    }
+
+    pub fn shared(&self, key: &Key) -> Option<SendRequest<Bytes>> {
+        self.shared.get(key).cloned()
+    }
+
+    pub fn share(&mut self, key: Key, sender: SendRequest<Bytes>) {
+        self.shared.insert(key, sender);
+    }
+}
+
+/// Connects to an app.
+pub async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    socket.set_nodelay(true)?;
+    socket2::SockRef::from(&socket).set_tcp_keepalive(&PROBES)?;
+    timeout(CONNECT, socket.connect(address)).await?
+}
+
+/// A connection of its own for a request.
+pub async fn h1(address: SocketAddr) -> io::Result<App> {
+    let stream = connect(address).await?;
+    Ok(App::H1(Box::new(h1::app::Connection::new(stream))))
+}
+
+/// A connection with prior knowledge of HTTP/2, for many requests at once. It lives as long as somebody has its
+/// sender, and requests on it.
+pub async fn h2(address: SocketAddr) -> io::Result<SendRequest<Bytes>> {
+    let stream = connect(address).await?;
+    let mut builder = h2::client::Builder::new();
+    builder
+        .enable_push(false)
+        .initial_window_size(H2_STREAM_WINDOW)
+        .initial_connection_window_size(H2_CONNECTION_WINDOW)
+        .max_header_list_size(2 * MAX_HEAD_BYTES as u32);
+    let handshake = timeout(CONNECT, builder.handshake(stream)).await?;
+    let (sender, connection) = handshake.map_err(io::Error::other)?;
+    tokio::task::spawn_local(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, %address, "an HTTP/2 connection to an app ended");
+        }
+    });
+    Ok(sender)
+}
+
+/// One stream of an app's HTTP/2 connection.
+pub struct H2App {
+    sender: Option<SendRequest<Bytes>>,
+    send: Option<SendStream<Bytes>>,
+    reply: Option<ResponseFuture>,
+    receive: Option<RecvStream>,
+    /// Content that waits for the app's window.
+    waiting: Bytes,
+    last: bool,
+    is_head: bool,
+    heard: bool,
+}
+
+impl H2App {
+    /// Waits for a free stream.
+    pub async fn new(mut sender: SendRequest<Bytes>) -> Result<Self, Lost> {
+        poll_fn(|cx| sender.poll_ready(cx)).await.map_err(lost)?;
+        Ok(Self {
+            sender: Some(sender),
+            send: None,
+            reply: None,
+            receive: None,
+            waiting: Bytes::new(),
+            last: false,
+            is_head: false,
+            heard: false,
+        })
+    }
+
+    pub fn begin(&mut self, head: &RequestHead, facts: &Facts<'_>) -> Result<(), Lost> {
+        let mut request = Request::new(());
+        *request.method_mut() = head.method.clone();
+        *request.version_mut() = Version::HTTP_2;
+        let parts = Uri::builder()
+            .scheme(facts.entrance.scheme())
+            .authority(&head.authority[..])
+            .path_and_query(&head.target[..]);
+        let bad = |_| Lost::Reply("its address cannot be written in HTTP/2");
+        *request.uri_mut() = parts.build().map_err(bad)?;
+        let map = request.headers_mut();
+        headers::for_app(head, facts, &mut |name, value| {
+            // The authority is a pseudo-header.
+            if name != b"Host" {
+                append(map, name, value);
+            }
+        });
+        if head
+            .fields
+            .members("te")
+            .any(|t| t.eq_ignore_ascii_case(b"trailers"))
+        {
+            map.insert(http::header::TE, HeaderValue::from_static("trailers"));
+        }
+        if let Length::Exact(length) = head.length {
+            map.insert(http::header::CONTENT_LENGTH, length.into());
+        }
+        self.is_head = head.method == Method::HEAD;
+        let ends = matches!(head.length, Length::None | Length::Exact(0));
+        let sender = self.sender.as_mut().ok_or(Lost::Reply("it has begun"))?;
+        let (reply, send) = sender.send_request(request, ends).map_err(lost)?;
+        self.reply = Some(reply);
+        self.send = (!ends).then_some(send);
+        Ok(())
+    }
+
+    pub fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Lost>> {
+        let Some(send) = &mut self.send else {
+            return Poll::Ready(Ok(()));
+        };
+        ready!(poll_send(send, &mut self.waiting, self.last, cx)).map_err(lost)?;
+        if self.last {
+            self.send = None;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    pub fn give(&mut self, data: Bytes, last: bool) -> Result<(), Lost> {
+        if let Some(send) = &mut self.send {
+            give(send, &mut self.waiting, data, last).map_err(lost)?;
+            self.last = last;
+        }
+        Ok(())
+    }
+
+    pub fn finish(&mut self, trailers: Option<HeaderMap>) -> Result<(), Lost> {
+        match self.send.take() {
+            Some(mut send) => finish(&mut send, trailers).map_err(lost),
+            None => Ok(()),
+        }
+    }
+
+    pub fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<ReplyHead, Lost>> {
+        let Some(reply) = &mut self.reply else {
+            return Poll::Ready(Err(Lost::Reply("it has a second head")));
+        };
+        if let Poll::Ready(Some(interim)) = reply.poll_informational(cx) {
+            let (parts, ()) = interim.map_err(lost)?.into_parts();
+            self.heard = true;
+            return Poll::Ready(Ok(reply_head(parts.status, parts.headers, Length::None)));
+        }
+        let (parts, receive) = ready!(Pin::new(reply).poll(cx)).map_err(lost)?.into_parts();
+        self.heard = true;
+        self.reply = None;
+        let told = parts.headers.get(http::header::CONTENT_LENGTH);
+        let told = told.and_then(|v| v.to_str().ok()?.parse().ok());
+        let length = if receive.is_end_stream() {
+            if self.is_head {
+                Length::None
+            } else {
+                told.map_or(Length::Exact(0), Length::Exact)
+            }
+        } else {
+            told.map_or(Length::Unknown, Length::Exact)
+        };
+        self.receive = Some(receive);
+        Poll::Ready(Ok(reply_head(parts.status, parts.headers, length)))
+    }
+
+    pub fn poll_content(&mut self, cx: &mut Context<'_>) -> Poll<Result<Piece, Lost>> {
+        match &mut self.receive {
+            Some(receive) => poll_receive(receive, cx).map_err(lost),
+            None => Poll::Ready(Ok(Piece::End(None))),
+        }
+    }
+
+    pub fn is_silent(&self) -> bool {
+        !self.heard
+    }
+}
+
+impl Drop for H2App {
+    fn drop(&mut self) {
+        // A request that its client has given up is given up here too.
+        if let Some(send) = &mut self.send {
+            send.send_reset(Reason::CANCEL);
+        }
+    }
+}
+
+fn reply_head(status: http::StatusCode, map: HeaderMap, length: Length) -> ReplyHead {
+    ReplyHead {
+        status: status.as_u16(),
+        reason: Bytes::new(),
+        version: Version::HTTP_2,
+        fields: Fields::Map(map),
+        length,
+    }
+}
+
+fn lost(error: h2::Error) -> Lost {
+    Lost::Connection(io::Error::other(error))
+}
+
+/// Appends a field, unless HTTP's own types do not take it.
+pub fn append(map: &mut HeaderMap, name: &[u8], value: &[u8]) {
+    if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name), HeaderValue::from_bytes(value)) {
+        map.append(name, value);
+    }
+}
+
+/// Content up to this size may be handed to `h2` before its window is known: a stream's first, where it spares
+/// a turn.
+const AHEAD: usize = 16 << 10;
+
+/// Hands content over as far as the other side's window goes, and keeps the rest in `waiting`.
+pub fn give(
+    send: &mut SendStream<Bytes>,
+    waiting: &mut Bytes,
+    data: Bytes,
+    last: bool,
+) -> Result<(), h2::Error> {
+    debug_assert!(waiting.is_empty(), "content is given when there is room");
+    if data.is_empty() {
+        return if last {
+            send.send_data(data, true)
+        } else {
+            Ok(())
+        };
+    }
+    if data.len() <= send.capacity() || (last && data.len() <= AHEAD) {
+        return send.send_data(data, last);
+    }
+    send.reserve_capacity(data.len());
+    *waiting = data;
+    Ok(())
+}
+
+/// Ready when nothing waits for the other side's window any more.
+pub fn poll_send(
+    send: &mut SendStream<Bytes>,
+    waiting: &mut Bytes,
+    last: bool,
+    cx: &mut Context<'_>,
+) -> Poll<Result<(), h2::Error>> {
+    while !waiting.is_empty() {
+        let mut room = send.capacity();
+        if room == 0 {
+            room = match ready!(send.poll_capacity(cx)) {
+                Some(room) => room?,
+                None => return Poll::Ready(Err(Reason::CANCEL.into())),
+            };
+        }
+        let part = waiting.split_to(room.min(waiting.len()));
+        if !part.is_empty() {
+            send.send_data(part, last && waiting.is_empty())?;
+        }
+    }
+    Poll::Ready(Ok(()))
+}
+
+/// Ends a stream's content.
+pub fn finish(send: &mut SendStream<Bytes>, trailers: Option<HeaderMap>) -> Result<(), h2::Error> {
+    match trailers {
+        Some(mut trailers) => {
+            let names: Vec<HeaderName> = trailers.keys().cloned().collect();
+            for name in names.iter().filter(|n| !headers::may_trail(n.as_str())) {
+                trailers.remove(name);
+            }
+            send.send_trailers(trailers)
+        }
+        None => send.send_data(Bytes::new(), true),
+    }
+}
+
+/// The next piece that a stream receives. Its window is opened again at once: the pump takes no more than the
+/// other side has room for.
+pub fn poll_receive(
+    receive: &mut RecvStream,
+    cx: &mut Context<'_>,
+) -> Poll<Result<Piece, h2::Error>> {
+    match ready!(receive.poll_data(cx)) {
+        Some(data) => {
+            let data = data?;
+            receive.flow_control().release_capacity(data.len())?;
+            Poll::Ready(Ok(Piece::Data(data, receive.is_end_stream())))
+        }
+        None => receive.poll_trailers(cx).map_ok(Piece::End),
+    }
+}

@@ -1,0 +1,169 @@
+//! From a request's authority and port to an app's service. No I/O.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tern_catalog::{AppName, Hostname, Machine, Port, Revision, Service, Snapshot};
+
+use crate::entrance::Entrance;
+use crate::headers::Changes;
+
+/// What answers to a host name at an entrance: all that a request needs to know of its service, made once per
+/// revision of the catalog.
+#[derive(Debug, PartialEq)]
+pub struct Site {
+    /// The name, as the catalog writes it.
+    pub hostname: Hostname,
+    /// The app.
+    pub app: AppName,
+    /// The port its Machines listen on.
+    pub internal_port: u16,
+    /// Speak HTTP/2 without TLS to them.
+    pub h2_backend: bool,
+    /// Redirect to https.
+    pub force_https: bool,
+    /// Longest time in which nothing moves, in either direction.
+    pub idle_timeout: Duration,
+    /// Changes to replies.
+    pub changes: Changes,
+}
+
+/// Why a request goes nowhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoSite {
+    /// No app answers to the name.
+    UnknownHost,
+    /// The app has no Machines.
+    NoMachines(AppName),
+    /// The app has no service on this port.
+    NoService(AppName),
+}
+
+/// Names remembered, in all the ways that clients write them.
+const REMEMBERED: usize = 4096;
+
+/// The sites that one thread has been asked for.
+#[derive(Debug)]
+pub struct Sites {
+    /// Where a service says nothing.
+    idle_timeout: Duration,
+    revision: Revision,
+    known: HashMap<(Entrance, Bytes), Rc<Site>>,
+}
+
+impl Sites {
+    pub fn new(idle_timeout: Duration) -> Self {
+        Self {
+            idle_timeout,
+            revision: Revision::default(),
+            known: HashMap::new(),
+        }
+    }
+
+    /// Finds the service of the app that answers to an authority.
+    pub fn find(
+        &mut self,
+        snapshot: &Snapshot,
+        authority: &Bytes,
+        entrance: Entrance,
+    ) -> Result<Rc<Site>, NoSite> {
+        if self.revision != snapshot.revision || self.known.len() >= REMEMBERED {
+            self.known.clear();
+            self.revision = snapshot.revision;
+        }
+        // Cloning `Bytes` counts a reference.
+        let key = (entrance, authority.clone());
+        if let Some(site) = self.known.get(&key) {
+            return Ok(Rc::clone(site));
+        }
+        let name = std::str::from_utf8(authority).ok().and_then(hostname);
+        let name = name.ok_or(NoSite::UnknownHost)?;
+        let site = Rc::new(find(snapshot, &name, entrance, self.idle_timeout)?);
+        // A copy of its own: the request's buffer is not to be kept for it.
+        let key = (entrance, Bytes::copy_from_slice(authority));
+        self.known.insert(key, Rc::clone(&site));
+        Ok(site)
+    }
+}
+
+/// The host name of an authority (`host[:port]`), as the catalog writes it.
+pub fn hostname(authority: &str) -> Option<Hostname> {
+    // An address literal names no app.
+    if authority.starts_with('[') {
+        return None;
+    }
+    let host = match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
+        Some(_) => return None,
+        None => authority,
+    };
+    host.strip_suffix('.')
+        .unwrap_or(host)
+        .to_ascii_lowercase()
+        .parse()
+        .ok()
+}
+
+fn find(
+    snapshot: &Snapshot,
+    hostname: &Hostname,
+    entrance: Entrance,
+    idle_timeout: Duration,
+) -> Result<Site, NoSite> {
+    let route = snapshot.hostnames.get(hostname);
+    let app = &route.ok_or(NoSite::UnknownHost)?.app;
+    let mut machines = snapshot
+        .machines_of(app)
+        .map(|(machine, _)| machine)
+        .peekable();
+    if machines.peek().is_none() {
+        return Err(NoSite::NoMachines(app.clone()));
+    }
+    let found = machines.find_map(|machine| service(machine, entrance));
+    let (service, port) = found.ok_or_else(|| NoSite::NoService(app.clone()))?;
+    let options = port.http_options.as_ref();
+    let seconds = options.and_then(|o| o.idle_timeout).filter(|s| *s > 0);
+    Ok(Site {
+        hostname: hostname.clone(),
+        app: app.clone(),
+        internal_port: service.internal_port,
+        h2_backend: options.is_some_and(|o| o.h2_backend),
+        force_https: port.force_https && entrance == Entrance::Http,
+        idle_timeout: seconds.map_or(idle_timeout, |s| Duration::from_secs(s.into())),
+        changes: Changes::new(options.and_then(|o| o.response.as_ref())),
+    })
+}
+
+fn service(machine: &Machine, entrance: Entrance) -> Option<(&Service, &Port)> {
+    machine.config.services.iter().find_map(|service| {
+        let port = service.ports.iter().find(|port| entrance.serves(port))?;
+        Some((service, port))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn authorities_become_names() {
+        let name = |a: &str| hostname(a).map(String::from);
+        assert_eq!(name("Hello.Example:8443").as_deref(), Some("hello.example"));
+        assert_eq!(name("hello.example.").as_deref(), Some("hello.example"));
+        for bad in [
+            "",
+            ":80",
+            "[::1]:80",
+            "a b.c",
+            "x..y",
+            "a.b:80x",
+            "localhost",
+            "ex\u{e4}mple.org",
+            "a.b/c",
+        ] {
+            assert_eq!(name(bad), None, "{bad}");
+        }
+    }
+}
