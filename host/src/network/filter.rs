@@ -59,6 +59,15 @@ struct State {
     stopped: bool,
 }
 
+/// What is believed of a table that cannot be put in place anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    /// Nothing: somebody has changed it.
+    Nothing,
+    /// If it is there, it is as it was made: else there will be news.
+    WhatIsThere,
+}
+
 /// Our own transactions that have not been told of.
 #[derive(Debug, Default)]
 struct Own(VecDeque<Between>);
@@ -161,9 +170,10 @@ impl Filter {
         let Err(error) = applied else {
             return Ok(old);
         };
-        // Somebody else has touched the table, and the news of it is on its way.
+        // Somebody else has touched the table, and the news of it is on its way; or the program does not work, and
+        // the table is as it was.
         tracing::warn!(%error, "the packet filter is put in place anew");
-        let restored = self.restore(&mut state).await;
+        let restored = self.restore(&mut state, Trust::WhatIsThere).await;
         if restored.is_err() {
             match old {
                 Some(old) => state.ports.insert(slot, old),
@@ -199,7 +209,7 @@ impl Filter {
         loop {
             let whole = tokio::select! {
                 told = hear(&mut watch.filters, &mut watch.listener) => self.told(told).await,
-                () = due(retry_at) => self.restore(&mut *self.state.lock().await).await.is_ok(),
+                () = due(retry_at) => self.restore(&mut *self.state.lock().await, Trust::Nothing).await.is_ok(),
                 Some(()) = watch.devices.next() => {
                     look_at.get_or_insert_with(|| Instant::now() + LOOK_AGAIN);
                     continue;
@@ -240,11 +250,11 @@ impl Filter {
             "somebody has changed the table inet tern, which keeps Machines apart; it is put in place anew. \
              A restart of nftables.service flushes all tables: reload other rules by their own tables"
         );
-        self.restore(&mut state).await.is_ok()
+        self.restore(&mut state, Trust::Nothing).await.is_ok()
     }
 
     /// Puts the whole table in place, and the Machines' devices down where that fails, up where it does not.
-    async fn restore(&self, state: &mut State) -> Result<(), NetworkError> {
+    async fn restore(&self, state: &mut State, trust: Trust) -> Result<(), NetworkError> {
         let text = rules::table(state.ports.values(), &state.policy);
         let begun = Instant::now();
         let mut applied = self.apply(state, &text).await.map_err(NetworkError::Rules);
@@ -268,6 +278,9 @@ impl Filter {
                     }
                 }
             }
+            (Err(_), false)
+                if trust == Trust::WhatIsThere
+                    && state.asking.has_table(rules::TABLE).is_ok_and(|is| is) => {}
             (Err(error), false) => {
                 state.stopped = true;
                 tracing::error!(
@@ -302,7 +315,7 @@ impl Filter {
         state.policy.uplinks = found;
         if !state.stopped && self.apply(&mut state, &text).await.is_err() {
             // Told of by itself.
-            let _ = self.restore(&mut state).await;
+            let _ = self.restore(&mut state, Trust::WhatIsThere).await;
         }
     }
 

@@ -20,6 +20,7 @@ pub(super) const DELETE_CONNECTION: u16 = SUBSYSTEM_CONNTRACK << 8 | 2;
 /// Changes of packet filters (`NFNLGRP_NFTABLES`).
 const GROUP_TABLES: u32 = 7;
 const NEW_GENERATION: u16 = SUBSYSTEM_TABLES << 8 | 15;
+const GET_TABLE: u16 = SUBSYSTEM_TABLES << 8 | 1;
 const GET_GENERATION: u16 = SUBSYSTEM_TABLES << 8 | 16;
 /// Messages of the packet filter from here on say something else than "this has changed".
 const LAST_CHANGE: u16 = SUBSYSTEM_TABLES << 8 | 14;
@@ -112,6 +113,18 @@ impl Asking {
             generation = generation.or(message.generation());
         })?;
         generation.ok_or_else(|| io::Error::other("the kernel does not say which generation it is"))
+    }
+}
+
+impl Asking {
+    /// Whether the table `inet <name>` is there, whatever is in it.
+    pub(super) fn has_table(&mut self, name: &str) -> io::Result<bool> {
+        let mut attributes = Vec::new();
+        put(&mut attributes, FIRST, &[name.as_bytes(), &[0]].concat());
+        match self.ask(GET_TABLE, libc::NLM_F_ACK, INET, &attributes, |_| {}) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            other => other.map(|()| true),
+        }
     }
 }
 

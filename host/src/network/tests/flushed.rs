@@ -206,6 +206,10 @@ fn without_a_table_machines_have_no_network() {
         };
         assert!(is_up("tn0") && is_up("tn2"));
         std::fs::write(&broken, "").unwrap();
+        let refused = network.plug(port_of(7, ORG_B)).await.unwrap_err();
+        assert!(refused.to_string().contains("out of order"), "{refused}");
+        assert!(is_up("tn0") && is_up("tn2"), "the table is as it was");
+        is_isolated(&a1, &b);
         nft("flush ruleset");
         until("the devices are down", || {
             (0..3).all(|n| !is_up(&format!("tn{n}")))
