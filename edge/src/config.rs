@@ -1,6 +1,7 @@
 //! Starting and ending an edge.
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -15,8 +16,9 @@ use crate::entrance::Entrance;
 use crate::gate::Gate;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
+use crate::quic::Share;
 use crate::worker::{self, Door, Shared};
-use crate::{sleep, socket, tls};
+use crate::{quic, sleep, socket, tls};
 
 /// How an edge is run.
 #[derive(Debug, Clone)]
@@ -33,6 +35,8 @@ pub struct EdgeConfig {
     pub autostop_after: Duration,
     /// Longest a request waits for room or a start.
     pub wake_timeout: Duration,
+    /// Whether HTTPS's addresses serve HTTP/3 too, by UDP, and replies say so.
+    pub http3: bool,
     /// Threads that serve; each takes its share of the connections.
     pub threads: usize,
     /// How long clients may take.
@@ -50,6 +54,12 @@ pub struct Edge {
 
 /// Connections of one address at once.
 const MAX_CONNECTIONS: usize = 16_384;
+/// A connection id's first byte tells its thread.
+const MAX_THREADS: usize = 128;
+/// How long a client may remember that HTTP/3 is to be had: a day, as is usual.
+const ALT_SVC_SECONDS: u32 = 86_400;
+/// Tries to find a port that is free for both TCP and UDP, where any will do.
+const PORT_TRIES: u32 = 16;
 
 impl EdgeConfig {
     /// One thread for each processor.
@@ -66,7 +76,7 @@ impl Edge {
         view: View,
         resolver: Arc<dyn ResolvesServerCert>,
         control: Arc<dyn MachineControl>,
-    ) -> std::io::Result<Self> {
+    ) -> io::Result<Self> {
         let metrics = Arc::new(Metrics::default());
         let gate = Gate::new(
             view.clone(),
@@ -74,12 +84,13 @@ impl Edge {
             Arc::clone(&metrics),
             config.wake_timeout,
         );
-        let shared = Shared {
+        let mut shared = Shared {
             view,
             gate: gate.clone(),
             metrics: Arc::clone(&metrics),
             region: config.region.as_str().into(),
-            tls: Arc::new(tls::config(resolver).map_err(std::io::Error::other)?),
+            tls: Arc::new(tls::config(Arc::clone(&resolver)).map_err(io::Error::other)?),
+            quic: Arc::new(tls::quic(resolver).map_err(io::Error::other)?),
             limits: config.limits,
             ending: CancellationToken::new(),
             ended: CancellationToken::new(),
@@ -92,7 +103,7 @@ impl Edge {
             threads: Vec::new(),
             addresses: Vec::new(),
         };
-        let threads = config.threads.max(1);
+        let threads = config.threads.clamp(1, MAX_THREADS);
         let mut doors: Vec<Vec<Door>> = (0..threads).map(|_| Vec::new()).collect();
         for (entrance, addresses) in [
             (Entrance::Http, &config.http),
@@ -100,13 +111,24 @@ impl Edge {
         ] {
             for address in addresses {
                 let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-                let listeners = socket::listeners(*address, threads)?;
-                edge.addresses.push(listeners[0].local_addr()?);
-                for (doors, listener) in doors.iter_mut().zip(listeners) {
+                let http3 = config.http3 && entrance.is_tls();
+                let (listeners, quic) = bind(*address, threads, http3)?;
+                let bound = listeners[0].local_addr()?;
+                edge.addresses.push(bound);
+                if http3 {
+                    let told = format!("h3=\":{}\"; ma={ALT_SVC_SECONDS}", bound.port());
+                    shared.alt_svc = Some(told.into());
+                }
+                let quic = quic
+                    .into_iter()
+                    .map(Some)
+                    .chain(std::iter::repeat_with(|| None));
+                for ((doors, listener), quic) in doors.iter_mut().zip(listeners).zip(quic) {
                     doors.push(Door {
                         entrance,
                         listener,
                         places: Arc::clone(&places),
+                        quic,
                     });
                 }
             }
@@ -165,5 +187,33 @@ impl Drop for Edge {
     fn drop(&mut self) {
         self.ending.cancel();
         self.ended.cancel();
+    }
+}
+
+/// The sockets of one address, one of each kind for each thread.
+fn bind(
+    address: SocketAddr,
+    threads: usize,
+    http3: bool,
+) -> io::Result<(Vec<TcpListener>, Vec<(UdpSocket, Share)>)> {
+    let mut tries = if address.port() == 0 { PORT_TRIES } else { 1 };
+    loop {
+        tries -= 1;
+        let listeners = socket::listeners(address, threads)?;
+        if !http3 {
+            return Ok((listeners, Vec::new()));
+        }
+        let count = threads as u8; // of at most MAX_THREADS
+        match quic::sockets(listeners[0].local_addr()?, count) {
+            Ok(sockets) => {
+                let shares = (0..count).map(|thread| Share {
+                    thread,
+                    threads: count,
+                });
+                return Ok((listeners, sockets.into_iter().zip(shares).collect()));
+            }
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && tries > 0 => {}
+            Err(error) => return Err(error),
+        }
     }
 }

@@ -18,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 use crate::entrance::Entrance;
-use crate::h1::head::{BadHead, MAX_FIELDS, MAX_HEAD_BYTES};
+use crate::h1::head::{BadHead, MAX_FIELDS, MAX_HEAD_BYTES, is_token};
 use crate::message::{Fields, Length, Piece, RequestHead, Upgrade};
 use crate::pages::Page;
 use crate::relay::{self, Client, Ended, Gone, Reply, pool};
@@ -145,6 +145,10 @@ pub fn head(
     if parts.method == Method::CONNECT && connect.is_none() {
         return Err(BadHead::Connect);
     }
+    // It becomes a line of HTTP/1.1 at the app, and `h2` takes any text for it.
+    if connect.as_ref().is_some_and(|p| !is_protocol(p)) {
+        return Err(BadHead::Malformed);
+    }
     let mut hosts = parts.headers.get_all(http::header::HOST).iter();
     let host = hosts.next().map(|h| Bytes::copy_from_slice(h.as_bytes()));
     if hosts.next().is_some() {
@@ -203,6 +207,12 @@ pub fn head(
         upgrade: connect.map(Upgrade::Connect),
         expects_continue,
     })
+}
+
+/// Whether apps may be asked to change to it: a token (RFC 8441 section 4), and not to HTTP/2, which would put
+/// requests past the edge.
+fn is_protocol(name: &[u8]) -> bool {
+    !name.is_empty() && name.iter().all(|b| is_token(*b)) && !name.eq_ignore_ascii_case(b"h2c")
 }
 
 /// A stream, as the relay's client.

@@ -1,13 +1,13 @@
 //! The public side: ingress and gate.
 //!
-//! - **Ingress** ends TLS (certificate by SNI), speaks HTTP/1.1 and HTTP/2, finds the app by host name in
+//! - **Ingress** ends TLS (certificate by SNI), speaks HTTP/1.1, 2 and 3, finds the app by host name in
 //!   the [`View`], and relays. It answers ACME http-01, redirects to https where an app asks for it, and
 //!   refuses what no app should see.
 //! - **Gate** holds the one true count of requests of each Machine of this host. It admits, makes wait,
 //!   refuses, or wakes: a thousand requests to a sleeping Machine cause one start. With no traffic for a
 //!   while it puts a Machine to sleep, as its `fly.toml` says.
 //!
-//! The way of a request, downwards: `worker` (a thread's sockets, TLS) → `h1::client` or `h2` (its head) →
+//! The way of a request, downwards: `worker` (a thread's sockets, TLS) → `h1::client`, `h2` or `h3` (its head) →
 //! `relay` (which site, which Machine, which connection, both ways) → `h1::app` or an HTTP/2 stream.
 //!
 //! [`View`]: tern_catalog::View
@@ -18,11 +18,13 @@ mod entrance;
 mod gate;
 mod h1;
 mod h2;
+mod h3;
 mod headers;
 mod limits;
 mod message;
 mod metrics;
 mod pages;
+mod quic;
 mod relay;
 mod site;
 mod sleep;

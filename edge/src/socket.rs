@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
 /// Connections that wait to be accepted; the kernel's own limit may be lower.
 const BACKLOG: i32 = 4096;
@@ -14,34 +14,38 @@ pub fn listeners(address: SocketAddr, threads: usize) -> io::Result<Vec<TcpListe
 }
 
 fn bind(address: SocketAddr, threads: usize) -> io::Result<Vec<TcpListener>> {
+    let listen = |socket: Socket| {
+        socket.listen(BACKLOG)?;
+        Ok(socket.into())
+    };
+    let sockets = shared(address, threads, Type::STREAM)?;
+    sockets.into_iter().map(listen).collect()
+}
+
+/// As many bound sockets at one address as there are threads.
+pub fn shared(address: SocketAddr, threads: usize, kind: Type) -> io::Result<Vec<Socket>> {
     // The first is bound without sharing, so that another server's sockets at this address are an error, as
     // they should be, and not half of our connections gone to it.
-    let first = socket(address)?;
+    let first = socket(address, kind)?;
     first.bind(&address.into())?;
     first.set_reuse_port(true)?;
     let bound = first.local_addr()?;
     let mut sockets = vec![first];
     for _ in 1..threads {
-        let next = socket(address)?;
+        let next = socket(address, kind)?;
         next.set_reuse_port(true)?;
         next.bind(&bound)?;
         sockets.push(next);
     }
-    let listen = |socket: Socket| {
-        socket.listen(BACKLOG)?;
-        Ok(socket.into())
-    };
-    sockets.into_iter().map(listen).collect()
+    Ok(sockets)
 }
 
-fn socket(address: SocketAddr) -> io::Result<Socket> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )?;
-    // Connections of an earlier server that linger do not keep its address from the next.
-    socket.set_reuse_address(true)?;
+fn socket(address: SocketAddr, kind: Type) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind, None)?;
+    if kind == Type::STREAM {
+        // Connections of an earlier server that linger do not keep its address from the next.
+        socket.set_reuse_address(true)?;
+    }
     socket.set_nonblocking(true)?;
     Ok(socket)
 }

@@ -3,7 +3,7 @@
 
 use std::cell::{RefCell, RefMut};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,9 +23,10 @@ use crate::entrance::Entrance;
 use crate::gate::Gate;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
+use crate::quic::Share;
 use crate::relay::{Pool, tells_of_h3};
 use crate::site::Sites;
-use crate::{h1, h2, tls};
+use crate::{h1, h2, h3, tls};
 
 /// What all threads of an edge share.
 #[derive(Clone)]
@@ -35,6 +36,7 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     pub region: Arc<str>,
     pub tls: Arc<ServerConfig>,
+    pub quic: Arc<ServerConfig>,
     pub limits: Limits,
     /// Set when no more is accepted, and connections end with their current requests.
     pub ending: CancellationToken,
@@ -50,6 +52,8 @@ pub struct Door {
     pub listener: std::net::TcpListener,
     /// Connections that this address may still have, over all threads.
     pub places: Arc<Semaphore>,
+    /// Where HTTP/3 is served beside it.
+    pub quic: Option<(UdpSocket, Share)>,
 }
 
 /// One thread's state.
@@ -65,6 +69,10 @@ pub struct Worker {
     pool: RefCell<Pool>,
     sites: RefCell<Sites>,
 }
+
+/// Bytes that the kernel takes beyond what a client has room for. It would hold megabytes, and say that there is
+/// room again only after a third of them: a client that reads slowly would seem to stand still meanwhile.
+const UNSENT: u32 = 128 << 10;
 
 /// Pause after a failed accept: what it lacks (descriptors) comes back when connections end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -99,6 +107,17 @@ async fn serve(doors: Vec<Door>, shared: Shared) -> io::Result<()> {
     });
     let connections = TaskTracker::new();
     for door in doors {
+        if let Some((socket, share)) = door.quic {
+            let quic = Arc::clone(&shared.quic);
+            let endpoint = h3::endpoint(socket, quic, &worker.limits, share)?;
+            let accepting = h3::accept(
+                endpoint,
+                door.entrance,
+                Rc::clone(&worker),
+                connections.clone(),
+            );
+            tokio::task::spawn_local(accepting);
+        }
         let listener = TcpListener::from_std(door.listener)?;
         let accepting = accept(
             listener,
@@ -165,6 +184,7 @@ impl Worker {
         if let Err(error) = stream
             .set_nodelay(true)
             .and(socket.set_tcp_keepalive(&KEEPALIVE))
+            .and(socket.set_tcp_notsent_lowat(UNSENT))
         {
             tracing::debug!(%error, "a connection has ended before it began");
             return;

@@ -110,6 +110,7 @@ async fn serve(args: Serve) -> Result<()> {
         autostop_after: args.autostop_after,
         wake_timeout: args.wake_timeout,
         threads: EdgeConfig::threads_of_this_host(),
+        http3: true,
         limits: Limits::default(),
     };
     let edge = Edge::start(edge, view.clone(), issuer.resolver(), adapter.clone())

@@ -66,6 +66,7 @@ pub fn run() -> Result<()> {
             autostop_after: Duration::from_secs(3600),
             wake_timeout: Duration::from_secs(20),
             threads: 1,
+            http3: true,
             limits: Limits::default(),
         };
         let _edge = Edge::start(config, view, resolver, Arc::new(Runs))

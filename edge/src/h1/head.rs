@@ -118,7 +118,7 @@ pub fn request(input: &mut BytesMut, scan: &mut Scan) -> Result<Option<RequestHe
 }
 
 /// `tchar` of RFC 9110 section 5.6.2.
-fn is_token(byte: u8) -> bool {
+pub fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use base64::Engine as _;
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::{BodyExt as _, Full};
@@ -15,9 +16,11 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
+use rcgen::PublicKeyData as _;
 use rustls::pki_types::PrivateKeyDer;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use sha2::Digest as _;
 use tern_catalog::{
     Catalog, Desired, DesiredState, HostId, HostnameRoute, Machine, MachineConfig, MachineId,
     MachineNumber, MachineState, MachineStatus, NetworkId, SqliteStore, Store, View,
@@ -35,6 +38,7 @@ pub struct World {
     pub http: SocketAddr,
     pub https: SocketAddr,
     files: tempfile::TempDir,
+    spki: String,
 }
 
 /// How long a start may take.
@@ -123,6 +127,9 @@ impl World {
 
         let made = rcgen::generate_simple_self_signed(vec![HOST.to_owned()]).unwrap();
         std::fs::write(files.path().join("ca.pem"), made.cert.pem()).unwrap();
+        let spki = base64::prelude::BASE64_STANDARD.encode(sha2::Sha256::digest(
+            made.signing_key.subject_public_key_info(),
+        ));
         let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
         let key = rustls::crypto::ring::sign::any_supported_type(&key).unwrap();
         let certificate = Arc::new(CertifiedKey::new(vec![made.cert.der().clone()], key));
@@ -134,6 +141,7 @@ impl World {
             autostop_after: idle,
             wake_timeout: WAKE_TIMEOUT,
             threads: 2,
+            http3: true,
             limits: Limits::default(),
         };
         let resolver = Arc::new(OneCertificate(certificate));
@@ -149,6 +157,7 @@ impl World {
             http,
             https,
             files,
+            spki,
         }
     }
 
@@ -179,6 +188,16 @@ impl World {
 
     pub async fn text(&self, path: &str, more: &[&str]) -> String {
         String::from_utf8_lossy(&self.curl(path, more).await.stdout).into_owned()
+    }
+
+    /// The file with the certificate, which is its own authority.
+    pub fn certificate(&self) -> std::path::PathBuf {
+        self.files.path().join("ca.pem")
+    }
+
+    /// The hash of the certificate's public key, as browsers pin it.
+    pub fn spki(&self) -> &str {
+        &self.spki
     }
 
     pub fn plain(&self, path: &str) -> String {
@@ -309,6 +328,9 @@ async fn serve(listener: TcpListener, hold: Arc<Hold>) {
 async fn reply(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     if let Some(millis) = request.uri().path().strip_prefix("/slow/") {
         tokio::time::sleep(Duration::from_millis(millis.parse().unwrap_or(0))).await;
+    }
+    if request.uri().path() == "/early" {
+        return Ok(Response::new(Full::new(Bytes::from("early"))));
     }
     if request.uri().path() == "/echo" {
         let body = request.into_body().collect().await.unwrap();
