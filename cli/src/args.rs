@@ -9,7 +9,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use tern_catalog::{
     AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,
 };
-use tern_host::SnapshotCache;
+use tern_host::{AllowedPrefix, SnapshotCache};
 
 /// Run apps on your own servers: KVM Machines behind HTTPS, asleep while nobody calls.
 ///
@@ -194,6 +194,13 @@ pub struct Serve {
     // The rule is the agent's (`tern_host::HostConfig::check`); here it is told before anything is opened.
     #[arg(long, conflicts_with = "machine_net_bandwidth")]
     pub machine_vhost_net: bool,
+    /// An IPv4 prefix or address that Machines may reach although it is private or special; give it several times for several
+    ///
+    /// Machines reach the public Internet. Private networks (10/8, 172.16/12, 192.168/16, 100.64/10), link-local addresses with
+    /// a cloud's credentials and whatever else RFC 6890 calls special are refused to them unless they are allowed here. This
+    /// host's own addresses stay closed in any case but for the ports of --http and --https.
+    #[arg(long, value_name = "PREFIX")]
+    pub machine_allow: Vec<AllowedPrefix>,
     /// Whether the memory of a suspended Machine stays in this host's page cache: keep (wakes read nothing from
     /// the disk), drop (it is free for others), or auto (dropped while less than a tenth of the host's
     /// memory is available)
@@ -659,6 +666,10 @@ mod tests {
         ] {
             assert!(serve(&[bad]).is_err(), "{bad}");
         }
+        let allowed = serve(&["--machine-allow=10.1.0.0/16", "--machine-allow=192.168.1.5"]);
+        assert_eq!(allowed.unwrap().machine_allow.len(), 2);
+        let refused = serve(&["--machine-allow=172.19.0.0/24"]).unwrap_err();
+        assert!(refused.to_string().contains("never outside"), "{refused}");
         assert!(!limited.machine_vhost_net);
         assert!(serve(&["--machine-vhost-net"]).unwrap().machine_vhost_net);
         let both = serve(&["--machine-vhost-net", "--machine-net-bandwidth=50MiB"]);

@@ -147,13 +147,24 @@ impl Agent {
         let snapshot = view.snapshot();
         let images = ImageStore::open(config.data_dir.join("images"), Limits::default())?;
         let (ports, strays) = survey(&config, &snapshot)?;
-        let network = Network::open(config.nat, ports).await?;
+        let boot_id = dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?;
+        let setup = network::Setup {
+            outside: network::Outside {
+                nat: config.nat,
+                allowed: config.machine_allow.clone(),
+                public: config.public.clone(),
+            },
+            data_dir: &config.data_dir,
+            boot_id: &boot_id,
+            nft: network::NFT.into(),
+        };
+        let network = Network::open(setup, ports).await?;
         let host = Arc::new(Host {
             blank: Blank::new(&config.data_dir, config.disk_size),
             volumes: Volumes::open(config.volumes_dir())
                 .map_err(|e| AgentError::Volumes(e.to_string()))?,
             groups: Groups::open(&config.data_dir, &config.rate_limits),
-            boot_id: dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?,
+            boot_id,
             metrics: Arc::new(Metrics::default()),
             departures: Departures::default(),
             view,

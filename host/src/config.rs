@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use serde::Serialize;
 use tern_catalog::HostId;
 use thiserror::Error;
 
+use crate::network::AllowedPrefix;
 use crate::page_cache::SnapshotCache;
 
 /// What the agent of one server is given.
@@ -36,6 +38,10 @@ pub struct HostConfig {
     pub image_budget: Option<u64>,
     /// Whether Machines reach the outside over IPv4.
     pub nat: bool,
+    /// What of the outside they reach although it is private or special (RFC 6890).
+    pub machine_allow: Vec<AllowedPrefix>,
+    /// Where the edge of this host listens. Machines may call it there at the host's public addresses.
+    pub public: Vec<SocketAddr>,
     /// The size of a Machine's own disk, in bytes. It is sparse: only what is written takes space.
     pub disk_size: u64,
     /// What each Machine may take of the host's disks and network.
@@ -118,6 +124,8 @@ impl HostConfig {
             private_registries: false,
             image_budget: None,
             nat: true,
+            machine_allow: Vec::new(),
+            public: Vec::new(),
             disk_size: DISK_SIZE,
             rate_limits: RateLimits::default(),
             vhost_net: false,

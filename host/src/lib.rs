@@ -55,7 +55,7 @@ pub use guest::{Exec, ExecInputs, ExecOutput, ExecOutputs, GuestError};
 pub use logs::{LogItem, LogLine, LogReader};
 pub use machine::{CommandError, Source, StopRequest};
 pub use metrics::{Counter, Metrics};
-pub use network::{NetworkError, remove_all as remove_network};
+pub use network::{AllowedPrefix, NetworkError, PrefixError, remove_all as remove_network};
 pub use page_cache::SnapshotCache;
 pub use quarantine::{Quarantined, purge, quarantined};
 pub use trace::{Phase, Side, StartTrace};

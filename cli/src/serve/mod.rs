@@ -223,6 +223,8 @@ fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) 
         CpuTemplate::X86_64V3 => tern_host::CpuTemplate::X86_64V3,
     };
     config.vhost_net = args.machine_vhost_net;
+    config.machine_allow.clone_from(&args.machine_allow);
+    config.public = args.http.iter().chain(&args.https).copied().collect();
     config.snapshot_cache = args.snapshot_cache;
     config.rate_limits = RateLimits {
         disk_bytes: args.machine_disk_bandwidth,

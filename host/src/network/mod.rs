@@ -4,20 +4,32 @@
 //! another crate's.
 
 pub(crate) mod bell;
+mod conntrack;
+mod filter;
+mod forwarding;
 pub(crate) mod meter;
+mod netfilter;
+mod outside;
 mod rules;
 mod slot;
 mod tap;
+mod uplinks;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::Ipv6Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tern_catalog::NetworkId;
 use thiserror::Error;
+use tokio::task::JoinHandle;
 
+use filter::Filter;
+pub(crate) use outside::Outside;
+pub use outside::{AllowedPrefix, PrefixError};
+use rules::Policy;
 pub(crate) use rules::Port;
 use slot::Slots;
 pub(crate) use slot::{GATEWAY, Slot};
@@ -26,14 +38,26 @@ pub(crate) use slot::{GATEWAY, Slot};
 #[derive(Debug)]
 pub(crate) struct Network {
     netlink: rtnetlink::Handle,
-    nat: bool,
+    filter: Arc<Filter>,
+    keeper: JoinHandle<()>,
     slots: Mutex<Slots>,
-    /// What the rules hold. Its lock also puts changes of the rules in order.
-    ports: tokio::sync::Mutex<BTreeMap<Slot, Port>>,
     /// The slots of Machines that the catalog does not know: nobody else gets them, or their devices.
     reserved: Mutex<BTreeSet<Slot>>,
     /// The slots whose devices were set up since the agent started.
     plugged: Mutex<BTreeMap<Slot, Ipv6Addr>>,
+}
+
+/// What the network is given.
+#[derive(Debug)]
+pub(crate) struct Setup<'a> {
+    /// What Machines reach beyond the private network.
+    pub(crate) outside: Outside,
+    /// Where the agent keeps what it must not forget.
+    pub(crate) data_dir: &'a Path,
+    /// This boot of the host's kernel.
+    pub(crate) boot_id: &'a str,
+    /// The program that changes the packet filter.
+    pub(crate) nft: PathBuf,
 }
 
 /// Why the network could not be set up.
@@ -58,9 +82,17 @@ pub enum NetworkError {
     /// A kernel setting could not be changed.
     #[error("{0} cannot be set: {1}")]
     Sysctl(String, io::Error),
+    /// What forwarding was before could not be written down.
+    #[error("{}: {}", .0.display(), .1)]
+    Memory(PathBuf, #[source] io::Error),
     /// The packet filter could not be changed.
     #[error("the packet filter cannot be set: {0}")]
     Rules(io::Error),
+    /// Connection tracking could not be told to forget.
+    #[error(
+        "connections of Machines cannot be forgotten (is there the kernel's module nf_conntrack_netlink?): {0}"
+    )]
+    Connections(io::Error),
     /// Too many Machines.
     #[error(
         "this host has no room for another Machine: all {} places are taken",
@@ -70,24 +102,32 @@ pub enum NetworkError {
 }
 
 impl Network {
-    /// Turns forwarding on and puts the table in place, with rules for the Machines that are there.
-    pub(crate) async fn open(nat: bool, ports: Vec<Port>) -> Result<Self, NetworkError> {
+    /// Puts the table in place, with rules for the Machines that are there, and turns forwarding on.
+    pub(crate) async fn open(setup: Setup<'_>, ports: Vec<Port>) -> Result<Self, NetworkError> {
         let (connection, netlink, _) = rtnetlink::new_connection().map_err(NetworkError::Open)?;
         tokio::spawn(connection);
-        forward()?;
         let ports: BTreeMap<_, _> = ports.into_iter().map(|p| (p.slot, p)).collect();
-        rules::apply(&rules::table(ports.values(), nat))
-            .await
-            .map_err(NetworkError::Rules)?;
+        let memory = setup.data_dir.join(FORWARDING);
+        let policy = Policy {
+            outside: setup.outside,
+            guard: forwarding::before(&memory, setup.boot_id)?,
+            uplinks: uplinks::find(&netlink).await?,
+        };
         let mut slots = Slots::default();
         for &slot in ports.keys() {
             slots.claim(slot);
         }
+        // Listened for first: what happens to the table from its first moment on is heard.
+        let watch = Filter::watch().map_err(NetworkError::Open)?;
+        let filter = Filter::open(netlink.clone(), setup.nft, policy, ports);
+        let filter = Arc::new(filter.await?);
+        // Only now: nothing is let through without a filter.
+        forwarding::switch_on()?;
         Ok(Self {
             netlink,
-            nat,
+            keeper: tokio::spawn(Arc::clone(&filter).keep(watch)),
+            filter,
             slots: Mutex::new(slots),
-            ports: tokio::sync::Mutex::new(ports),
             reserved: Mutex::default(),
             plugged: Mutex::default(),
         })
@@ -104,45 +144,36 @@ impl Network {
         self.reserved.lock().insert(slot);
     }
 
-    /// Gives a place back that nothing was plugged in at.
-    pub(crate) fn release(&self, slot: Slot) {
-        self.slots.lock().release(slot);
-    }
-
     /// Makes a Machine's device and rules. Costs nothing where that has been done.
     pub(crate) async fn plug(&self, port: Port) -> Result<(), NetworkError> {
         if self.plugged.lock().get(&port.slot) == Some(&port.address) && exists(port.slot) {
             return Ok(());
         }
         // The rules first: a device must not be without.
-        self.change(|ports| match ports.insert(port.slot, port) {
-            Some(old) if old == port => String::new(),
-            Some(old) => rules::elements("delete", &old) + &rules::elements("add", &port),
-            None => rules::elements("add", &port),
-        })
-        .await?;
+        self.filter.set(port.slot, Some(port)).await?;
         tap::create(&self.netlink, port.slot, port.address).await?;
         self.plugged.lock().insert(port.slot, port.address);
         Ok(())
     }
 
-    /// Removes a Machine's device and rules, and gives its place back.
+    /// Removes a Machine's device and rules, and what the kernel remembers of its connections. Its place stays
+    /// taken until it is given back ([`Network::release`]).
     pub(crate) async fn unplug(&self, slot: Slot) -> Result<(), NetworkError> {
         self.plugged.lock().remove(&slot);
         tap::remove(&self.netlink, &slot.tap()).await?;
-        self.change(|ports| match ports.remove(&slot) {
-            Some(old) => rules::elements("delete", &old),
-            None => String::new(),
-        })
-        .await?;
+        let port = self.filter.set(slot, None).await?;
+        forget(slot, port).await
+    }
+
+    /// Gives a Machine's place back, when nothing on this host is left of it.
+    pub(crate) fn release(&self, slot: Slot) {
         self.slots.lock().release(slot);
-        Ok(())
     }
 
     /// Removes devices that belong to no Machine. Returns how many.
     pub(crate) async fn sweep(&self) -> Result<u64, NetworkError> {
         let existing = tap::existing(&self.netlink).await?;
-        let ports = self.ports.lock().await;
+        let ports = self.filter.ports().await;
         let reserved = self.reserved.lock().clone();
         let owned = |slot: &Slot| ports.contains_key(slot) || reserved.contains(slot);
         let mut removed = 0;
@@ -152,29 +183,16 @@ impl Network {
                 "removing a device that belongs to no Machine"
             );
             tap::remove(&self.netlink, &slot.tap()).await?;
+            forget(slot, None).await?;
             removed += 1;
         }
         Ok(removed)
     }
+}
 
-    async fn change(
-        &self,
-        change: impl FnOnce(&mut BTreeMap<Slot, Port>) -> String,
-    ) -> Result<(), NetworkError> {
-        let mut ports = self.ports.lock().await;
-        let mut next = ports.clone();
-        let text = change(&mut next);
-        if !text.is_empty()
-            && let Err(error) = rules::apply(&text).await
-        {
-            // Somebody else has touched the table, for example by flushing the whole rule set.
-            tracing::warn!(%error, "the packet filter is put in place anew");
-            rules::apply(&rules::table(next.values(), self.nat))
-                .await
-                .map_err(NetworkError::Rules)?;
-        }
-        *ports = next;
-        Ok(())
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.keeper.abort();
     }
 }
 
@@ -187,7 +205,7 @@ pub async fn remove_all() -> Result<(), NetworkError> {
         for slot in tap::existing(&netlink).await? {
             tap::remove(&netlink, &slot.tap()).await?;
         }
-        rules::apply(rules::NOTHING)
+        rules::apply(Path::new(NFT), rules::NOTHING)
             .await
             .map_err(NetworkError::Rules)
     };
@@ -205,33 +223,31 @@ pub(crate) fn port(slot: Slot, address: Ipv6Addr, network: NetworkId) -> Port {
     }
 }
 
+/// Has the kernel forget the connections of a Machine whose device is gone.
+async fn forget(slot: Slot, port: Option<Port>) -> Result<(), NetworkError> {
+    let own = port.map(|port| port.prefix());
+    forgotten(move || conntrack::forget(slot.guest_v4(), own)).await
+}
+
+/// Has the kernel forget connections, and waits for it.
+async fn forgotten(
+    work: impl FnOnce() -> io::Result<u64> + Send + 'static,
+) -> Result<(), NetworkError> {
+    let outcome = tokio::task::spawn_blocking(work).await;
+    let outcome = outcome.unwrap_or_else(|e| Err(io::Error::other(e)));
+    let count = outcome.map_err(NetworkError::Connections)?;
+    tracing::debug!(count, "connections are forgotten");
+    Ok(())
+}
+
 fn exists(slot: Slot) -> bool {
     nix::net::if_::if_nametoindex(slot.tap().as_str()).is_ok()
 }
 
-/// Lets the host forward packets.
-fn forward() -> Result<(), NetworkError> {
-    // A host that forwards stops believing routers, and would lose its own IPv6 route to the
-    // outside, unless it is told to go on (`ip-sysctl.rst`: `accept_ra` 2).
-    let conf = Path::new("/proc/sys/net/ipv6/conf");
-    for entry in std::fs::read_dir(conf).into_iter().flatten().flatten() {
-        let path = entry.path().join("accept_ra");
-        let name = entry.file_name();
-        let own = name.to_str().is_none_or(|n| Slot::of_tap(n).is_some());
-        if !own && std::fs::read_to_string(&path).is_ok_and(|v| v.trim() == "1") {
-            set(&path, "2")?;
-        }
-    }
-    set(Path::new("/proc/sys/net/ipv4/ip_forward"), "1")?;
-    set(&conf.join("all/forwarding"), "1")
-}
-
-fn set(path: &Path, value: &str) -> Result<(), NetworkError> {
-    if std::fs::read_to_string(path).is_ok_and(|now| now.trim() == value) {
-        return Ok(());
-    }
-    std::fs::write(path, value).map_err(|e| NetworkError::Sysctl(path.display().to_string(), e))
-}
+/// The program that changes the packet filter, of the package `nftables`.
+pub(crate) const NFT: &str = "nft";
+/// Remembers what forwarding was before the agent came, in the data directory.
+const FORWARDING: &str = "forwarding.json";
 
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,19 @@
 //! A Machine's place in its host's network: everything that is derived from one small number.
+//!
+//! Slots are used again, and the next Machine in one may be another organization's. So a slot is given back
+//! when nothing is left of its last Machine, and then taken again as late as can be. What holds for each thing that
+//! follows from it:
+//!
+//! - IPv4 addresses: connection tracking forgets them before the slot is given back. A connection that the
+//!   host itself has not closed yet (a request of the gate's) ends long before the slot's turn comes again.
+//! - TAP and Ethernet addresses: the device is removed, with its routes and neighbours; there is nothing else on
+//!   its wire that could have learnt them.
+//! - The vsock context id: only its guest sees it. The host's end is a socket in the Machine's directory.
+//! - The monitor's user: its process has been waited for, and all that it owns is in the directory, which
+//!   is removed before.
+//!
+//! Not from the slot come the private address (a number that the API gives out once), the directory and the cgroup
+//! (the Machine's id).
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -16,10 +31,12 @@ pub(crate) struct Slot(u16);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Mac(pub(crate) [u8; 6]);
 
-/// Slots that are taken.
+/// Slots that are taken, and whose turn it is.
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
     taken: BTreeSet<Slot>,
+    /// Where the search for a free one begins. Not kept across agents, which begin after the highest taken.
+    next: u16,
 }
 
 impl Slot {
@@ -78,6 +95,21 @@ impl Slot {
         self.v4(2)
     }
 
+    /// The slot whose guest has this address.
+    pub(crate) fn of_guest_v4(address: Ipv4Addr) -> Option<Self> {
+        Self::of_v4(address).filter(|slot| slot.guest_v4() == address)
+    }
+
+    /// The slot at which the host has this address.
+    pub(crate) fn of_host_v4(address: Ipv4Addr) -> Option<Self> {
+        Self::of_v4(address).filter(|slot| slot.host_v4() == address)
+    }
+
+    fn of_v4(address: Ipv4Addr) -> Option<Self> {
+        let offset = u32::from(address).checked_sub(V4_BASE)?;
+        Self::new(u16::try_from(offset / 4).ok()?)
+    }
+
     fn v4(self, offset: u32) -> Ipv4Addr {
         Ipv4Addr::from(V4_BASE + u32::from(self.0) * 4 + offset)
     }
@@ -91,17 +123,18 @@ impl fmt::Display for Mac {
 }
 
 impl Slots {
-    /// Takes the lowest that is free.
+    /// Takes the next that is free, all around.
     pub(crate) fn take(&mut self) -> Option<Slot> {
         let free = (0..Slot::COUNT)
-            .map(Slot)
+            .map(|step| Slot((self.next + step) % Slot::COUNT))
             .find(|s| !self.taken.contains(s))?;
-        self.taken.insert(free);
+        self.claim(free);
         Some(free)
     }
 
     /// Takes this one; `false` where it is taken.
     pub(crate) fn claim(&mut self, slot: Slot) -> bool {
+        self.next = (slot.0 + 1) % Slot::COUNT;
         self.taken.insert(slot)
     }
 
@@ -135,6 +168,21 @@ mod tests {
         let last = Slot::new(Slot::COUNT - 1).unwrap();
         assert_eq!(last.guest_v4().to_string(), "172.19.255.254");
         assert_eq!(Slot::new(Slot::COUNT), None);
+        assert_eq!(Slot::of_guest_v4(slot.guest_v4()), Some(slot));
+        assert_eq!(Slot::of_host_v4(slot.host_v4()), Some(slot));
+        assert_eq!(Slot::of_guest_v4(slot.host_v4()), None);
+        for foreign in [
+            "172.18.255.254",
+            "172.20.0.2",
+            "10.0.0.2",
+            "255.255.255.254",
+        ] {
+            assert_eq!(
+                Slot::of_guest_v4(foreign.parse().unwrap()),
+                None,
+                "{foreign}"
+            );
+        }
     }
 
     #[test]
@@ -148,16 +196,16 @@ mod tests {
     }
 
     #[test]
-    fn the_lowest_free_slot_is_taken() {
+    fn a_slot_is_taken_again_after_all_others() {
         let mut slots = Slots::default();
         assert!(slots.claim(Slot(1)) && !slots.claim(Slot(1)));
-        assert_eq!(slots.take(), Some(Slot(0)));
         assert_eq!(slots.take(), Some(Slot(2)));
-        slots.release(Slot(1));
-        assert_eq!(slots.take(), Some(Slot(1)));
-        for _ in 3..Slot::COUNT {
-            slots.take().unwrap();
+        slots.release(Slot(2));
+        for expected in (3..Slot::COUNT).chain([0, 2]) {
+            assert_eq!(slots.take(), Some(Slot(expected)));
         }
         assert_eq!(slots.take(), None);
+        slots.release(Slot(7));
+        assert_eq!(slots.take(), Some(Slot(7)));
     }
 }

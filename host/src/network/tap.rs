@@ -126,6 +126,24 @@ pub(crate) async fn remove(netlink: &Handle, name: &str) -> Result<(), NetworkEr
     }
 }
 
+/// Takes a slot's device down, if there is one: nothing comes out of it or goes into it. [`create`] undoes it.
+pub(crate) async fn take_down(netlink: &Handle, slot: Slot) -> Result<(), NetworkError> {
+    let name = slot.tap();
+    let told = |source| NetworkError::Netlink {
+        name: name.clone(),
+        what: "take down",
+        source,
+    };
+    let Some(index) = index_of(netlink, &name).await.map_err(told)? else {
+        return Ok(());
+    };
+    let down = LinkUnspec::new_with_index(index).down().build();
+    match netlink.link().set(down).execute().await {
+        Err(error) if !is_absent(&error) => Err(told(error)),
+        _ => Ok(()),
+    }
+}
+
 /// The slots whose devices exist.
 pub(crate) async fn existing(netlink: &Handle) -> Result<Vec<Slot>, NetworkError> {
     let links: Vec<_> = netlink

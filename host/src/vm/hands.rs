@@ -174,7 +174,9 @@ impl Hands for Vm {
             host.groups.remove(id.as_str())?;
             absent_is_fine(std::fs::remove_dir_all(dir.path()))
         })
-        .await
+        .await?;
+        self.host.network.release(self.slot);
+        Ok(())
     }
 }
 
