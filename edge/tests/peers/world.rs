@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Output, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -14,7 +14,7 @@ use tern_catalog::{
     Catalog, Desired, DesiredState, HostId, HostnameRoute, Machine, MachineId, MachineNumber,
     MachineState, MachineStatus, NetworkId, SqliteStore, Store, View,
 };
-use tern_edge::{Edge, EdgeConfig, Limits, MachineControl, StartError};
+use tern_edge::{Edge, EdgeConfig, Leaving, Limits, MachineControl, StartError};
 use tokio::io::AsyncWriteExt as _;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -259,5 +259,13 @@ impl MachineControl for Agent {
 
     async fn stop(&self, _: &MachineId) -> Result<(), String> {
         Err("it always runs".into())
+    }
+
+    fn last_use(&self, _: &MachineId) -> Option<Instant> {
+        None
+    }
+
+    async fn leaving(&self) -> Leaving {
+        std::future::pending().await
     }
 }
