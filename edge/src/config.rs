@@ -1,7 +1,7 @@
 //! Starting and ending an edge.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -195,7 +195,7 @@ fn bind(
     address: SocketAddr,
     threads: usize,
     http3: bool,
-) -> io::Result<(Vec<TcpListener>, Vec<(UdpSocket, Share)>)> {
+) -> io::Result<(Vec<TcpListener>, Vec<quic::Socket>)> {
     let mut tries = if address.port() == 0 { PORT_TRIES } else { 1 };
     loop {
         tries -= 1;
@@ -210,7 +210,9 @@ fn bind(
                     thread,
                     threads: count,
                 });
-                return Ok((listeners, sockets.into_iter().zip(shares).collect()));
+                let sockets = sockets.into_iter().zip(shares);
+                let all = sockets.map(|(socket, share)| quic::Socket { socket, share });
+                return Ok((listeners, all.collect()));
             }
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && tries > 0 => {}
             Err(error) => return Err(error),

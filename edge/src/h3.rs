@@ -196,7 +196,7 @@ async fn stream(resolver: Resolver, worker: Rc<Worker>, facts: Rc<relay::Connect
     };
     let (send, receive) = stream.split();
     let mut client = Http3 {
-        send: Sender::Idle(send),
+        send: Sender::Idle(Box::new(send)),
         receive,
         first: None,
         over: false,
@@ -246,12 +246,15 @@ enum Given {
 
 /// The sending half, which is lent to what is being sent.
 enum Sender {
-    Idle(SendHalf),
-    Busy(Pin<Box<dyn Future<Output = Result<SendHalf, StreamError>>>>),
+    Idle(Box<SendHalf>),
+    Busy(Pin<Box<dyn Future<Output = Result<Box<SendHalf>, StreamError>>>>),
     Lost,
 }
 
-async fn send(mut stream: SendHalf, all: VecDeque<Given>) -> Result<SendHalf, StreamError> {
+async fn send(
+    mut stream: Box<SendHalf>,
+    all: VecDeque<Given>,
+) -> Result<Box<SendHalf>, StreamError> {
     for given in all {
         match given {
             Given::Head(head) => stream.send_response(*head).await?,

@@ -24,6 +24,13 @@ pub struct Share {
     pub threads: u8,
 }
 
+/// One thread's socket of an address.
+#[derive(Debug)]
+pub struct Socket {
+    pub socket: UdpSocket,
+    pub share: Share,
+}
+
 /// Makes connection ids that lead to their thread.
 #[derive(Debug)]
 pub struct CidGenerator {

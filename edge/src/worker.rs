@@ -3,7 +3,7 @@
 
 use std::cell::{RefCell, RefMut};
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,10 +23,9 @@ use crate::entrance::Entrance;
 use crate::gate::Gate;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
-use crate::quic::Share;
 use crate::relay::{Pool, tells_of_h3};
 use crate::site::Sites;
-use crate::{h1, h2, h3, tls};
+use crate::{h1, h2, h3, quic, tls};
 
 /// What all threads of an edge share.
 #[derive(Clone)]
@@ -53,7 +52,7 @@ pub struct Door {
     /// Connections that this address may still have, over all threads.
     pub places: Arc<Semaphore>,
     /// Where HTTP/3 is served beside it.
-    pub quic: Option<(UdpSocket, Share)>,
+    pub quic: Option<quic::Socket>,
 }
 
 /// One thread's state.
@@ -107,9 +106,9 @@ async fn serve(doors: Vec<Door>, shared: Shared) -> io::Result<()> {
     });
     let connections = TaskTracker::new();
     for door in doors {
-        if let Some((socket, share)) = door.quic {
-            let quic = Arc::clone(&shared.quic);
-            let endpoint = h3::endpoint(socket, quic, &worker.limits, share)?;
+        if let Some(quic::Socket { socket, share }) = door.quic {
+            let tls = Arc::clone(&shared.quic);
+            let endpoint = h3::endpoint(socket, tls, &worker.limits, share)?;
             let accepting = h3::accept(
                 endpoint,
                 door.entrance,

@@ -210,10 +210,10 @@ mod tests {
 
     use super::*;
 
-    fn decode(
-        length: Length,
-        bytes: &[u8],
-    ) -> Result<(Vec<u8>, Option<HeaderMap>, Vec<u8>), BadContent> {
+    /// Content, trailers, and what follows.
+    type Decoded = (Vec<u8>, Option<HeaderMap>, Vec<u8>);
+
+    fn decode(length: Length, bytes: &[u8]) -> Result<Decoded, BadContent> {
         let mut decoder = Decoder::new(length);
         let mut input = BytesMut::from(bytes);
         let mut content = Vec::new();

@@ -106,12 +106,10 @@ impl<'a, C: Client> Pump<'a, C> {
                 continue;
             }
             // Content that waits for room keeps the client from being read, so look whether it is there.
-            if up.is_ready()
-                || matches!(self.up, Up::Content) && self.app.poll_room(cx).is_pending()
-            {
-                if let Poll::Ready(gone) = self.client.poll_gone(cx) {
-                    return Poll::Ready(Err(Failure::Client(gone)));
-                }
+            let unread = up.is_ready()
+                || matches!(self.up, Up::Content) && self.app.poll_room(cx).is_pending();
+            if unread && let Poll::Ready(gone) = self.client.poll_gone(cx) {
+                return Poll::Ready(Err(Failure::Client(gone)));
             }
             if std::mem::take(&mut self.moved) {
                 timer.set(self.site.idle_timeout);
