@@ -70,7 +70,10 @@ pub fn sockets(address: SocketAddr, threads: u8) -> io::Result<Vec<UdpSocket>> {
 
 fn bind(address: SocketAddr, threads: u8) -> io::Result<Vec<UdpSocket>> {
     let sockets = crate::socket::shared(address, usize::from(threads), socket2::Type::DGRAM)?;
-    steer(&sockets[0], threads)?;
+    // One socket is no group, and the kernel takes no program for it.
+    if threads > 1 {
+        steer(&sockets[0], threads)?;
+    }
     let ready = |socket: socket2::Socket| {
         // As much of it as the host's limits allow (net.core.rmem_max).
         let _ = socket.set_recv_buffer_size(BUFFER);
@@ -140,6 +143,11 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn one_thread_is_enough() {
+        assert_eq!(sockets("[::1]:0".parse().unwrap(), 1).unwrap().len(), 1);
     }
 
     #[test]
