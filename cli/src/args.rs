@@ -141,6 +141,9 @@ pub struct Serve {
     /// Where HTTPS is served; give it several times for several addresses
     #[arg(long, default_value = "[::]:443")]
     pub https: Vec<SocketAddr>,
+    /// Serve no HTTP/3. It takes the same ports of UDP as HTTPS takes of TCP
+    #[arg(long)]
+    pub no_http3: bool,
     /// Where WireGuard listens (UDP)
     #[arg(long, default_value = "[::]:51820")]
     pub wireguard: SocketAddr,

@@ -52,6 +52,8 @@ pub struct Agent {
     supervisor: Ending,
     /// Keeps volumes.
     keeper: Ending,
+    /// The packet filter's owner.
+    filter: Option<Ending>,
     /// Collects images.
     collector: Ending,
     stop: oneshot::Sender<()>,
@@ -181,6 +183,7 @@ impl Agent {
         });
         let keeper = Keeper::new(Arc::clone(&shared.host), shared.catalog.clone());
         let keeper = Ending(tokio::spawn(keeper.run()));
+        let filter = shared.host.network.keeper().map(Ending);
         let mut supervisor = Supervisor {
             shared: Arc::clone(&shared),
             tasks: Watched::new(),
@@ -194,6 +197,7 @@ impl Agent {
             handle: AgentHandle { shared },
             supervisor: Ending(tokio::spawn(supervisor.run(stopped))),
             keeper,
+            filter,
             collector: Ending(tokio::spawn(collector)),
             stop,
             _lock: lock,
@@ -209,7 +213,8 @@ impl Agent {
     /// go on, and another agent adopts them.
     pub async fn failed(&mut self) -> JoinError {
         let parts = [&mut self.supervisor, &mut self.keeper, &mut self.collector];
-        let mut parts: FuturesUnordered<_> = parts.into_iter().map(|part| &mut part.0).collect();
+        let parts = parts.into_iter().chain(&mut self.filter);
+        let mut parts: FuturesUnordered<_> = parts.map(|part| &mut part.0).collect();
         while let Some(ended) = parts.next().await {
             if let Err(error) = ended {
                 return error;
@@ -526,6 +531,7 @@ impl Supervisor {
             // One that was destroyed has left nothing.
             if path.path().exists() {
                 self.quarantine(path.path());
+                self.cut_off(&path).await;
             }
         }
         for machine in new {
@@ -624,6 +630,17 @@ impl Supervisor {
         match host.network.sweep().await {
             Ok(removed) => host.metrics.leftovers.add(removed),
             Err(error) => tracing::error!(%error, "left over devices cannot be removed"),
+        }
+    }
+
+    /// A Machine that nobody knows any more, its guest still running as may be, is nobody's neighbour.
+    async fn cut_off(&self, dir: &MachineDir) {
+        let slot = dir.memo().ok().flatten().and_then(|m| Slot::new(m.slot));
+        let Some(slot) = slot else {
+            return;
+        };
+        if let Err(error) = self.shared.host.network.cut_off(slot).await {
+            tracing::error!(%error, path = %dir.path().display(), "it is not cut off from the network");
         }
     }
 

@@ -110,7 +110,7 @@ async fn serve(args: Serve) -> Result<()> {
         autostop_after: args.autostop_after,
         wake_timeout: args.wake_timeout,
         threads: EdgeConfig::threads_of_this_host(),
-        http3: true,
+        http3: !args.no_http3,
         limits: Limits::default(),
     };
     let edge = Edge::start(edge, view.clone(), issuer.resolver(), adapter.clone())

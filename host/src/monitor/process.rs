@@ -77,7 +77,11 @@ impl Monitor {
             .and_then(|id| Pid::from_raw(i32::try_from(id).ok()?))
             .ok_or_else(|| io::Error::other("the monitor ended before it began"))?;
         // Not reaped yet, so the number is still its own.
-        Self::of(pid, Some(child))
+        Self::of(pid, Some(child)).inspect_err(|_| {
+            // Nobody would look after it, and its snapshot may be taken for one that nobody resumed.
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+            let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+        })
     }
 
     /// The monitor that holds the lock on this pid file, if one does.

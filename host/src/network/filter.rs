@@ -215,8 +215,8 @@ impl Filter {
                     continue;
                 }
                 () = due(look_at) => {
-                    look_at = None;
-                    self.look().await;
+                    let known = self.look().await;
+                    look_at = (!known).then(|| Instant::now() + LOOK_AGAIN);
                     continue;
                 }
             };
@@ -298,25 +298,31 @@ impl Filter {
         applied
     }
 
-    /// Looks which devices lead outside, and tells the rules.
-    async fn look(&self) {
+    /// Looks which devices lead outside, and tells the rules. `false` where they do not know it then.
+    async fn look(&self) -> bool {
         let found = match uplinks::find(&self.netlink).await {
             Ok(found) => found,
             Err(error) => {
                 tracing::warn!(%error, "which devices lead outside is not known anew");
-                return;
+                return false;
             }
         };
         let mut state = self.state.lock().await;
         if found == state.policy.uplinks {
-            return;
+            return true;
         }
         let text = rules::other_uplinks(&state.policy.uplinks, &found);
-        state.policy.uplinks = found;
-        if !state.stopped && self.apply(&mut state, &text).await.is_err() {
-            // Told of by itself.
-            let _ = self.restore(&mut state, Trust::WhatIsThere).await;
+        let before = std::mem::replace(&mut state.policy.uplinks, found);
+        if !state.stopped
+            && self.apply(&mut state, &text).await.is_err()
+            && let Err(error) = self.restore(&mut state, Trust::WhatIsThere).await
+            && !state.stopped
+        {
+            tracing::warn!(%error, "the packet filter does not know which devices lead outside");
+            state.policy.uplinks = before;
+            return false;
         }
+        true
     }
 
     async fn apply(&self, state: &mut State, text: &str) -> io::Result<()> {

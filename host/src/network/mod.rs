@@ -39,7 +39,7 @@ pub(crate) use slot::{GATEWAY, Slot};
 pub(crate) struct Network {
     netlink: rtnetlink::Handle,
     filter: Arc<Filter>,
-    keeper: JoinHandle<()>,
+    keeper: Mutex<Option<JoinHandle<()>>>,
     slots: Mutex<Slots>,
     /// The slots of Machines that the catalog does not know: nobody else gets them, or their devices.
     reserved: Mutex<BTreeSet<Slot>>,
@@ -125,7 +125,7 @@ impl Network {
         forwarding::switch_on()?;
         Ok(Self {
             netlink,
-            keeper: tokio::spawn(Arc::clone(&filter).keep(watch)),
+            keeper: Mutex::new(Some(tokio::spawn(Arc::clone(&filter).keep(watch)))),
             filter,
             slots: Mutex::new(slots),
             reserved: Mutex::default(),
@@ -142,6 +142,20 @@ impl Network {
     pub(crate) fn reserve(&self, slot: Slot) {
         self.slots.lock().claim(slot);
         self.reserved.lock().insert(slot);
+    }
+
+    /// Takes a Machine off the network of whose record nothing is left: it keeps its place, and reaches nobody.
+    pub(crate) async fn cut_off(&self, slot: Slot) -> Result<(), NetworkError> {
+        self.reserve(slot);
+        // Not plugged in, whatever its device: the next one to take it up gives it its rules.
+        self.plugged.lock().remove(&slot);
+        let port = self.filter.set(slot, None).await?;
+        forget(slot, port).await
+    }
+
+    /// What keeps the packet filter as it should be, for whoever watches it. Once.
+    pub(crate) fn keeper(&self) -> Option<JoinHandle<()>> {
+        self.keeper.lock().take()
     }
 
     /// Makes a Machine's device and rules. Costs nothing where that has been done.
@@ -192,7 +206,9 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        self.keeper.abort();
+        if let Some(keeper) = self.keeper.lock().take() {
+            keeper.abort();
+        }
     }
 }
 

@@ -105,8 +105,24 @@ impl Hands for Vm {
     ) -> Result<(), String> {
         // Who calls from now on waits for the next start.
         self.reachable.send_replace(false);
+        let asked = self.current();
         if !drain.is_zero() {
-            drop(self.host.departures.announce(&self.id, drain).await);
+            let announced = self.host.departures.announce(&self.id, drain);
+            let ended = async {
+                match &asked {
+                    Some(running) => drop(running.monitor.ended().await),
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                left = announced => drop(left),
+                () = ended => {}
+            }
+        }
+        // Meanwhile it may have ended, and another guest listen at the same socket.
+        let epoch = |running: Option<&Arc<super::Running>>| running.map(|r| r.epoch);
+        if epoch(asked.as_ref()) != epoch(self.current().as_ref()) {
+            return Err("it has ended before it was asked".to_owned());
         }
         let request = Request::Stop {
             signo: signal,
