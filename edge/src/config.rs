@@ -1,7 +1,7 @@
 //! Starting and ending an edge.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -50,6 +50,10 @@ pub struct Edge {
     ended: CancellationToken,
     threads: Vec<JoinHandle<()>>,
     addresses: Vec<SocketAddr>,
+    /// Open until all threads have ended: a socket that leaves its group early would move another to its place, where
+    /// connection ids do not lead.
+    #[expect(dead_code, reason = "held open")]
+    quic_group: Vec<UdpSocket>,
 }
 
 /// Connections of one address at once.
@@ -102,6 +106,7 @@ impl Edge {
             ended: shared.ended.clone(),
             threads: Vec::new(),
             addresses: Vec::new(),
+            quic_group: Vec::new(),
         };
         let threads = config.threads.clamp(1, MAX_THREADS);
         let mut doors: Vec<Vec<Door>> = (0..threads).map(|_| Vec::new()).collect();

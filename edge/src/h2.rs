@@ -65,12 +65,17 @@ where
         if !told_to_end && ending.as_mut().poll(cx).is_ready() {
             told_to_end = true;
             connection.graceful_shutdown();
+            timer.set(GOODBYE);
         }
         loop {
             // Streams first: what they give is written by the connection's own turn below.
             while let Poll::Ready(Some(())) = Pin::new(&mut streams).poll_next(cx) {
                 if streams.is_empty() {
-                    timer.set(worker.limits.keep_alive);
+                    timer.set(if told_to_end {
+                        GOODBYE
+                    } else {
+                        worker.limits.keep_alive
+                    });
                 }
             }
             match connection.poll_accept(cx) {

@@ -23,12 +23,13 @@ use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{
     Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime, TransportConfig, VarInt,
 };
-use tokio::time::{sleep, timeout};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::entrance::Entrance;
-use crate::h1::head::MAX_HEAD_BYTES;
+use crate::frames::{self, Guarded};
 use crate::limits::Limits;
-use crate::message::Piece;
+use crate::message::{Length, Piece};
 use crate::pages::Page;
 use crate::quic::{CidGenerator, Share};
 use crate::relay::{self, Client, Ended, Gone, Reply};
@@ -38,6 +39,8 @@ use crate::{h2, headers};
 
 /// Streams of one connection at once.
 const MAX_STREAMS: u32 = 256;
+/// Streams of one connection, one after the other.
+const MAX_STREAMS_IN_ALL: u32 = 100_000;
 /// A client's control and QPACK streams (RFC 9114 section 6.2), and a few that it may try us with.
 const MAX_UNI_STREAMS: u32 = 16;
 /// Content of requests that a client may send ahead of the app, per stream and per connection.
@@ -47,7 +50,7 @@ const CONNECTION_WINDOW: u32 = 1 << 20;
 const SEND_WINDOW: u64 = 2 << 20;
 /// Heads beyond our own limit are read to the end, so that our page can say what is wrong; beyond this one
 /// `h3` answers by itself.
-const MAX_FIELD_SECTION: u64 = 4 * MAX_HEAD_BYTES as u64;
+const MAX_FIELD_SECTION: u64 = frames::MAX_FRAME;
 /// Content given before it is handed over.
 const GATHERED: usize = 64 << 10;
 /// Connections of one thread from which on a client has to show first that it is where it says it is (RFC 9000
@@ -58,13 +61,17 @@ const MAX_CONNECTIONS: usize = 8192;
 /// Content that nobody wants is read for so long, and so much of it.
 const LINGER: Duration = Duration::from_secs(5);
 const LINGER_BYTES: usize = 1 << 20;
-/// A connection that was told to end has this long to do so.
+/// A connection that was told to end has this long to fetch its last replies.
+const LAST_REPLIES: Duration = Duration::from_secs(10);
+/// A request that is silent for long is not to be taken for a client that is gone.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const GOODBYE: Duration = Duration::from_secs(5);
 
-type Http3Connection = ::h3::server::Connection<h3_quinn::Connection, Bytes>;
-type Resolver = RequestResolver<h3_quinn::Connection, Bytes>;
+type Quic = Guarded<h3_quinn::Connection>;
+type Http3Connection = ::h3::server::Connection<Quic, Bytes>;
+type Resolver = RequestResolver<Quic, Bytes>;
 type SendHalf = RequestStream<h3_quinn::SendStream<Bytes>, Bytes>;
-type ReceiveHalf = RequestStream<h3_quinn::RecvStream, Bytes>;
+type ReceiveHalf = RequestStream<Guarded<h3_quinn::RecvStream>, Bytes>;
 
 /// One thread's end of an address.
 pub fn endpoint(
@@ -84,6 +91,7 @@ pub fn endpoint(
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
         .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
+        .keep_alive_interval(Some(KEEP_ALIVE))
         .max_idle_timeout(Some(longest.try_into().map_err(io::Error::other)?));
     let mut server = ServerConfig::with_crypto(Arc::new(crypto));
     server.transport_config(Arc::new(transport));
@@ -130,7 +138,7 @@ async fn serve(incoming: Incoming, entrance: Entrance, worker: Rc<Worker>) {
         let connection = incoming.accept()?.await?;
         let http3 = ::h3::server::builder()
             .max_field_section_size(MAX_FIELD_SECTION)
-            .build(h3_quinn::Connection::new(connection.clone()))
+            .build(Guarded::new(h3_quinn::Connection::new(connection.clone())))
             .await?;
         Ok::<_, Box<dyn std::error::Error>>((connection, http3))
     };
@@ -144,9 +152,12 @@ async fn serve(incoming: Incoming, entrance: Entrance, worker: Rc<Worker>) {
         Err(_) => return worker.metrics.tls_failures.add(),
     };
     let facts = Rc::new(relay::Connection::new(client, entrance));
-    streams(&mut http3, &worker, &facts).await;
+    let last = streams(&mut http3, &worker, &facts).await;
+    let wait = last.map_or(Duration::ZERO, |at| {
+        LAST_REPLIES.saturating_sub(at.elapsed())
+    });
     // A client that is done says so itself; closing sooner could take the last replies back.
-    let closed = timeout(GOODBYE, connection.closed()).await;
+    let closed = timeout(wait, connection.closed()).await;
     if closed.is_err() {
         connection.close(
             Code::H3_NO_ERROR.value().try_into().unwrap_or_default(),
@@ -155,31 +166,45 @@ async fn serve(incoming: Incoming, entrance: Entrance, worker: Rc<Worker>) {
     }
 }
 
-/// Serves a connection's streams until it ends, or was told to and has none.
-async fn streams(http3: &mut Http3Connection, worker: &Rc<Worker>, facts: &Rc<relay::Connection>) {
+/// Serves a connection's streams until it ends, or was told to and has none. Tells when the last was over.
+async fn streams(
+    http3: &mut Http3Connection,
+    worker: &Rc<Worker>,
+    facts: &Rc<relay::Connection>,
+) -> Option<Instant> {
     let mut streams = FuturesUnordered::new();
     let mut ending = false;
+    let mut accepted_streams = 0_u32;
+    let mut last = None;
     loop {
         tokio::select! {
             accepted = http3.accept() => match accepted {
-                Ok(Some(resolver)) => streams.push(stream(resolver, Rc::clone(worker), Rc::clone(facts))),
+                // One more than GOAWAY lets through.
+                Ok(Some(_)) if ending => {}
+                Ok(Some(resolver)) => {
+                    accepted_streams += 1;
+                    // `h3` remembers each that brings no head, for as long as the connection lives.
+                    ending = accepted_streams >= MAX_STREAMS_IN_ALL;
+                    streams.push(stream(resolver, Rc::clone(worker), Rc::clone(facts)));
+                }
                 Ok(None) => break,
                 Err(error) => {
                     tracing::debug!(%error, "an HTTP/3 connection ended");
                     break;
                 }
             },
-            Some(()) = streams.next(), if !streams.is_empty() => {}
+            Some(()) = streams.next(), if !streams.is_empty() => last = Some(Instant::now()),
             () = worker.ending.cancelled(), if !ending => ending = true,
             () = sleep(worker.limits.keep_alive), if streams.is_empty() => ending = true,
         }
         if ending {
-            // GOAWAY; said again, it costs a few bytes.
-            if http3.shutdown(0).await.is_err() || streams.is_empty() {
+            // GOAWAY names the first request that is not served (RFC 9114 section 5.2); said again, it costs nothing.
+            if http3.shutdown(1).await.is_err() || streams.is_empty() {
                 break;
             }
         }
     }
+    last
 }
 
 /// One stream's exchange.
@@ -200,6 +225,7 @@ async fn stream(resolver: Resolver, worker: Rc<Worker>, facts: Rc<relay::Connect
         receive,
         first: None,
         over: false,
+        unseen: None,
         given: VecDeque::new(),
         gathered: 0,
     };
@@ -214,7 +240,12 @@ async fn stream(resolver: Resolver, worker: Rc<Worker>, facts: Rc<relay::Connect
         client.over && client.first.is_none(),
         Version::HTTP_3,
     ) {
-        Ok(head) => relay::exchange(&worker, &facts, &mut client, &mut timer, &head).await,
+        Ok(head) => {
+            if let Length::Exact(length) = head.length {
+                client.unseen = Some(length);
+            }
+            relay::exchange(&worker, &facts, &mut client, &mut timer, &head).await
+        }
         Err(bad) => {
             worker.metrics.refused.add();
             Page::from(bad).send(&mut client, &mut timer, None).await
@@ -231,6 +262,9 @@ struct Http3 {
     first: Option<Bytes>,
     /// All of the request was read.
     over: bool,
+    /// What has not been seen of the length that the head told. `h3` does not count (RFC 9114 section 4.1.2), and an
+    /// app would take what is too much for its next request.
+    unseen: Option<u64>,
     given: VecDeque<Given>,
     /// Bytes of content among what is given.
     gathered: usize,
@@ -247,23 +281,42 @@ enum Given {
 /// The sending half, which is lent to what is being sent.
 enum Sender {
     Idle(Box<SendHalf>),
-    Busy(Pin<Box<dyn Future<Output = Result<Box<SendHalf>, StreamError>>>>),
+    Busy {
+        sending: Pin<Box<dyn Future<Output = Result<Box<SendHalf>, StreamError>>>>,
+        /// Has it reset the stream instead: dropping the half would end it as if all were sent.
+        cancel: oneshot::Sender<()>,
+    },
     Lost,
 }
 
 async fn send(
     mut stream: Box<SendHalf>,
     all: VecDeque<Given>,
+    cancelled: oneshot::Receiver<()>,
 ) -> Result<Box<SendHalf>, StreamError> {
-    for given in all {
-        match given {
-            Given::Head(head) => stream.send_response(*head).await?,
-            Given::Data(data) => stream.send_data(data).await?,
-            Given::Trailers(trailers) => stream.send_trailers(*trailers).await?,
-            Given::End => stream.finish().await?,
+    let sent = async {
+        for given in all {
+            match given {
+                Given::Head(head) => stream.send_response(*head).await?,
+                Given::Data(data) => stream.send_data(data).await?,
+                Given::Trailers(trailers) => stream.send_trailers(*trailers).await?,
+                Given::End => stream.finish().await?,
+            }
+        }
+        Ok(())
+    };
+    let sent = tokio::select! {
+        biased;
+        Ok(()) = cancelled => None,
+        sent = sent => Some(sent),
+    };
+    match sent {
+        Some(sent) => sent.map(|()| stream),
+        None => {
+            stream.stop_stream(Code::H3_INTERNAL_ERROR);
+            Ok(stream)
         }
     }
-    Ok(stream)
 }
 
 fn gone(error: &StreamError) -> Gone {
@@ -299,8 +352,14 @@ impl Http3 {
     /// cannot be said, because `h3-quinn` 0.0.10 panics when a read is pending (hyperium/h3#361).
     async fn end(&mut self, ended: Ended, timer: &mut Timer) {
         if ended == Ended::Broken {
-            if let Sender::Idle(send) = &mut self.send {
-                send.stop_stream(Code::H3_INTERNAL_ERROR);
+            match std::mem::replace(&mut self.send, Sender::Lost) {
+                Sender::Idle(mut send) => send.stop_stream(Code::H3_INTERNAL_ERROR),
+                Sender::Busy { sending, cancel } => {
+                    // It may have ended with an error of its own.
+                    let _ = cancel.send(());
+                    let _ = sending.await;
+                }
+                Sender::Lost => {}
             }
             return;
         }
@@ -329,16 +388,24 @@ impl Http3 {
 
 impl Client for Http3 {
     fn poll_content(&mut self, cx: &mut Context<'_>) -> Poll<Result<Piece, Gone>> {
-        if let Some(data) = self.first.take() {
+        let data = match self.first.take() {
+            Some(data) => Some(data),
+            None => ready!(self.poll_receive(cx))?,
+        };
+        if let Some(data) = data {
+            if let Some(unseen) = &mut self.unseen {
+                *unseen = unseen
+                    .checked_sub(data.len() as u64)
+                    .ok_or(Gone::Malformed)?;
+            }
             return Poll::Ready(Ok(Piece::Data(data, false)));
         }
-        match ready!(self.poll_receive(cx))? {
-            Some(data) => Poll::Ready(Ok(Piece::Data(data, false))),
-            None => self
-                .receive
-                .poll_recv_trailers(cx)
-                .map(|trailers| trailers.map(Piece::End).map_err(|e| gone(&e))),
+        if self.unseen.is_some_and(|left| left > 0) {
+            return Poll::Ready(Err(Gone::Malformed));
         }
+        self.receive
+            .poll_recv_trailers(cx)
+            .map(|trailers| trailers.map(Piece::End).map_err(|e| gone(&e)))
     }
 
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
@@ -394,13 +461,18 @@ impl Client for Http3 {
                 Sender::Idle(stream) => {
                     self.gathered = 0;
                     let all = std::mem::take(&mut self.given);
-                    self.send = Sender::Busy(Box::pin(send(stream, all)));
+                    let (cancel, cancelled) = oneshot::channel();
+                    let sending = Box::pin(send(stream, all, cancelled));
+                    self.send = Sender::Busy { sending, cancel };
                 }
-                Sender::Busy(mut sending) => match sending.as_mut().poll(cx) {
+                Sender::Busy {
+                    mut sending,
+                    cancel,
+                } => match sending.as_mut().poll(cx) {
                     Poll::Ready(Ok(stream)) => self.send = Sender::Idle(stream),
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(gone(&error))),
                     Poll::Pending => {
-                        self.send = Sender::Busy(sending);
+                        self.send = Sender::Busy { sending, cancel };
                         return Poll::Pending;
                     }
                 },

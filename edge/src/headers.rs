@@ -42,6 +42,13 @@ impl Changes {
             let Ok(name) = name.parse::<HeaderName>() else {
                 continue;
             };
+            // What frames a reply is not its app's owner's to say.
+            if matches!(
+                kind(name.as_str().as_bytes()),
+                Kind::ThisHop | Kind::ContentLength
+            ) {
+                continue;
+            }
             let value = match value {
                 serde_json::Value::Bool(false) => None,
                 serde_json::Value::String(text) => HeaderValue::from_str(text).ok(),
@@ -396,7 +403,8 @@ mod tests {
     #[test]
     fn responses_are_changed_as_asked() {
         let options: ResponseOptions = serde_json::from_str(
-            r#"{"headers": {"X-A": "1", "X-B": false, "X-C": ["1", "2"], "Server": "mine", "bad name": "x"}}"#,
+            r#"{"headers": {"X-A": "1", "X-B": false, "X-C": ["1", "2"], "Server": "mine",
+                "Transfer-Encoding": "chunked", "Content-Length": "9", "Connection": "close", "bad name": "x"}}"#,
         )
         .unwrap();
         let app = [
@@ -411,7 +419,9 @@ mod tests {
             (of(&set, "x-a"), of(&set, "x-c")),
             (vec!["1"], vec!["1, 2"])
         );
-        assert!(of(&set, "x-b").is_empty());
+        for none in ["x-b", "transfer-encoding", "content-length", "connection"] {
+            assert!(of(&set, none).is_empty(), "{none}");
+        }
         assert_eq!(
             (of(&set, "server"), of(&set, "via")),
             (vec!["mine"], vec!["1.1 x, 1.1 tern"])

@@ -15,6 +15,7 @@
 mod config;
 mod control;
 mod entrance;
+mod frames;
 mod gate;
 mod h1;
 mod h2;

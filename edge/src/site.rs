@@ -95,7 +95,7 @@ pub fn hostname(authority: &str) -> Option<Hostname> {
         return None;
     }
     let host = match authority.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
+        Some((host, port)) if port.len() <= 5 && port.bytes().all(|b| b.is_ascii_digit()) => host,
         Some(_) => return None,
         None => authority,
     };
@@ -159,6 +159,7 @@ mod tests {
             "a b.c",
             "x..y",
             "a.b:80x",
+            "a.b:000080",
             "localhost",
             "ex\u{e4}mple.org",
             "a.b/c",

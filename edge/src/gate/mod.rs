@@ -254,7 +254,12 @@ impl Gate {
             let mut machines = self.0.machines.lock();
             let entry = machines.entry(id.clone()).or_insert_with(Entry::new);
             match &entry.belief {
-                Belief::Waking(outcome) => outcome.clone(),
+                // One whose start was given up, by a panic, is begun anew.
+                Belief::Waking(outcome)
+                    if outcome.has_changed().is_ok() || outcome.borrow().is_some() =>
+                {
+                    outcome.clone()
+                }
                 _ => {
                     let (tell, outcome) = watch::channel(None);
                     entry.belief = Belief::Waking(outcome.clone());

@@ -32,6 +32,8 @@ pub struct Connection {
     method: Method,
     /// All of the request was written.
     sent: bool,
+    /// What is left of the length that the app was told.
+    unsent: Option<u64>,
     content: Decoder,
     /// A byte of the reply was received.
     heard: bool,
@@ -52,6 +54,7 @@ impl Connection {
             out: Out::default(),
             method: Method::GET,
             sent: true,
+            unsent: None,
             content: Decoder::Done,
             heard: false,
             answered: true,
@@ -84,6 +87,10 @@ impl Connection {
         let ends = matches!(head.length, Length::None | Length::Exact(0));
         self.method.clone_from(&head.method);
         (self.sent, self.heard, self.answered) = (ends, false, false);
+        self.unsent = match head.length {
+            Length::Exact(length) => Some(length),
+            _ => None,
+        };
         let out = self.out.head(framing);
         out.reserve(1024);
         let connect = matches!(&head.upgrade, Some(Upgrade::Connect(_)));
@@ -121,7 +128,12 @@ impl Connection {
         }
     }
 
-    pub fn give(&mut self, data: Bytes, last: bool) {
+    pub fn give(&mut self, mut data: Bytes, last: bool) {
+        // Each version's reader holds a client to its word; the app would take one byte more for its next request.
+        if let Some(unsent) = &mut self.unsent {
+            data.truncate(usize::try_from(*unsent).unwrap_or(usize::MAX));
+            *unsent -= data.len() as u64;
+        }
         self.out.give(data);
         if last {
             self.finish(None);
@@ -131,7 +143,7 @@ impl Connection {
     pub fn finish(&mut self, trailers: Option<HeaderMap>) {
         self.out
             .finish(|out| relay::write_trailers(out, trailers.as_ref()));
-        self.sent = true;
+        self.sent = self.unsent.is_none_or(|left| left == 0);
         self.shut = self.tunnel;
     }
 
@@ -192,6 +204,7 @@ impl Connection {
 
     pub fn tunnel(&mut self) {
         self.tunnel = true;
+        self.unsent = None;
         self.out.frame(Framing::Plain);
         self.content = Decoder::UntilEnd;
     }

@@ -1,6 +1,6 @@
 //! A client's HTTP/1 connection: its requests one after the other, as they come in.
 
-use std::future::poll_fn;
+use std::future::{Future as _, poll_fn};
 use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -13,6 +13,7 @@ use http::{HeaderMap, Method, Version};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
 
 use super::body::{BadContent, Decoder};
 use super::buffer::{self, LARGE, SMALL};
@@ -62,17 +63,12 @@ pub async fn serve<S>(
 {
     let connection = relay::Connection::new(client, entrance);
     let mut timer = Timer::new(worker.limits.keep_alive);
-    let mut h1 = Http1::new(io);
+    let mut h1 = Http1::new(io, worker.ending.clone());
     loop {
-        let head = tokio::select! {
-            biased;
-            head = h1.next_head(&mut timer, worker.limits.head) => head,
-            () = worker.ending.cancelled(), if h1.is_idle() => return,
-        };
+        let head = h1.next_head(&mut timer, worker.limits.head).await;
         let ended = match head {
             Ok(Some(head)) => {
-                let ending = worker.ending.is_cancelled();
-                h1.expect(&head, ending);
+                h1.expect(&head);
                 relay::exchange(&worker, &connection, &mut h1, &mut timer, &head).await
             }
             Ok(None) => return,
@@ -118,10 +114,12 @@ struct Http1<S> {
     tunnel: bool,
     /// The tunnel's direction to the client is to be closed once flushed.
     shut: bool,
+    /// No request is taken after the one under way.
+    ending: CancellationToken,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Http1<S> {
-    fn new(io: S) -> Self {
+    fn new(io: S, ending: CancellationToken) -> Self {
         Self {
             io,
             input: BytesMut::new(),
@@ -135,20 +133,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Http1<S> {
             content: Decoder::Done,
             tunnel: false,
             shut: false,
+            ending,
         }
     }
 
-    fn is_idle(&self) -> bool {
-        self.input.is_empty()
-    }
-
-    /// The next request's head; `None` when the connection ends before one, or takes too long with it.
+    /// The next request's head; `None` when the connection ends before one, or takes too long with it, or the edge
+    /// ends before it has begun.
     async fn next_head(
         &mut self,
         timer: &mut Timer,
         longest: Duration,
     ) -> Result<Option<RequestHead>, BadHead> {
         let mut begun = false;
+        let ending = self.ending.clone();
+        let ending = ending.cancelled();
+        tokio::pin!(ending);
         poll_fn(|cx| {
             loop {
                 if !self.input.is_empty()
@@ -160,7 +159,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Http1<S> {
                     begun = true;
                     timer.set(longest);
                 }
-                if self.ended || timer.poll(cx).is_ready() {
+                let idle_at_the_end = !begun && ending.as_mut().poll(cx).is_ready();
+                if self.ended || idle_at_the_end || timer.poll(cx).is_ready() {
                     return Poll::Ready(Ok(None));
                 }
                 match buffer::poll_fill(&mut self.io, cx, &mut self.input, SMALL) {
@@ -175,10 +175,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Http1<S> {
     }
 
     /// Makes ready for a request's content and its reply.
-    fn expect(&mut self, head: &RequestHead, ending: bool) {
+    fn expect(&mut self, head: &RequestHead) {
         self.version = head.version;
         self.is_head = head.method == Method::HEAD;
-        self.keep = head::persists(&head.fields, head.version) && !ending;
+        self.keep = head::persists(&head.fields, head.version);
         self.content = Decoder::new(head.length);
     }
 
@@ -259,7 +259,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client for Http1<S> {
             self.ends_with_connection = true;
         }
         // Nobody will read the rest of the content of a request that the edge answers itself.
-        if matches!(reply.fields, ReplyFields::Page(_)) && !self.content.is_done() {
+        let refused = matches!(reply.fields, ReplyFields::Page(_)) || reply.status >= 400;
+        if refused && !reply.is_interim() && !self.content.is_done() || self.ending.is_cancelled() {
             self.keep = false;
         }
         let framing = if unframed && !plain {

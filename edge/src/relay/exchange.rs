@@ -183,6 +183,14 @@ impl<C: Client> Attempts<'_, C> {
         let (app, reused) = match self.connect(key).await {
             Ok(app) => app,
             Err(error) => {
+                // What this host has too little of says nothing of the Machine.
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EMFILE | libc::ENFILE | libc::EADDRNOTAVAIL)
+                ) {
+                    tracing::error!(%error, "no more connections to apps can be made");
+                    return Tried::Page(Page::new(503, "The edge has no connection left.\n"));
+                }
                 // Nothing was sent yet: trying again is safe whatever the method.
                 self.worker.gate.doubt(&admission.machine);
                 self.connects += 1;

@@ -95,7 +95,7 @@ impl<'a, C: Client> Pump<'a, C> {
     pub fn poll(&mut self, cx: &mut Context<'_>, timer: &mut Timer) -> Poll<Result<(), Failure>> {
         loop {
             let status = self.status;
-            let up = self.poll_up(cx)?;
+            let _ = self.poll_up(cx)?;
             let down = self.poll_down(cx)?;
             let tunnels = self.status == 101;
             if down.is_ready() && (!tunnels || matches!(self.up, Up::Done | Up::Refused)) {
@@ -106,8 +106,7 @@ impl<'a, C: Client> Pump<'a, C> {
                 continue;
             }
             // Content that waits for room keeps the client from being read, so look whether it is there.
-            let unread = up.is_ready()
-                || matches!(self.up, Up::Content) && self.app.poll_room(cx).is_pending();
+            let unread = !matches!(self.up, Up::Content) || self.app.poll_room(cx).is_pending();
             if unread && let Poll::Ready(gone) = self.client.poll_gone(cx) {
                 return Poll::Ready(Err(Failure::Client(gone)));
             }

@@ -113,6 +113,28 @@ async fn a_reply_that_comes_before_the_contents_end_is_whole() {
     );
 }
 
+/// `h3` does not count: an app would take what is too much for its next request, and what is too little from it.
+#[tokio::test]
+async fn content_is_as_long_as_its_head_says() {
+    let world = World::new("", NEVER).await;
+    let post = |told: &str, size: usize| json!({"method": "POST", "path": "/echo", "headers": {"content-length": told}, "size": size});
+    for (told, size, status) in [
+        ("5", 5, 200),
+        ("5", 1000, 400),
+        ("1000", 5, 400),
+        ("5", 0, 400),
+    ] {
+        let reply = &ask(&world, &[post(told, size)]).await[0];
+        assert_eq!(reply["status"], status, "{told} told, {size} sent: {reply}");
+        // What the next client is answered is its own.
+        let next = &ask(&world, &[json!({"path": "/next"})]).await[0];
+        assert!(
+            next["body"].as_str().unwrap().starts_with("GET /next\n"),
+            "{next}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn what_no_app_should_see_is_answered_by_the_edge() {
     let world = World::new("", NEVER).await;
