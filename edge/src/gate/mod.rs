@@ -48,7 +48,9 @@ struct Inner {
     runtime: tokio::runtime::Handle,
     machines: Mutex<HashMap<MachineId, Entry>>,
     /// Told whenever a request ends.
-    room: Notify,
+    ended: Notify,
+    /// The same by app, for those that wait for room.
+    rooms: Mutex<HashMap<AppName, Arc<Notify>>>,
     /// Requests that wait for room.
     waiting: AtomicU32,
 }
@@ -75,6 +77,7 @@ enum Belief {
 /// A place at a Machine; given back when dropped.
 pub struct Admission {
     gate: Gate,
+    app: AppName,
     /// The Machine.
     pub machine: MachineId,
     /// Where its app listens.
@@ -116,7 +119,8 @@ impl Gate {
             wake_timeout,
             runtime: tokio::runtime::Handle::current(),
             machines,
-            room: Notify::new(),
+            ended: Notify::new(),
+            rooms: Mutex::default(),
             waiting: AtomicU32::new(0),
         }))
     }
@@ -128,13 +132,22 @@ impl Gate {
         let mut failed: Vec<MachineId> = Vec::new();
         let mut last = Refused::Nobody;
         loop {
-            let room = self.0.room.notified();
-            tokio::pin!(room);
-            // Registered before looking, so that room made in between is not missed.
-            room.as_mut().enable();
-            let mut changes = self.0.view.changes();
-            changes.mark_unchanged();
-            match self.take(&self.0.view.snapshot(), app, port, &failed) {
+            let mut taken = self.take(&self.0.view.snapshot(), app, port, &failed);
+            let mut waiting = None;
+            if matches!(taken, Taken::Full) {
+                let Some(place) = Waiting::join(&self.0.waiting) else {
+                    self.0.metrics.at_capacity.add();
+                    return Err(Refused::AtCapacity);
+                };
+                let mut room = Box::pin(self.room(app).notified_owned());
+                // Registered before looking again, so that room made in between is not missed.
+                room.as_mut().enable();
+                let mut changes = self.0.view.changes();
+                changes.mark_unchanged();
+                taken = self.take(&self.0.view.snapshot(), app, port, &failed);
+                waiting = Some((place, room, changes));
+            }
+            match taken {
                 Taken::Admitted(admission) => return Ok(admission),
                 Taken::MustWake(mut admission) => {
                     match tokio::time::timeout_at(
@@ -158,17 +171,16 @@ impl Gate {
                     failed.push(admission.machine.clone());
                 }
                 Taken::Full => {
-                    let Some(_place) = Waiting::join(&self.0.waiting) else {
-                        self.0.metrics.at_capacity.add();
-                        return Err(Refused::AtCapacity);
+                    let Some((_place, room, mut changes)) = waiting else {
+                        continue;
                     };
-                    let waiting = async {
+                    let made = async {
                         tokio::select! {
                             () = room => {}
                             _ = changes.changed() => {}
                         }
                     };
-                    if tokio::time::timeout_at(deadline, waiting).await.is_err() {
+                    if tokio::time::timeout_at(deadline, made).await.is_err() {
                         self.0.metrics.at_capacity.add();
                         return Err(Refused::AtCapacity);
                     }
@@ -176,6 +188,12 @@ impl Gate {
                 Taken::Nobody => return Err(last),
             }
         }
+    }
+
+    /// Where those wait that found an app full.
+    fn room(&self, app: &AppName) -> Arc<Notify> {
+        let mut rooms = self.0.rooms.lock();
+        Arc::clone(rooms.entry(app.clone()).or_default())
     }
 
     /// A connection to the Machine failed: it may not be what it was believed to be.
@@ -232,6 +250,7 @@ impl Gate {
         let found = entry.found.get(&port).filter(|_| admitted);
         let admission = Admission {
             gate: self.clone(),
+            app: app.clone(),
             machine: id.clone(),
             address: found.copied().unwrap_or(private),
             epoch: entry.epoch,
@@ -388,7 +407,7 @@ impl Gate {
             entry.earlier = entry.in_flight;
         }
         loop {
-            let ended = self.0.room.notified();
+            let ended = self.0.ended.notified();
             tokio::pin!(ended);
             // Registered before looking, so that none that ends in between is missed.
             ended.as_mut().enable();
@@ -430,6 +449,11 @@ impl Gate {
 
     /// Forgets Machines that are no more.
     pub(crate) fn forget_others(&self, snapshot: &Snapshot) {
+        // Where nobody waits.
+        self.0
+            .rooms
+            .lock()
+            .retain(|_, room| Arc::strong_count(room) > 1);
         self.0
             .machines
             .lock()
@@ -455,13 +479,13 @@ struct Waiting<'a>(&'a AtomicU32);
 impl<'a> Waiting<'a> {
     fn join(count: &'a AtomicU32) -> Option<Self> {
         let place = Self(count);
-        (count.fetch_add(1, Ordering::Relaxed) < MAX_WAITING).then_some(place)
+        (count.fetch_add(1, Ordering::SeqCst) < MAX_WAITING).then_some(place)
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -543,7 +567,13 @@ impl Drop for Admission {
             }
             entry.last_active = Instant::now();
         }
-        // All of them: one that waits for another app's room must not swallow the only call.
-        self.gate.0.room.notify_waiters();
+        self.gate.0.ended.notify_waiters();
+        // Who joined before this Machine had room is seen here, who joins now finds the room.
+        if self.gate.0.waiting.load(Ordering::SeqCst) > 0
+            && let Some(room) = self.gate.0.rooms.lock().get(&self.app)
+        {
+            // All of the app: one that waits for another of its ports must not swallow the only call.
+            room.notify_waiters();
+        }
     }
 }

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use super::sockets::Listening;
 use super::step;
-use crate::client::Client;
+use crate::client::{ApiError, Client};
 use crate::commands::wire::{Event, Machine};
 
 /// Time between two looks.
@@ -127,7 +127,15 @@ pub async fn wait(
         told: false,
     };
     loop {
-        let machine: Machine = client.get(path).await?;
+        let machine: Machine = match client.get(path).await {
+            Ok(machine) => machine,
+            // The way there is broken, which says nothing of the Machine.
+            Err(error) if !error.is::<ApiError>() && Instant::now() < deadline => {
+                tokio::time::sleep(POLL).await;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         let lacking = match stand(&machine, since) {
             Standing::Done => return Ok(()),
             Standing::Ended(reason) => bail!("Machine {}: {reason}", machine.id),

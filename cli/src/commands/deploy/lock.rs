@@ -1,7 +1,7 @@
 //! One deploy of an app at a time: whoever deploys holds the app's lease, and shows signs of life while it does.
 
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use http::{Method, StatusCode};
@@ -92,17 +92,19 @@ impl Lock {
 impl Lease {
     /// Makes it last; returns when somebody else has it.
     async fn keep(&self) -> anyhow::Error {
+        const LOST: &str =
+            "this deploy was silent for too long, and was broken off where it was. Run it again";
+        let mut lasts_until = Instant::now() + TTL;
         loop {
             tokio::time::sleep(EVERY).await;
+            let asked = Instant::now();
             let body = json!({"ttl": TTL.as_secs()}).to_string();
-            match self.call(Method::POST, full(body)).await {
-                Err(e) if is_status(&e, StatusCode::CONFLICT) => {
-                    return e.context(
-                        "this deploy was silent for too long, and was broken off where it was. Run it again",
-                    );
-                }
-                // Another time.
-                _ => {}
+            match tokio::time::timeout(EVERY, self.call(Method::POST, full(body))).await {
+                Ok(Ok(())) => lasts_until = asked + TTL,
+                Ok(Err(e)) if is_status(&e, StatusCode::CONFLICT) => return e.context(LOST),
+                // Another time, while it is still ours.
+                _ if Instant::now() < lasts_until => {}
+                _ => return anyhow::anyhow!("the server cannot be reached").context(LOST),
             }
         }
     }
