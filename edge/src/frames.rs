@@ -227,9 +227,7 @@ where
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Self::BidiStream, StreamErrorIncoming>> {
-        self.inner
-            .poll_open_bidi(cx)
-            .map_ok(|stream| Guarded::new(stream))
+        self.inner.poll_open_bidi(cx).map_ok(Guarded::new)
     }
 
     fn poll_open_send(
@@ -267,9 +265,7 @@ where
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Self::BidiStream, ConnectionErrorIncoming>> {
-        self.inner
-            .poll_accept_bidi(cx)
-            .map_ok(|stream| Guarded::new(stream))
+        self.inner.poll_accept_bidi(cx).map_ok(Guarded::new)
     }
 
     fn opener(&self) -> Self::OpenStreams {

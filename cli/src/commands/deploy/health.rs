@@ -271,7 +271,7 @@ impl Watch<'_> {
         match answer {
             Ok(answer) => Ok(answer["open"] == true),
             // It has just ended, or gone to sleep: the next look at it tells.
-            Err(error) if error.downcast_ref::<crate::client::ApiError>().is_some() => Ok(false),
+            Err(error) if error.is::<ApiError>() => Ok(false),
             Err(error) => Err(error),
         }
     }

@@ -80,8 +80,8 @@ impl Lock {
     /// Does something while the lease is held, and gives it back. Where it is lost, what is under way is broken off.
     pub async fn during<T>(self, work: impl Future<Output = Result<T>>) -> Result<T> {
         let outcome = tokio::select! {
-            outcome = work => outcome,
-            lost = self.lease.keep() => Err(lost),
+            outcome = Box::pin(work) => outcome,
+            lost = Box::pin(self.lease.keep()) => Err(lost),
         };
         drop(self.held);
         let _ = tokio::time::timeout(RELEASE_TIME, self.release).await;
