@@ -21,7 +21,6 @@ use super::scan::{LineEnds, Scan};
 use crate::headers::{self, Facts};
 use crate::message::{Length, Piece, ReplyHead, RequestHead, Upgrade};
 use crate::relay::{self, Lost};
-use crate::site::Site;
 
 /// The connection, and where it is in its current request and reply.
 pub struct Connection {
@@ -79,7 +78,7 @@ impl Connection {
     }
 
     /// Writes a request's head into the buffer.
-    pub fn begin(&mut self, head: &RequestHead, _site: &Site, facts: &Facts<'_>) {
+    pub fn begin(&mut self, head: &RequestHead, facts: &Facts<'_>) {
         let framing = match head.length {
             Length::Unknown => Framing::Chunked,
             _ => Framing::Plain,

@@ -259,7 +259,7 @@ impl<C: Client> Attempts<'_, C> {
     }
 
     async fn relay(&mut self, mut app: App) -> (Result<(), Failure>, u16, App) {
-        if let Err(lost) = app.begin(self.head, self.site, self.facts) {
+        if let Err(lost) = app.begin(self.head, self.facts) {
             return (Err(Failure::App(lost)), 0, app);
         }
         let mut pump = Pump::new(

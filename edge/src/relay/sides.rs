@@ -11,7 +11,6 @@ use super::pool::H2App;
 use crate::h1;
 use crate::headers::{Changes, Facts};
 use crate::message::{Length, Piece, ReplyHead, RequestHead};
-use crate::site::Site;
 
 /// One request's client, whatever version it speaks.
 ///
@@ -125,15 +124,10 @@ pub enum App {
 
 impl App {
     /// Writes the request's head; content follows if it says so.
-    pub fn begin(
-        &mut self,
-        head: &RequestHead,
-        site: &Site,
-        facts: &Facts<'_>,
-    ) -> Result<(), Lost> {
+    pub fn begin(&mut self, head: &RequestHead, facts: &Facts<'_>) -> Result<(), Lost> {
         match self {
             Self::H1(app) => {
-                app.begin(head, site, facts);
+                app.begin(head, facts);
                 Ok(())
             }
             Self::H2(app) => app.begin(head, facts),
