@@ -15,8 +15,8 @@ use tern_api::{
 };
 use tern_catalog::{
     Catalog, DesiredState, Host, HostId, Machine, MachineEvent, MachineId, MachineState,
-    MachineStatus, Network, NetworkId, Organization, RestartPolicy, SqliteStore, Store, Token,
-    View,
+    MachineStatus, Network, NetworkId, Organization, PortRanges, RestartPolicy, SqliteStore, Store,
+    Token, View,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -96,6 +96,7 @@ impl World {
             registry_dir: files.path().join("registry"),
             region: "local".into(),
             domain: Some("tern.test".into()),
+            service_ports: PortRanges::default(),
             internal_token: "internal".into(),
         };
         let server = ApiServer::bind(config, catalog.clone(), view.clone(), host.clone())
