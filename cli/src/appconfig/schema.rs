@@ -473,14 +473,6 @@ impl AppConfig {
                 format!("`{key}`: names that start with FLY_ are the platform's own"),
             );
         }
-        for (i, service) in self.services.iter().enumerate() {
-            if service.protocol == ServiceProtocol::Udp {
-                say(
-                    format!("services.{i}.protocol"),
-                    "UDP services are not supported yet".into(),
-                );
-            }
-        }
         for (i, file) in self.files.iter().enumerate() {
             let path = format!("files.{i}");
             if file.local_path.is_some() == file.raw_value.is_some() {
@@ -508,7 +500,7 @@ impl AppConfig {
             for port in super::machine::http_service(http).ports {
                 // The ports are right: what is left is of the options.
                 wrong.extend(
-                    port.unserved()
+                    port.unserved(ServiceProtocol::Tcp)
                         .into_iter()
                         .map(|(key, text)| (format!("http_service.{key}"), text)),
                 );
@@ -525,7 +517,7 @@ impl AppConfig {
                     key => format!("{path}.{key}"),
                 };
                 let port = super::machine::port(given);
-                let told = port.unserved().into_iter();
+                let told = port.unserved(service.protocol).into_iter();
                 wrong.extend(told.map(|(key, text)| (at(key), text)));
                 let shared = |groups: &[String]| {
                     let among = |g: &String| service.processes.contains(g);
