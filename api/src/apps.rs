@@ -176,6 +176,7 @@ pub async fn destroy(
         ),
     }];
     ops.push(crate::lease::removal(&name));
+    ops.push(crate::secrets::removal(&name));
     ops.extend(
         snapshot
             .hostnames

@@ -22,6 +22,7 @@ mod peers;
 mod platform;
 mod registry;
 mod routes;
+mod secrets;
 mod server;
 mod tokens;
 mod volumes;
@@ -38,4 +39,5 @@ pub use gateway::{
     StartPhase, StartTrace,
 };
 pub use registry::REGISTRY_NAME;
+pub use secrets::SecretSealer;
 pub use server::{ApiConfig, ApiServer};

@@ -12,6 +12,7 @@ mod machine_config;
 mod names;
 mod nouns;
 mod record;
+mod secrets;
 mod sqlite;
 mod store;
 mod view;
@@ -33,10 +34,12 @@ pub use machine_config::{
     RestartPolicy, Service, ServiceProtocol, StopConfig, TlsOptions,
 };
 pub use names::{
-    AppName, Hostname, MachineId, NameError, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,
+    AppName, Hostname, MachineId, NameError, OrgSlug, PeerName, SecretName, SnapshotId, VolumeId,
+    VolumeName,
 };
 pub use nouns::{App, Host, HostnameRoute, Network, Organization, Peer, Token};
 pub use record::Record;
+pub use secrets::{AppSecret, AppSecrets};
 pub use sqlite::SqliteStore;
 pub use store::{
     Change, Compare, Entry, LeaseId, Listing, Op, Revision, Store, StoreError, Transaction, Watch,
