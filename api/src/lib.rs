@@ -21,6 +21,7 @@ mod orgs;
 mod peers;
 mod platform;
 mod registry;
+mod releases;
 mod routes;
 mod secrets;
 mod server;

@@ -9,8 +9,8 @@ use http::{HeaderName, HeaderValue, StatusCode};
 
 use crate::server::Shared;
 use crate::{
-    apps, certificates, lease, logs, machines, orgs, peers, platform, registry, secrets, tokens,
-    volumes,
+    apps, certificates, lease, logs, machines, orgs, peers, platform, registry, releases, secrets,
+    tokens, volumes,
 };
 
 /// Largest body of a call: a configuration with files in it. Images go to the registry, which streams.
@@ -103,6 +103,14 @@ pub fn router(shared: Shared) -> Router {
         .route(
             "/apps/{app}/lease",
             get(lease::get).post(lease::take).delete(lease::release),
+        )
+        .route(
+            "/apps/{app}/releases",
+            get(releases::list).post(releases::create),
+        )
+        .route(
+            "/apps/{app}/releases/{version}",
+            get(releases::get).put(releases::end),
         )
         .route("/orgs", get(orgs::list).post(orgs::create))
         .route(

@@ -16,8 +16,8 @@ use parking_lot::Mutex;
 use serde_json::Value;
 use tern_catalog::{
     Catalog, DesiredState, Host, HostId, Machine, MachineId, MachineState, MachineStatus, Network,
-    NetworkId, Organization, SealedKey, SnapshotStatus, SqliteStore, Store, Token, View, Volume,
-    VolumeState, VolumeStatus,
+    NetworkId, Organization, PortRanges, SealedKey, SnapshotStatus, SqliteStore, Store, Token,
+    View, Volume, VolumeState, VolumeStatus,
 };
 use tower::ServiceExt as _;
 
@@ -105,6 +105,7 @@ impl World {
             registry_dir: registry_dir.clone(),
             region: "local".into(),
             domain: Some("tern.test".into()),
+            service_ports: PortRanges::default(),
             internal_token: "internal".into(),
             sealer: Arc::new(FakeSealer),
         };

@@ -12,7 +12,7 @@ use tern_catalog::{
 
 use super::config::accept;
 use super::lease::{self, MachineLease, must_hold};
-use super::{At, find, place, shape};
+use super::{At, find, place, ports, shape};
 use crate::apps;
 use crate::auth::Caller;
 use crate::error::ApiError;
@@ -86,6 +86,7 @@ pub async fn create(
     let network = caller.app(&snapshot, &app)?.network;
     let (config, mut warnings) = accept(&shared, &caller, create.config)?;
     secrets::must_have(&snapshot, &app, create.min_secrets_version)?;
+    ports::check(&shared, &app, &config)?;
     // A volume's data is on one host, and where it is not said otherwise its region is meant.
     let (host, region) = match attach::host(&snapshot, &config)? {
         Some(place) => place,
@@ -159,8 +160,11 @@ pub async fn update(
 ) -> Result<Json<Value>, ApiError> {
     let wanted = std::mem::take(&mut update.config);
     let (config, warnings) = accept(&shared, &caller, wanted)?;
-    update.may_change(find(&shared.view.snapshot(), &caller, &at)?)?;
-    secrets::must_have(&shared.view.snapshot(), &at.app, update.min_secrets_version)?;
+    let snapshot = shared.view.snapshot();
+    let machine = find(&snapshot, &caller, &at)?;
+    update.may_change(machine)?;
+    secrets::must_have(&snapshot, &at.app, update.min_secrets_version)?;
+    ports::check(&shared, &machine.app, &config)?;
     must_hold(&shared, &at, &headers).await?;
     // Before anything is changed: what runs goes on until its successor's image is beside it, and an image that
     // cannot be had changes nothing.

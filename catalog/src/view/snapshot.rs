@@ -135,7 +135,7 @@ impl Snapshot {
         } else if let Some(id) = key.strip_prefix(AppSecrets::PREFIX) {
             insert(&mut self.secrets, id, entry)
         } else {
-            // Kinds that only their own writer reads (leases, ACME accounts).
+            // Kinds that only their own writer reads (leases, releases, ACME accounts).
             Ok(())
         };
         if let Err(error) = kept {

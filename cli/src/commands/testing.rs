@@ -15,8 +15,8 @@ use tern_api::{
 };
 use tern_catalog::{
     Catalog, DesiredState, Host, HostId, Machine, MachineEvent, MachineId, MachineState,
-    MachineStatus, Network, NetworkId, Organization, RestartPolicy, SqliteStore, Store, Token,
-    View,
+    MachineStatus, Network, NetworkId, Organization, PortRanges, RestartPolicy, SqliteStore, Store,
+    Token, View,
 };
 use tern_certs::Sealer;
 use tokio_util::sync::CancellationToken;
@@ -98,6 +98,7 @@ impl World {
             registry_dir: files.path().join("registry"),
             region: "local".into(),
             domain: Some("tern.test".into()),
+            service_ports: PortRanges::default(),
             internal_token: "internal".into(),
             sealer: Arc::new(crate::serve::adapters::SecretKey(sealer)),
         };

@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum as _;
 use tern_api::{ApiConfig, ApiServer, REGISTRY_NAME};
-use tern_catalog::{Catalog, HostId, SqliteStore, Store, View};
+use tern_catalog::{Catalog, HostId, PortRanges, SqliteStore, Store, View};
 use tern_certs::{CertsConfig, Issuer, Sealer};
 use tern_dns::{Dns, DnsConfig};
 use tern_edge::{Edge, EdgeConfig, Limits};
@@ -105,9 +105,12 @@ async fn serve(args: Serve) -> Result<()> {
         seal_key,
     };
     let issuer = Issuer::start(certs, catalog.clone(), view.clone())?;
+    let service_ports = service_ports(&args);
     let edge = EdgeConfig {
         http: args.http.clone(),
         https: args.https.clone(),
+        service_addresses: service_addresses(&args),
+        service_ports: service_ports.clone(),
         region: args.region.clone(),
         host,
         autostop_after: args.autostop_after,
@@ -124,6 +127,7 @@ async fn serve(args: Serve) -> Result<()> {
         registry_dir: args.data_dir.join("registry"),
         region: args.region.clone(),
         domain: args.domain.clone(),
+        service_ports,
         internal_token,
         sealer,
     };
@@ -242,6 +246,32 @@ fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) 
     };
     config.registries.insert(REGISTRY_NAME.to_owned(), registry);
     config
+}
+
+/// Where the ports are open that services name: wherever 80 and 443 are.
+fn service_addresses(args: &Serve) -> Vec<IpAddr> {
+    let mut all: Vec<IpAddr> = args
+        .http
+        .iter()
+        .chain(&args.https)
+        .map(|a| a.ip())
+        .collect();
+    all.sort();
+    all.dedup();
+    // One that takes both families' connections needs none beside it.
+    if all.contains(&IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)) {
+        all.retain(|ip| ip.is_ipv6());
+    }
+    all
+}
+
+/// The ports that services may have: never those that this server itself listens on. A service of that port would
+/// keep it from its next start.
+fn service_ports(args: &Serve) -> PortRanges {
+    let public = args.http.iter().chain(&args.https);
+    let own = public.chain([&args.api, &args.wireguard]);
+    let own: Vec<u16> = own.map(SocketAddr::port).collect();
+    args.service_ports.clone().without(&own)
 }
 
 /// An address to connect to for one that is listened on.

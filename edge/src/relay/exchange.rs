@@ -12,7 +12,7 @@ use tern_catalog::ChallengeKind;
 use super::pool::{self, Key};
 use super::pump::{Failure, Pump};
 use super::sides::{App, Client, Gone, Lost};
-use crate::entrance::Entrance;
+use crate::entrance::{self, Entrance};
 use crate::gate::Admission;
 use crate::headers::Facts;
 use crate::message::RequestHead;
@@ -104,7 +104,8 @@ pub async fn exchange<C: Client>(
 /// Where a request goes, or what it is answered instead.
 fn route(worker: &Worker, entrance: Entrance, head: &RequestHead) -> Result<Rc<Site>, Page> {
     let snapshot = worker.view.snapshot();
-    if entrance == Entrance::Http
+    if entrance.port == entrance::HTTP
+        && !entrance.tls
         && let Some(token) = head.target.strip_prefix(HTTP_01)
     {
         return Err(challenge(&snapshot, head, token));
@@ -340,7 +341,8 @@ fn unreachable(error: &std::io::Error) -> Page {
     Page::new(502, "The app accepts no connections.\n")
 }
 
-/// Whether replies of this version may say where HTTP/3 is to be had: HTTP/3 itself need not.
+/// Whether replies of this version may say where HTTP/3 is to be had: beside HTTPS's own port, and HTTP/3 itself
+/// need not.
 pub fn tells_of_h3(entrance: Entrance, version: Version) -> bool {
-    entrance.is_tls() && version != Version::HTTP_3
+    entrance.tls && entrance.port == entrance::HTTPS && version != Version::HTTP_3
 }
