@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::gateway::HostGateway;
 use crate::registry::{self, Grace, Registry};
 use crate::routes;
+use crate::secrets::SecretSealer;
 
 /// How the API is run.
 #[derive(Debug, Clone)]
@@ -33,6 +34,8 @@ pub struct ApiConfig {
     pub service_ports: PortRanges,
     /// The token that hosts pull images with. Made anew at every start.
     pub internal_token: String,
+    /// Encrypts apps' secrets.
+    pub sealer: Arc<dyn SecretSealer>,
 }
 
 /// A bound API.

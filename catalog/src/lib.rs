@@ -14,6 +14,8 @@ mod nouns;
 mod port;
 mod public_ports;
 mod record;
+mod release;
+mod secrets;
 mod sqlite;
 mod store;
 mod view;
@@ -34,7 +36,8 @@ pub use machine_config::{
     InitConfig, MachineConfig, Mount, Restart, RestartPolicy, Service, ServiceProtocol, StopConfig,
 };
 pub use names::{
-    AppName, Hostname, MachineId, NameError, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,
+    AppName, Hostname, MachineId, NameError, OrgSlug, PeerName, SecretName, SnapshotId, VolumeId,
+    VolumeName,
 };
 pub use nouns::{App, Host, HostnameRoute, Network, Organization, Peer, Token};
 pub use port::{
@@ -43,6 +46,8 @@ pub use port::{
 };
 pub use public_ports::{Exclusive, MAX_EXCLUSIVE_PORTS, PortClaim, PortRanges, PublicPorts};
 pub use record::Record;
+pub use release::{Release, ReleaseStatus};
+pub use secrets::{AppSecret, AppSecrets};
 pub use sqlite::SqliteStore;
 pub use store::{
     Change, Compare, Entry, LeaseId, Listing, Op, Revision, Store, StoreError, Transaction, Watch,

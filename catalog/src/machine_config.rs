@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::{GoDuration, Port, VolumeId};
+use crate::{GoDuration, Port, SecretName, VolumeId};
 
 /// The configuration of one Machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -266,8 +266,12 @@ pub struct Mount {
 pub struct FileConfig {
     /// Absolute path in the Machine.
     pub guest_path: String,
-    /// Content, base64.
+    /// Content, base64. Empty where it is a secret.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub raw_value: String,
+    /// The app's secret whose value is the content, base64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_name: Option<SecretName>,
     /// Permission bits, 0644 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<u32>,

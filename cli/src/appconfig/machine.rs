@@ -132,6 +132,7 @@ pub fn machine_config(
         files: files
             .map(|file| {
                 let raw_value = match (&file.raw_value, &file.local_path) {
+                    _ if file.secret_name.is_some() => String::new(),
                     (Some(raw), _) => raw.clone(),
                     (None, Some(local)) => {
                         let path = base.join(local);
@@ -145,6 +146,7 @@ pub fn machine_config(
                 Ok(FileConfig {
                     guest_path: file.guest_path.clone(),
                     raw_value,
+                    secret_name: file.secret_name.clone(),
                     mode: None,
                 })
             })

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use tern_catalog::{
     Autostop, CheckHeader, CheckKind, Concurrency, Handler, Port, ProxyProtoOptions,
-    ResponseOptions, RestartPolicy, ServiceProtocol, VolumeName,
+    ResponseOptions, RestartPolicy, SecretName, ServiceProtocol, VolumeName,
 };
 
 use super::forms::{
@@ -350,6 +350,8 @@ pub struct FileEntry {
     pub local_path: Option<String>,
     /// Content, base64.
     pub raw_value: Option<String>,
+    /// The secret that holds the content, base64.
+    pub secret_name: Option<SecretName>,
     /// Process groups it is for; all when empty.
     #[serde(default)]
     pub processes: Vec<String>,
@@ -475,10 +477,15 @@ impl AppConfig {
         }
         for (i, file) in self.files.iter().enumerate() {
             let path = format!("files.{i}");
-            if file.local_path.is_some() == file.raw_value.is_some() {
+            let contents = [
+                file.local_path.is_some(),
+                file.raw_value.is_some(),
+                file.secret_name.is_some(),
+            ];
+            if contents.into_iter().filter(|given| *given).count() != 1 {
                 say(
                     path.clone(),
-                    "a file has exactly one of `local_path` and `raw_value`".into(),
+                    "a file has exactly one of `local_path`, `raw_value` and `secret_name`".into(),
                 );
             }
             if !file.guest_path.starts_with('/') {

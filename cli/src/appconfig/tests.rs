@@ -435,3 +435,17 @@ fn garbage_is_an_error_and_never_a_panic() {
     let deep = "[".repeat(100_000);
     assert!(AppConfig::parse(&format!("a = {deep}")).is_err());
 }
+
+#[test]
+fn a_file_may_be_a_secret() {
+    let text = "[[files]]\nguest_path = \"/key\"\nsecret_name = \"TLS_KEY\"\n";
+    let (config, warnings) = AppConfig::parse(text).unwrap();
+    assert_eq!(warnings, []);
+    let machine = machine::machine_config(&config, "app", "img", Path::new(".")).unwrap();
+    let name = machine.files[0].secret_name.as_ref().unwrap();
+    assert_eq!(name.as_str(), "TLS_KEY");
+    assert_eq!(machine.files[0].raw_value, "");
+    let both = format!("{text}raw_value = \"aGk=\"\n");
+    let refused = format!("{:?}", AppConfig::parse(&both).unwrap_err());
+    assert!(refused.contains("exactly one of"), "{refused}");
+}

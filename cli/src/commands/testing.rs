@@ -18,6 +18,7 @@ use tern_catalog::{
     MachineStatus, Network, NetworkId, Organization, PortRanges, RestartPolicy, SqliteStore, Store,
     Token, View,
 };
+use tern_certs::Sealer;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::Client;
@@ -91,6 +92,7 @@ impl World {
             view: view.clone(),
             prepared: Mutex::default(),
         });
+        let sealer = Sealer::load_or_create(&files.path().join("seal.key")).unwrap();
         let config = ApiConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
             registry_dir: files.path().join("registry"),
@@ -98,6 +100,7 @@ impl World {
             domain: Some("tern.test".into()),
             service_ports: PortRanges::default(),
             internal_token: "internal".into(),
+            sealer: Arc::new(crate::serve::adapters::SecretKey(sealer)),
         };
         let server = ApiServer::bind(config, catalog.clone(), view.clone(), host.clone())
             .await

@@ -4,7 +4,7 @@
 //! mesh, whose device DNS answers on; certificates; the edge, open to the public once all behind it is
 //! there; the API last. It ends the other way round.
 
-mod adapters;
+pub(crate) mod adapters;
 mod bootstrap;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
@@ -18,7 +18,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum as _;
 use tern_api::{ApiConfig, ApiServer, REGISTRY_NAME};
 use tern_catalog::{Catalog, HostId, PortRanges, SqliteStore, Store, View};
-use tern_certs::{CertsConfig, Issuer};
+use tern_certs::{CertsConfig, Issuer, Sealer};
 use tern_dns::{Dns, DnsConfig};
 use tern_edge::{Edge, EdgeConfig, Limits};
 use tern_host::{Agent, HostConfig, RateLimits, Registry};
@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{CpuTemplate, Serve};
-use adapters::HostAdapter;
+use adapters::{HostAdapter, SecretKey};
 use bootstrap::ThisHost;
 
 /// Longest that requests under way may take once the server is told to end.
@@ -78,7 +78,10 @@ async fn serve(args: Serve) -> Result<()> {
     bootstrap::run(&catalog, &args.data_dir, this).await?;
 
     let internal_token = bootstrap::new_token();
-    let config = host_config(&args, host, &files, &internal_token);
+    let seal_key = args.data_dir.join("keys/seal.key");
+    let sealer = Arc::new(SecretKey(Sealer::load_or_create(&seal_key)?));
+    let mut config = host_config(&args, host, &files, &internal_token);
+    config.secrets = Some(sealer.clone());
     let mut agent = Agent::start(config, catalog.clone(), view.clone())
         .await
         .context("the agent")?;
@@ -99,7 +102,7 @@ async fn serve(args: Serve) -> Result<()> {
         directory: args.acme_directory.clone(),
         root_ca: args.acme_root_ca.clone(),
         contact: args.acme_contact.clone(),
-        seal_key: args.data_dir.join("keys/seal.key"),
+        seal_key,
     };
     let issuer = Issuer::start(certs, catalog.clone(), view.clone())?;
     let service_ports = service_ports(&args);
@@ -126,6 +129,7 @@ async fn serve(args: Serve) -> Result<()> {
         domain: args.domain.clone(),
         service_ports,
         internal_token,
+        sealer,
     };
     let api = ApiServer::bind(api, catalog, view, adapter)
         .await
