@@ -168,6 +168,13 @@ pub struct Serve {
     /// They are open while an app names them
     #[arg(long, default_value_t, value_name = "RANGES")]
     pub service_ports: PortRanges,
+    /// Connections that the edge takes at once; fewer where the limit of descriptors allows no more. When there are so
+    /// many, those that have been idle the longest end
+    #[arg(long, default_value_t = 32_768, value_name = "NUMBER")]
+    pub max_connections: usize,
+    /// The same of one client (an IPv4 address, or a /64 of IPv6). Behind a proxy or CDN all its users are one
+    #[arg(long, default_value_t = 4096, value_name = "NUMBER")]
+    pub max_client_connections: usize,
     /// Where Prometheus finds what this server counts (`/metrics`, documented in docs/metrics.md); `none` serves it nowhere.
     /// Who can reach it may read it: keep it private
     #[arg(long, default_value = "127.0.0.1:9464", value_name = "ADDRESS")]

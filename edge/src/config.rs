@@ -9,10 +9,11 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use rustls::server::ResolvesServerCert;
 use tern_catalog::{HostId, PortRanges, View};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::{AccessLog, AccessLogConfig};
+use crate::connections::Places;
 use crate::control::MachineControl;
 use crate::door::{Door, Porter};
 use crate::entrance;
@@ -65,8 +66,6 @@ pub struct Edge {
     quic_group: Vec<UdpSocket>,
 }
 
-/// Connections of one address at once.
-const MAX_CONNECTIONS: usize = 16_384;
 /// A connection id's first byte tells its thread.
 const MAX_THREADS: usize = 128;
 /// How long a client may remember that HTTP/3 is to be had: a day, as is usual.
@@ -110,6 +109,10 @@ impl Edge {
             tls: Arc::new(tls::Configs::new(Arc::clone(&resolver)).map_err(io::Error::other)?),
             ports: Arc::new(ArcSwap::default()),
             quic: Arc::new(tls::quic(resolver).map_err(io::Error::other)?),
+            places: Arc::new(Places::new(
+                config.limits.connections,
+                config.limits.connections_of_client,
+            )),
             limits: config.limits,
             ending: CancellationToken::new(),
             ended: CancellationToken::new(),
@@ -130,7 +133,6 @@ impl Edge {
             (entrance::HTTPS, &config.https),
         ] {
             for address in addresses {
-                let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
                 let http3 = config.http3 && port == entrance::HTTPS;
                 let (listeners, quic) = bind(*address, threads, http3)?;
                 let bound = listeners[0].local_addr()?;
@@ -147,7 +149,6 @@ impl Edge {
                     doors.push(Door {
                         port,
                         listener,
-                        places: Arc::clone(&places),
                         quic,
                         closed: CancellationToken::new(),
                     });

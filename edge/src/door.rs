@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tern_catalog::{PortClaim, PortRanges, PublicPorts, Snapshot, View};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::entrance;
@@ -25,8 +25,6 @@ pub struct Door {
     /// The port, as apps name it.
     pub port: u16,
     pub listener: std::net::TcpListener,
-    /// Connections that this address may still have, over all threads.
-    pub places: Arc<Semaphore>,
     /// Where HTTP/3 is served beside it.
     pub quic: Option<quic::Socket>,
     /// Set when it is to be closed; its connections go on.
@@ -47,8 +45,6 @@ pub enum Opening {
     Told { tls: bool, pg_tls: bool, http: bool },
 }
 
-/// Connections of all service ports at once.
-const MAX_CONNECTIONS: usize = 16_384;
 /// Between two tries to open what could not be opened.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -88,7 +84,6 @@ pub struct Porter {
     pub threads: Vec<mpsc::UnboundedSender<Opened>>,
     /// What is claimed, for the threads to read.
     pub ports: Arc<ArcSwap<PublicPorts>>,
-    places: Arc<Semaphore>,
     open: HashMap<Place, CancellationToken>,
     /// Those that could not be opened were told of.
     failed: HashMap<Place, io::ErrorKind>,
@@ -106,7 +101,6 @@ impl Porter {
             allowed,
             threads,
             ports,
-            places: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             open: HashMap::new(),
             failed: HashMap::new(),
         }
@@ -200,7 +194,6 @@ impl Porter {
                 Opened::Tcp(Door {
                     port,
                     listener,
-                    places: Arc::clone(&self.places),
                     quic: None,
                     closed: closed.clone(),
                 })

@@ -17,6 +17,7 @@ use http::{HeaderMap, Method, Request, Response, StatusCode, Version, request};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
+use crate::connections::Open;
 use crate::entrance::Entrance;
 use crate::h1::head::{BadHead, MAX_FIELDS, MAX_HEAD_BYTES, is_token};
 use crate::message::{Fields, Length, Piece, RequestHead, Upgrade};
@@ -39,7 +40,7 @@ const SEND_BUFFER: usize = 128 << 10;
 const MAX_HEADER_LIST: u32 = 4 * MAX_HEAD_BYTES as u32;
 
 /// Serves a connection until it ends.
-pub async fn serve<S>(io: S, client: IpAddr, entrance: Entrance, worker: Rc<Worker>)
+pub async fn serve<S>(io: S, client: IpAddr, entrance: Entrance, open: Open, worker: Rc<Worker>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -59,7 +60,8 @@ where
     let mut streams = FuturesUnordered::new();
     let mut timer = Timer::new(worker.limits.keep_alive);
     let mut told_to_end = false;
-    let ending = worker.ending.cancelled();
+    open.is_idle();
+    let ending = open.ending().cancelled();
     tokio::pin!(ending);
     poll_fn(|cx| {
         if !told_to_end && ending.as_mut().poll(cx).is_ready() {
@@ -71,6 +73,7 @@ where
             // Streams first: what they give is written by the connection's own turn below.
             while let Poll::Ready(Some(())) = Pin::new(&mut streams).poll_next(cx) {
                 if streams.is_empty() {
+                    open.is_idle();
                     timer.set(if told_to_end {
                         GOODBYE
                     } else {
@@ -81,6 +84,7 @@ where
             match connection.poll_accept(cx) {
                 Poll::Ready(Some(Ok((request, respond)))) => {
                     let (worker, facts) = (Rc::clone(&worker), Rc::clone(&facts));
+                    open.is_busy();
                     streams.push(stream(request, respond, worker, facts));
                 }
                 Poll::Ready(Some(Err(error))) => {

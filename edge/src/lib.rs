@@ -17,6 +17,7 @@
 
 mod access;
 mod config;
+mod connections;
 mod control;
 mod door;
 mod entrance;

@@ -1,8 +1,9 @@
-//! How long each phase of a connection may take. One that is over its limit is closed, and nobody else is harmed.
+//! How long each phase of a connection may take, and how many there may be. One that is over its limit is closed, and
+//! nobody else is harmed.
 
 use std::time::Duration;
 
-/// Time limits of clients' connections.
+/// Limits of clients' connections.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// A TLS handshake; after it, if HTTP/2 was agreed on, the client's first words of it.
@@ -12,6 +13,11 @@ pub struct Limits {
     pub head: Duration,
     /// The pause before a request, of a connection that has none under way.
     pub keep_alive: Duration,
+    /// Connections over TCP at once, of all clients. When there are so many, the one that was idle the longest ends for
+    /// the next.
+    pub connections: usize,
+    /// The same of one client: an IPv4 address, or a /64 of IPv6.
+    pub connections_of_client: usize,
     /// A request in which nothing moves in either direction, where its service sets no `idle_timeout`.
     pub idle: Duration,
 }
@@ -23,6 +29,10 @@ impl Default for Limits {
             head: Duration::from_secs(30),
             // nginx's; browsers give up idle connections after one to five minutes.
             keep_alive: Duration::from_secs(75),
+            // Some 23 KiB each.
+            connections: 32_768,
+            // A proxy with many users before us is one client.
+            connections_of_client: 4096,
             // Longer than what clients and apps commonly keep silent for, event streams' comments (15 to 60 s) included.
             idle: Duration::from_secs(120),
         }

@@ -70,6 +70,10 @@ macro_rules! counters {
 counters! {
     /// Connections accepted.
     connections,
+    /// Connections closed as soon as they came: their client had as many as one may.
+    connections_refused,
+    /// Idle connections ended because there was no room for others.
+    connections_shed,
     /// TLS handshakes that failed.
     tls_failures,
     /// Requests that reached an app.

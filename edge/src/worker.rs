@@ -3,7 +3,7 @@
 
 use std::cell::{RefCell, RefMut};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use rustls::ServerConfig;
 use rustls::server::Acceptor;
 use tern_catalog::{PortKind, PublicPorts, View};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 use tokio_rustls::LazyConfigAcceptor;
@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::access::AccessLog;
+use crate::connections::{Connections, Place, Places};
 use crate::door::{Door, Opened, Opening, opening};
 use crate::entrance::Entrance;
 use crate::gate::Gate;
@@ -45,6 +46,8 @@ pub struct Shared {
     /// What services claim of the public ports.
     pub ports: Arc<ArcSwap<PublicPorts>>,
     pub quic: Arc<ServerConfig>,
+    /// Room for connections, of all threads.
+    pub places: Arc<Places>,
     pub limits: Limits,
     /// Set when no more is accepted, and connections end with their current requests.
     pub ending: CancellationToken,
@@ -66,6 +69,8 @@ pub struct Worker {
     pub ended: CancellationToken,
     alt_svc: Option<Arc<str>>,
     ports: Arc<ArcSwap<PublicPorts>>,
+    places: Arc<Places>,
+    connections: Rc<Connections>,
     pool: RefCell<Pool>,
     sites: RefCell<Sites>,
 }
@@ -131,6 +136,8 @@ async fn serve(
     mut more: mpsc::UnboundedReceiver<Opened>,
     shared: Shared,
 ) -> io::Result<()> {
+    let ending = shared.ending;
+    let connections = Rc::new(Connections::new(&ending));
     let worker = Rc::new(Worker {
         view: shared.view,
         gate: shared.gate,
@@ -143,13 +150,15 @@ async fn serve(
         metrics: shared.metrics,
         access: shared.access,
         limits: shared.limits,
-        ending: shared.ending,
+        ending,
         ended: shared.ended,
         alt_svc: shared.alt_svc,
         ports: shared.ports,
+        places: shared.places,
+        connections,
         pool: RefCell::default(),
     });
-    let connections = TaskTracker::new();
+    let running = TaskTracker::new();
     for mut door in doors {
         if let Some(quic::Socket { socket, share }) = door.quic.take() {
             let tls = Arc::clone(&shared.quic);
@@ -158,10 +167,10 @@ async fn serve(
                 port: door.port,
                 tls: true,
             };
-            let accepting = h3::accept(endpoint, entrance, Rc::clone(&worker), connections.clone());
+            let accepting = h3::accept(endpoint, entrance, Rc::clone(&worker), running.clone());
             tokio::task::spawn_local(accepting);
         }
-        open(door, &worker, &connections)?;
+        open(door, &worker, &running)?;
     }
     let mut sweep = tokio::time::interval(SWEEP);
     loop {
@@ -170,23 +179,23 @@ async fn serve(
             Some(opened) = more.recv() => match opened {
                 Opened::Tcp(door) => {
                     let port = door.port;
-                    if let Err(error) = open(door, &worker, &connections) {
+                    if let Err(error) = open(door, &worker, &running) {
                         tracing::error!(%error, port, "a port cannot be listened on");
                     }
                 }
                 Opened::Udp(door) => {
-                    let serving = udp::serve(door, Rc::clone(&worker), connections.clone());
+                    let serving = udp::serve(door, Rc::clone(&worker), running.clone());
                     tokio::task::spawn_local(serving);
                 }
             },
             () = worker.ending.cancelled() => break,
         }
     }
-    connections.close();
+    running.close();
     tokio::select! {
-        () = connections.wait() => {}
+        () = running.wait() => {}
         () = worker.ended.cancelled() => tracing::warn!(
-            connections = connections.len(),
+            connections = running.len(),
             "connections were still open at the end"
         ),
     }
@@ -198,7 +207,6 @@ fn open(door: Door, worker: &Rc<Worker>, connections: &TaskTracker) -> io::Resul
     let accepting = accept(
         listener,
         door.port,
-        door.places,
         door.closed,
         Rc::clone(worker),
         connections.clone(),
@@ -210,41 +218,54 @@ fn open(door: Door, worker: &Rc<Worker>, connections: &TaskTracker) -> io::Resul
 async fn accept(
     listener: TcpListener,
     port: u16,
-    places: Arc<Semaphore>,
     closed: CancellationToken,
     worker: Rc<Worker>,
     connections: TaskTracker,
 ) {
     loop {
-        let accepted = async {
-            let place = Arc::clone(&places).acquire_owned().await;
-            (place, listener.accept().await)
-        };
         let accepted = tokio::select! {
-            accepted = accepted => accepted,
+            accepted = listener.accept() => accepted,
             () = worker.ending.cancelled() => return,
             () = closed.cancelled() => return,
         };
-        match accepted {
-            (Ok(place), Ok((stream, client))) => {
-                worker.metrics.connections.add();
-                let open = worker.metrics.open_connections.count();
-                let serving = Rc::clone(&worker).connection(stream, client, port);
-                connections.spawn_local(async move {
-                    serving.await;
-                    drop((place, open));
-                });
-            }
-            (Err(_), _) => return,
-            (_, Err(error)) => {
+        let (stream, client) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
             }
-        }
+        };
+        worker.metrics.connections.add();
+        // What comes after it waits in the kernel meanwhile.
+        let placed = tokio::select! {
+            placed = worker.place(client.ip()) => placed,
+            () = worker.ending.cancelled() => return,
+            () = closed.cancelled() => return,
+        };
+        let Some(place) = placed else {
+            worker.metrics.connections_refused.add();
+            continue;
+        };
+        let counted = worker.metrics.open_connections.count();
+        let serving = Rc::clone(&worker).connection(stream, client, port);
+        connections.spawn_local(async move {
+            serving.await;
+            drop((place, counted));
+        });
     }
 }
 
 impl Worker {
+    /// Room for one more connection; nothing if this client has as many as one may.
+    async fn place(&self, client: IpAddr) -> Option<Place> {
+        let full = || {
+            let shed = self.connections.shed();
+            self.metrics.connections_shed.add_all(shed as u64);
+        };
+        self.places.take(client, full).await
+    }
+
     async fn connection(self: Rc<Self>, stream: TcpStream, client: SocketAddr, port: u16) {
         let socket = socket2::SockRef::from(&stream);
         if let Err(error) = stream
@@ -279,7 +300,8 @@ impl Worker {
             None => {}
             Some(Begun::Http) => {
                 let entrance = Entrance { port, tls: false };
-                h1::client::serve(stream, client.ip(), entrance, self).await;
+                let open = self.connections.open();
+                h1::client::serve(stream, client.ip(), entrance, open, self).await;
             }
             Some(begun) => self.secure(stream, client, port, begun).await,
         }
@@ -324,10 +346,11 @@ impl Worker {
             return;
         }
         let entrance = Entrance { port, tls: true };
+        let open = self.connections.open();
         if protocol == Some(tls::H2) {
-            h2::serve(stream, client.ip(), entrance, self).await;
+            h2::serve(stream, client.ip(), entrance, open, self).await;
         } else {
-            h1::client::serve(stream, client.ip(), entrance, self).await;
+            h1::client::serve(stream, client.ip(), entrance, open, self).await;
         }
     }
 

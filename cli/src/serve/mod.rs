@@ -59,6 +59,7 @@ async fn serve(args: Serve) -> Result<()> {
         args.host_id > 0,
         "--host-id starts at 1; 0 is the hosts' network"
     );
+    let descriptors = raise_descriptors()?;
     // Early: an address that is taken is told before anything has begun.
     let measured = match args.metrics.0 {
         Some(address) => Some(
@@ -127,7 +128,11 @@ async fn serve(args: Serve) -> Result<()> {
         wake_timeout: args.wake_timeout,
         threads: EdgeConfig::threads_of_this_host(),
         http3: !args.no_http3,
-        limits: Limits::default(),
+        limits: Limits {
+            connections: edge_connections(&args, descriptors),
+            connections_of_client: args.max_client_connections,
+            ..Limits::default()
+        },
         access_log: access_log(&args),
     };
     let edge = Edge::start(edge, view.clone(), issuer.resolver(), adapter.clone())
@@ -283,6 +288,32 @@ fn service_addresses(args: &Serve) -> Vec<IpAddr> {
         all.retain(|ip| ip.is_ipv6());
     }
     all
+}
+
+/// Raises the soft limit of descriptors to the hard one, and tells it. A service is started with a soft limit of 1,024,
+/// for the sake of old programs that use select(2).
+fn raise_descriptors() -> Result<u64> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+        .with_context(|| format!("the limit of descriptors cannot be raised to {hard}"))?;
+    Ok(hard)
+}
+
+/// Connections that the edge takes: as many as there are descriptors for, two each (one to the app), when a quarter is
+/// kept for the agent, the API and the catalog.
+fn edge_connections(args: &Serve, descriptors: u64) -> usize {
+    let room = usize::try_from(descriptors / 4 * 3 / 2).unwrap_or(usize::MAX);
+    let wanted = args.max_connections;
+    if room < wanted {
+        tracing::warn!(
+            descriptors,
+            connections = room,
+            "the limit of descriptors allows the edge fewer connections than the {wanted} of --max-connections; \
+             raise it (systemd: LimitNOFILE=)"
+        );
+    }
+    wanted.min(room)
 }
 
 /// Where requests are written down.

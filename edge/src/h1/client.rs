@@ -20,6 +20,7 @@ use super::buffer::{self, LARGE, SMALL};
 use super::head::{self, BadHead};
 use super::out::{Framing, Out};
 use super::scan::{LineEnds, Scan};
+use crate::connections::Open;
 use crate::message::{Length, Piece, RequestHead};
 use crate::pages::Page;
 use crate::relay::{self, Client, Ended, Gone, Reply, ReplyFields};
@@ -57,15 +58,16 @@ pub async fn serve<S>(
     io: S,
     client: IpAddr,
     entrance: crate::entrance::Entrance,
+    open: Open,
     worker: Rc<Worker>,
 ) where
     S: Transport,
 {
     let connection = relay::Connection::new(client, entrance);
     let mut timer = Timer::new(worker.limits.keep_alive);
-    let mut h1 = Http1::new(io, worker.ending.clone());
+    let mut h1 = Http1::new(io, open.ending().clone());
     loop {
-        let head = h1.next_head(&mut timer, worker.limits.head).await;
+        let head = h1.next_head(&mut timer, worker.limits.head, &open).await;
         let ended = match head {
             Ok(Some(head)) => {
                 h1.expect(&head);
@@ -143,8 +145,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Http1<S> {
         &mut self,
         timer: &mut Timer,
         longest: Duration,
+        open: &Open,
     ) -> Result<Option<RequestHead>, BadHead> {
         let mut begun = false;
+        open.is_idle();
         let ending = self.ending.clone();
         let ending = ending.cancelled();
         tokio::pin!(ending);
@@ -157,6 +161,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Http1<S> {
                 }
                 if !begun && !self.input.is_empty() {
                     begun = true;
+                    open.is_busy();
                     timer.set(longest);
                 }
                 let idle_at_the_end = !begun && ending.as_mut().poll(cx).is_ready();

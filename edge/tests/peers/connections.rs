@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use tern_edge::Limits;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpSocket;
 use tokio::time::timeout;
 
 use crate::app::{App, Temper};
@@ -156,6 +157,7 @@ async fn who_says_nothing_is_closed_and_nobody_else() {
         head: Duration::from_millis(700),
         keep_alive: Duration::from_millis(400),
         idle: PATIENCE,
+        ..Limits::default()
     };
     let app = App::new(Temper::Lenient).await;
     let world = World::limited(app.port, limits).await;
@@ -255,4 +257,85 @@ async fn an_answer_cut_off_resets_a_client_of_http_1_0() {
         .unwrap();
     let error = read.expect_err("an end that looks good");
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+/// RFC 9113 section 3.4, no settings, and a PING.
+const PREFACE_AND_PING: &[u8] =
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\x08\x06\0\0\0\0\0are you?";
+
+#[tokio::test]
+async fn a_full_edge_ends_who_is_idle_and_no_one_else() {
+    let app = App::new(Temper::Strict).await;
+    let limits = Limits {
+        connections: 3,
+        ..Limits::default()
+    };
+    let world = World::limited(app.port, limits).await;
+    // Over TLS and HTTP/2, with nothing asked for: what once held its place for good.
+    let mut silent = tls_with(&world, b"h2").await;
+    silent.write_all(PREFACE_AND_PING).await.unwrap();
+    let mut heard = Vec::new();
+    while !heard.windows(8).any(|w| w == b"are you?") {
+        let read = timeout(PATIENCE, silent.read_buf(&mut heard)).await;
+        assert!(read.expect("in time").unwrap() > 0);
+    }
+    let mut idle = plain(&world).await;
+    idle.get("/", "one", "").await;
+    idle.answer().await.is_for("one");
+    let mut busy = plain(&world).await;
+    busy.get("/held", "two", "").await;
+    app.until_held(1).await;
+    // Each finds room, and the longest idle goes first.
+    let mut third = plain(&world).await;
+    third.get("/", "three", "").await;
+    third.answer().await.is_for("three");
+    let mut rest = Vec::new();
+    let ended = timeout(PATIENCE, silent.read_to_end(&mut rest)).await;
+    assert!(ended.is_ok(), "the silent one is still there");
+    let mut fourth = plain(&world).await;
+    fourth.get("/", "four", "").await;
+    fourth.answer().await.is_for("four");
+    assert!(idle.answer_or_end().await.is_none());
+    app.release();
+    busy.answer().await.is_for("two");
+}
+
+#[tokio::test]
+async fn a_client_has_so_many_connections_and_no_more() {
+    let app = App::new(Temper::Strict).await;
+    let limits = Limits {
+        connections_of_client: 2,
+        ..Limits::default()
+    };
+    let world = World::limited(app.port, limits).await;
+    let mut one = plain(&world).await;
+    let two = plain(&world).await;
+    one.get("/", "one", "").await;
+    one.answer().await.is_for("one");
+    // Closed without a word, as soon as it came.
+    let mut third = plain(&world).await;
+    let _ = third.stream.write_all(b"GET / HTTP/1.1\r\n").await;
+    let mut rest = Vec::new();
+    let end = timeout(PATIENCE, third.stream.read_to_end(&mut rest)).await;
+    assert!(end.is_ok() && rest.is_empty(), "{rest:?}");
+    // Another address has its own.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let mut other = Client::new(socket.connect(world.http).await.unwrap());
+    other.get("/", "other", "").await;
+    other.answer().await.is_for("other");
+    drop(two);
+    let again = async {
+        loop {
+            let mut again = plain(&world).await;
+            let request = get("/", "again", "Connection: close\r\n");
+            let _ = again.stream.write_all(request.as_bytes()).await;
+            let mut reply = Vec::new();
+            let _ = again.stream.read_to_end(&mut reply).await;
+            if reply.starts_with(b"HTTP/1.1 200") {
+                return;
+            }
+        }
+    };
+    timeout(PATIENCE, again).await.expect("its place is free");
 }

@@ -1,0 +1,262 @@
+//! How many connections there may be, of all clients and of each, and which one goes when there is no room: the one
+//! that has been idle the longest.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+
+/// Room for connections over TCP, shared by all threads.
+#[derive(Debug)]
+pub struct Places {
+    all: Arc<Semaphore>,
+    of_one_client: u32,
+    clients: Mutex<HashMap<Client, u32>>,
+}
+
+/// One connection's room.
+pub struct Place {
+    places: Arc<Places>,
+    client: Client,
+    _one: OwnedSemaphorePermit,
+}
+
+/// Who counts as one client: an IPv4 address, or the 64 bits that a site of IPv6 is given at least (RFC 6177).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Client {
+    V4([u8; 4]),
+    V6(u64),
+}
+
+/// The connections of one thread.
+pub struct Connections {
+    /// Rises with each connection that becomes idle.
+    clock: Cell<u64>,
+    next: Cell<u64>,
+    known: RefCell<HashMap<u64, Rc<State>>>,
+    ending: CancellationToken,
+}
+
+struct State {
+    /// When it became idle, by the thread's clock; 0 while it is not.
+    idle_since: Cell<u64>,
+    ending: CancellationToken,
+}
+
+/// A connection of this thread.
+pub struct Open {
+    id: u64,
+    state: Rc<State>,
+    thread: Rc<Connections>,
+}
+
+impl Places {
+    pub fn new(all: usize, of_one_client: usize) -> Self {
+        Self {
+            all: Arc::new(Semaphore::new(all.min(Semaphore::MAX_PERMITS))),
+            of_one_client: of_one_client.try_into().unwrap_or(u32::MAX),
+            clients: Mutex::default(),
+        }
+    }
+
+    /// A place, once there is one, unless this client has as many as it may. `full` is called when there is none.
+    pub async fn take(self: &Arc<Self>, client: IpAddr, full: impl FnOnce()) -> Option<Place> {
+        let client = Client::of(client);
+        {
+            let mut clients = self.clients.lock();
+            let count = clients.entry(client).or_default();
+            if *count >= self.of_one_client {
+                return None;
+            }
+            *count += 1;
+        }
+        let counted = CountedClient {
+            places: self,
+            client,
+        };
+        let one = match Arc::clone(&self.all).try_acquire_owned() {
+            Ok(one) => one,
+            Err(_) => {
+                full();
+                Arc::clone(&self.all).acquire_owned().await.ok()?
+            }
+        };
+        std::mem::forget(counted);
+        Some(Place {
+            places: Arc::clone(self),
+            client,
+            _one: one,
+        })
+    }
+
+    fn give_back(&self, client: Client) {
+        let mut clients = self.clients.lock();
+        if let Some(count) = clients.get_mut(&client) {
+            *count -= 1;
+            if *count == 0 {
+                clients.remove(&client);
+            }
+        }
+    }
+}
+
+/// A client's count, given back if it gets no place.
+struct CountedClient<'a> {
+    places: &'a Places,
+    client: Client,
+}
+
+impl Drop for CountedClient<'_> {
+    fn drop(&mut self) {
+        self.places.give_back(self.client);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.places.give_back(self.client);
+    }
+}
+
+impl Client {
+    fn of(address: IpAddr) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(address) => Self::V4(address.octets()),
+            IpAddr::V6(address) => {
+                // What follows is a host's own.
+                Self::V6((address.to_bits() >> 64) as u64)
+            }
+        }
+    }
+}
+
+impl Connections {
+    pub fn new(ending: &CancellationToken) -> Self {
+        Self {
+            clock: Cell::new(0),
+            next: Cell::new(0),
+            known: RefCell::default(),
+            ending: ending.child_token(),
+        }
+    }
+
+    /// A new connection, known until it is dropped. It is not idle.
+    pub fn open(self: &Rc<Self>) -> Open {
+        let id = self.next.get();
+        self.next.set(id + 1);
+        let state = Rc::new(State {
+            idle_since: Cell::new(0),
+            ending: self.ending.child_token(),
+        });
+        self.known.borrow_mut().insert(id, Rc::clone(&state));
+        Open {
+            id,
+            state,
+            thread: Rc::clone(self),
+        }
+    }
+
+    /// Has those end that have been idle the longest: some, so that the next that need room find it. Tells how many.
+    pub fn shed(&self) -> usize {
+        let known = self.known.borrow();
+        let idle = |state: &&Rc<State>| state.idle_since.get() > 0 && !state.ending.is_cancelled();
+        let mut idle: Vec<&Rc<State>> = known.values().filter(idle).collect();
+        let count = (1 + idle.len() / 64).min(idle.len());
+        if count > 0 {
+            idle.select_nth_unstable_by_key(count - 1, |state| state.idle_since.get());
+        }
+        for state in &idle[..count] {
+            state.ending.cancel();
+        }
+        count
+    }
+}
+
+impl Open {
+    /// Nothing is under way: it may be ended.
+    pub fn is_idle(&self) {
+        let now = self.thread.clock.get() + 1;
+        self.thread.clock.set(now);
+        self.state.idle_since.set(now);
+    }
+
+    /// Something is under way.
+    pub fn is_busy(&self) {
+        self.state.idle_since.set(0);
+    }
+
+    /// Set when it takes no more requests.
+    pub fn ending(&self) -> &CancellationToken {
+        &self.state.ending
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.thread.known.borrow_mut().remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_has_its_share_and_others_theirs() {
+        let places = Arc::new(Places::new(10, 2));
+        let take = |address: &str| {
+            let (places, address) = (Arc::clone(&places), address.parse().unwrap());
+            async move { places.take(address, || panic!("there is room")).await }
+        };
+        let one = take("192.0.2.1").await;
+        let _two = take("::ffff:192.0.2.1").await;
+        assert!(one.is_some() && take("192.0.2.1").await.is_none());
+        let _other = take("192.0.2.2").await;
+        // A site of IPv6 is one client.
+        let six = [take("2001:db8::1").await, take("2001:db8::2").await];
+        assert!(six.iter().all(Option::is_some) && take("2001:db8::3").await.is_none());
+        assert!(take("2001:db8:0:1::1").await.is_some());
+        drop(one);
+        assert!(take("192.0.2.1").await.is_some());
+        drop(six);
+        assert_eq!(places.clients.lock().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn whoever_finds_no_place_has_room_made() {
+        let places = Arc::new(Places::new(1, 9));
+        let client = "192.0.2.1".parse().unwrap();
+        let first = places.take(client, || panic!("there is room")).await;
+        let asked = Cell::new(false);
+        let second = places.take(client, || asked.set(true));
+        tokio::pin!(second);
+        let pending = futures::poll!(second.as_mut()).is_pending();
+        assert!(pending && asked.get());
+        drop(first);
+        assert!(second.await.is_some());
+        assert!(places.clients.lock().is_empty());
+    }
+
+    #[test]
+    fn the_longest_idle_goes_first_and_no_busy_one() {
+        let thread = Rc::new(Connections::new(&CancellationToken::new()));
+        let all: Vec<Open> = (0..4).map(|_| thread.open()).collect();
+        assert_eq!(thread.shed(), 0);
+        for n in [2, 0, 1, 3] {
+            all[n].is_idle();
+        }
+        all[2].is_busy();
+        assert_eq!(thread.shed(), 1);
+        let ended = |n: usize| all[n].ending().is_cancelled();
+        assert_eq!([0, 1, 2, 3].map(ended), [true, false, false, false]);
+        assert_eq!(thread.shed(), 1);
+        assert_eq!([0, 1, 2, 3].map(ended), [true, true, false, false]);
+        drop(all);
+        assert!(thread.known.borrow().is_empty());
+    }
+}
