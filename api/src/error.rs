@@ -118,6 +118,16 @@ impl From<CatalogError> for ApiError {
                 Self::conflict(format!("{key} was changed by somebody else; try again"))
             }
             CatalogError::Store(StoreError::Invalid(text)) => Self::invalid(text),
+            CatalogError::Store(error @ StoreError::TooLarge { .. }) => {
+                Self::invalid(error.to_string())
+            }
+            CatalogError::Store(StoreError::Unknown(text)) => {
+                tracing::error!(error = text, "a write to the catalog was not answered");
+                Self::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "the catalog has not answered; it may have been done or not: look before you repeat it",
+                )
+            }
             other => {
                 // The caller learns that it failed; why is for the operator.
                 tracing::error!(error = %other, "the catalog failed");

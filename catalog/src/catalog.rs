@@ -8,6 +8,8 @@ use crate::{Compare, Op, Record, Revision, Store, StoreError, Transaction};
 
 /// How often [`Catalog::update`] meets a conflict before it gives up: more would hide a livelock.
 const MAX_CONFLICTS: u32 = 16;
+/// How many unanswered writes [`Catalog::update`] looks after: the store is ill, and each took seconds.
+const MAX_UNKNOWN: usize = 2;
 
 /// The store, spoken to in nouns. Clones share it.
 #[derive(Clone)]
@@ -75,6 +77,13 @@ impl Catalog {
             .await
         {
             Err(StoreError::Conflict { key }) => Err(CatalogError::Exists(key)),
+            Err(StoreError::Unknown(text)) => {
+                // Ours is there or it is not known: it may still be on its way.
+                match self.store.get(&record.key()).await {
+                    Ok(Some(entry)) if put_value(record) == entry.value => Ok(entry.revision),
+                    _ => Err(StoreError::Unknown(text).into()),
+                }
+            }
             other => Ok(other?),
         }
     }
@@ -98,6 +107,9 @@ impl Catalog {
 
     /// Reads, changes and writes a record, again when somebody else was faster. `change` answers
     /// `Err` to leave it as it is. `Ok(None)` where there is no such record.
+    ///
+    /// Where a write's answer was lost, the record is read again: what was to be written is there, or
+    /// the change is made anew on what is. No write is done twice, for each names the revision it was made from.
     pub async fn update<T: Record, E>(
         &self,
         id: &str,
@@ -105,10 +117,26 @@ impl Catalog {
     ) -> Result<Result<Option<T>, E>, CatalogError> {
         let key = T::key_of(id);
         let mut conflicts = 0;
+        // Written without an answer: the value, and the revision it was to replace.
+        let mut unanswered: Vec<(Vec<u8>, Revision)> = Vec::new();
         loop {
-            let Some((mut record, revision)) = self.get::<T>(id).await? else {
+            let entry = match self.store.get(&key).await {
+                // What is unknown stays so: the error of the reading would deny it.
+                Err(StoreError::Unavailable(text)) if !unanswered.is_empty() => {
+                    return Err(StoreError::Unknown(text).into());
+                }
+                other => other?,
+            };
+            let Some(entry) = entry else {
                 return Ok(Ok(None));
             };
+            let (mut record, revision): (T, _) = (decode(&key, &entry.value)?, entry.revision);
+            let done = |(value, replaced): &(Vec<u8>, Revision)| {
+                *value == entry.value && *replaced != revision
+            };
+            if unanswered.iter().any(done) {
+                return Ok(Ok(Some(record)));
+            }
             if let Err(refused) = change(&mut record) {
                 return Ok(Err(refused));
             }
@@ -120,9 +148,13 @@ impl Catalog {
                 compares: vec![compare],
                 ops: vec![put(&record)],
             };
+            let value = put_value(&record);
             match self.store.commit(transaction).await {
                 Ok(_) => return Ok(Ok(Some(record))),
                 Err(StoreError::Conflict { .. }) if conflicts < MAX_CONFLICTS => conflicts += 1,
+                Err(StoreError::Unknown(_)) if unanswered.len() < MAX_UNKNOWN => {
+                    unanswered.push((value, revision));
+                }
                 Err(other) => return Err(other.into()),
             }
         }
@@ -131,12 +163,15 @@ impl Catalog {
 
 /// The op that writes a record, for transactions over several.
 pub(crate) fn put<T: Record>(record: &T) -> Op {
-    let value = serde_json::to_vec(record).expect("nouns are plain data with text keys");
     Op::Put {
         key: record.key(),
-        value,
+        value: put_value(record),
         lease: None,
     }
+}
+
+fn put_value<T: Record>(record: &T) -> Vec<u8> {
+    serde_json::to_vec(record).expect("nouns are plain data with text keys")
 }
 
 fn absent<T: Record>(record: &T) -> Compare {

@@ -7,6 +7,7 @@ mod address;
 mod catalog;
 mod certificate;
 mod duration;
+mod etcd;
 mod machine;
 mod machine_config;
 mod names;
@@ -27,6 +28,7 @@ pub use certificate::{
     AcmeAccount, AcmeChallenge, Certificate, CertificateState, ChallengeKind, SealedKey,
 };
 pub use duration::GoDuration;
+pub use etcd::{EtcdConfig, EtcdStore};
 pub use machine::{
     CheckState, CheckStatus, Desired, DesiredState, Machine, MachineEvent, MachineState,
     MachineStatus,
@@ -50,8 +52,8 @@ pub use release::{Release, ReleaseStatus};
 pub use secrets::{AppSecret, AppSecrets};
 pub use sqlite::SqliteStore;
 pub use store::{
-    Change, Compare, Entry, LeaseId, Listing, Op, Revision, Store, StoreError, Transaction, Watch,
-    WatchBatch,
+    Change, Compare, Entry, LeaseId, Listing, Op, PROGRESS_EVERY, Revision, Store, StoreError,
+    Transaction, Watch, WatchBatch, WatchEvent, limits,
 };
 pub use view::{Snapshot, View};
 pub use volume::{SnapshotStatus, Volume, VolumeSource, VolumeState, VolumeStatus};

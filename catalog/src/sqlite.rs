@@ -18,7 +18,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::store::{Entry, LeaseId, Listing, Revision, Store, StoreError, Transaction, Watch};
+use crate::store::{
+    Entry, LeaseId, Listing, Revision, Store, StoreError, Transaction, Watch, limits,
+};
 use feed::Feed;
 use reader::Reader;
 use writer::{Job, Writer};
@@ -86,7 +88,9 @@ impl SqliteStore {
         let (reply, answer) = oneshot::channel();
         let jobs = self.writing.jobs.as_ref().ok_or_else(gone)?;
         jobs.send(job(reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        // It has the job, and ended with it.
+        let lost = |_| StoreError::Unknown("its writer has ended".to_owned());
+        answer.await.map_err(lost)?
     }
 }
 
@@ -101,7 +105,7 @@ impl Store for SqliteStore {
     }
 
     async fn commit(&self, transaction: Transaction) -> Result<Revision, StoreError> {
-        schema::check(&transaction)?;
+        limits::check(&transaction)?;
         self.ask(|reply| Job::Commit { transaction, reply }).await
     }
 

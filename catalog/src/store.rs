@@ -1,8 +1,13 @@
 //! The contract of a store: small facts under text keys, with revisions.
 //!
-//! Every commit that changes anything has a revision, one higher than the one before. A key remembers
-//! the revision that last wrote it; comparing that is the only concurrency control there is
-//! (optimistic, as in etcd).
+//! Every commit that changes anything has a revision, higher than the one before; whoever shares the
+//! store with others (etcd) does not see every number. A key remembers the revision that last wrote it;
+//! comparing that is the only concurrency control there is (optimistic, as in etcd).
+//!
+//! What goes in is bounded, by the narrowest of the stores, so that a cloud can move between them: see
+//! [`limits`].
+
+pub mod limits;
 
 use std::time::Duration;
 
@@ -11,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-/// A point in the store's history. 0 is before the first commit.
+/// A point in the store's history. 0 is before every commit.
 pub type Revision = u64;
 
 /// A lease, see [`Store::grant`].
@@ -97,10 +102,24 @@ pub struct WatchBatch {
     pub changes: Vec<Change>,
 }
 
+/// What a watch tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WatchEvent {
+    /// A commit.
+    Batch(WatchBatch),
+    /// The store has answered, and all up to this revision has been told. Comes every
+    /// [`PROGRESS_EVERY`] or so also while nobody writes: a watch that is silent for longer does not know
+    /// what it misses.
+    Progress(Revision),
+}
+
+/// How often a watch proves that it is current.
+pub const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
 /// A running watch. Batches arrive in order and without gaps, until an error ends it.
 #[derive(Debug)]
 pub struct Watch {
-    batches: mpsc::Receiver<Result<WatchBatch, StoreError>>,
+    events: mpsc::Receiver<Result<WatchEvent, StoreError>>,
 }
 
 /// What a store can answer instead of doing it.
@@ -126,9 +145,23 @@ pub enum StoreError {
     /// The request itself is wrong.
     #[error("{0}")]
     Invalid(String),
-    /// The store cannot answer now.
+    /// More than one transaction may hold, see [`limits`]: split it, or store less.
+    #[error("{what}: {found}, where {limit} is the most")]
+    TooLarge {
+        /// What is too large, with its unit.
+        what: String,
+        /// How large it is.
+        found: usize,
+        /// How large it may be.
+        limit: usize,
+    },
+    /// The store cannot answer now. What was asked for has not happened.
     #[error("the catalog's store does not answer: {0}")]
     Unavailable(String),
+    /// A write was sent and its answer has not come: it has happened, or may yet, or not at all. Read
+    /// again before doing anything about it.
+    #[error("whether the catalog's store has done it is unknown; look before doing it again: {0}")]
+    Unknown(String),
 }
 
 /// A place where the catalog is kept.
@@ -142,16 +175,17 @@ pub trait Store: Send + Sync + 'static {
 
     /// Does a transaction and answers its revision; one that changes nothing answers the last.
     ///
-    /// Once answered, it survives a crash. [`StoreError::Unavailable`] says that it may or may not
-    /// have happened; every other error, that it has not.
+    /// Once answered, it survives a crash. [`StoreError::Unknown`] says that it may or may not have
+    /// happened; every other error, that it has not.
     async fn commit(&self, transaction: Transaction) -> Result<Revision, StoreError>;
 
     /// The changes under `prefix` after revision `after`, those already past first. A watcher that
     /// is so slow that what it has not read is forgotten is told [`StoreError::Compacted`].
     async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, StoreError>;
 
-    /// Makes a lease that ends after `ttl` without a [`Store::keep_alive`]; its keys are deleted
-    /// then, by a commit that watches see.
+    /// Makes a lease that ends after `ttl` without a [`Store::keep_alive`], or a little later (etcd
+    /// counts in seconds, and extends leases when its leader changes); its keys are deleted then, by a
+    /// commit that watches see.
     async fn grant(&self, ttl: Duration) -> Result<LeaseId, StoreError>;
 
     /// Starts the lease's time anew.
@@ -173,12 +207,23 @@ impl Transaction {
 
 impl Watch {
     /// A watch that is fed through this channel; for those who make stores.
-    pub fn new(batches: mpsc::Receiver<Result<WatchBatch, StoreError>>) -> Self {
-        Self { batches }
+    pub fn new(events: mpsc::Receiver<Result<WatchEvent, StoreError>>) -> Self {
+        Self { events }
+    }
+
+    /// What comes next, progress too; `None` when the store has closed.
+    pub async fn event(&mut self) -> Option<Result<WatchEvent, StoreError>> {
+        self.events.recv().await
     }
 
     /// The next batch; `None` when the store has closed.
     pub async fn next(&mut self) -> Option<Result<WatchBatch, StoreError>> {
-        self.batches.recv().await
+        loop {
+            return match self.event().await? {
+                Ok(WatchEvent::Batch(batch)) => Some(Ok(batch)),
+                Ok(WatchEvent::Progress(_)) => continue,
+                Err(error) => Some(Err(error)),
+            };
+        }
     }
 }

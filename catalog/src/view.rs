@@ -2,7 +2,9 @@
 //!
 //! A [`View`] lists the store once and then follows its watch. A reader takes a [`Snapshot`], a
 //! consistent picture that costs one atomic load; persistent maps make the next one cheap. When the
-//! store cannot be followed the view stays as it is, says how stale it is, and tries again.
+//! store cannot be followed the view stays as it is, says how stale it is, and tries again. A watch that
+//! runs is no proof of being current: only what the store said last is, so that is what staleness is
+//! counted from.
 
 mod snapshot;
 
@@ -13,7 +15,8 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::{CatalogError, Revision, Store, StoreError};
+use crate::store::PROGRESS_EVERY;
+use crate::{CatalogError, Revision, Store, StoreError, WatchEvent};
 pub use snapshot::Snapshot;
 
 /// The catalog in memory. Clones share it.
@@ -21,7 +24,8 @@ pub use snapshot::Snapshot;
 pub struct View {
     current: Arc<ArcSwap<Snapshot>>,
     revision: watch::Receiver<Revision>,
-    stale_since: Arc<Mutex<Option<Instant>>>,
+    /// When the store last said that the picture is current.
+    heard: Arc<Mutex<Instant>>,
     /// Ends the follower with the last clone.
     _follower: Arc<Follower>,
 }
@@ -31,6 +35,8 @@ struct Follower(tokio::task::JoinHandle<()>);
 /// Waits between two attempts to follow a store that fails.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_secs(5);
+/// Silence of the store that is called stale: several of its promises to speak, not one late one.
+const STALE_AFTER: Duration = PROGRESS_EVERY.saturating_mul(5);
 
 impl View {
     /// Reads everything, and follows what comes from then on.
@@ -38,18 +44,18 @@ impl View {
         let first = read(&*store).await?;
         let (announce, revision) = watch::channel(first.revision);
         let current = Arc::new(ArcSwap::from_pointee(first));
-        let stale_since = Arc::new(Mutex::new(None));
+        let heard = Arc::new(Mutex::new(Instant::now()));
         let follower = Follow {
             store,
             current: Arc::clone(&current),
             announce,
-            stale_since: Arc::clone(&stale_since),
+            heard: Arc::clone(&heard),
         };
         let task = tokio::spawn(follower.run());
         Ok(Self {
             current,
             revision,
-            stale_since,
+            heard,
             _follower: Arc::new(Follower(task)),
         })
     }
@@ -64,9 +70,14 @@ impl View {
         self.revision.clone()
     }
 
-    /// How long the store has not been followed; `None` while it is.
+    /// How long ago the store last said that the picture is current: all older facts are in it.
+    pub fn age(&self) -> Duration {
+        self.heard.lock().elapsed()
+    }
+
+    /// The [`View::age`] where it is more than a store that is followed would let it become.
     pub fn stale_for(&self) -> Option<Duration> {
-        self.stale_since.lock().map(|since| since.elapsed())
+        Some(self.age()).filter(|age| *age > STALE_AFTER)
     }
 
     /// Waits until the picture holds what is looked for.
@@ -95,7 +106,7 @@ struct Follow {
     store: Arc<dyn Store>,
     current: Arc<ArcSwap<Snapshot>>,
     announce: watch::Sender<Revision>,
-    stale_since: Arc<Mutex<Option<Instant>>>,
+    heard: Arc<Mutex<Instant>>,
 }
 
 impl Follow {
@@ -104,12 +115,12 @@ impl Follow {
         loop {
             let before = self.current.load().revision;
             let ended = self.follow(before).await;
-            self.stale_since.lock().get_or_insert_with(Instant::now);
             match ended {
                 // Too far behind: what is missing can only be had by reading everything.
                 StoreError::Compacted { .. } => match read(&*self.store).await {
                     Ok(whole) => {
                         self.show(whole);
+                        *self.heard.lock() = Instant::now();
                         continue;
                     }
                     Err(error) => tracing::warn!(%error, "the catalog cannot be read"),
@@ -130,13 +141,23 @@ impl Follow {
             Ok(watch) => watch,
             Err(error) => return error,
         };
-        *self.stale_since.lock() = None;
         loop {
-            match watch.next().await {
-                Some(Ok(batch)) => {
+            match watch.event().await {
+                Some(Ok(WatchEvent::Batch(batch))) => {
                     let mut next = Snapshot::clone(&self.current.load());
                     next.apply(&batch);
                     self.show(next);
+                }
+                Some(Ok(WatchEvent::Progress(revision))) => {
+                    // Others' commits count too: who waits for a revision learns that it has passed, and
+                    // a later watch need not ask for what was compacted since.
+                    let current = self.current.load();
+                    if revision > current.revision {
+                        let mut next = Snapshot::clone(&current);
+                        next.revision = revision;
+                        self.show(next);
+                    }
+                    *self.heard.lock() = Instant::now();
                 }
                 Some(Err(error)) => return error,
                 None => return StoreError::Unavailable("the watch has ended".to_owned()),

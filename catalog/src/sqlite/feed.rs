@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 
 use super::reader::Reader;
-use crate::store::{Revision, StoreError, Watch, WatchBatch};
+use crate::store::{PROGRESS_EVERY, Revision, StoreError, Watch, WatchEvent};
 
 /// Feeds one watch.
 pub(super) struct Feed {
@@ -17,7 +17,7 @@ pub(super) struct Feed {
     prefix: Arc<str>,
     /// All up to here has been told.
     told: Revision,
-    batches: mpsc::Sender<Result<WatchBatch, StoreError>>,
+    events: mpsc::Sender<Result<WatchEvent, StoreError>>,
 }
 
 /// Batches that wait in the channel beside the page they are from; a few, to spare switching tasks.
@@ -31,13 +31,13 @@ impl Feed {
         prefix: &str,
         after: Revision,
     ) -> Watch {
-        let (batches, receiver) = mpsc::channel(AHEAD);
+        let (events, receiver) = mpsc::channel(AHEAD);
         let feed = Self {
             reader,
             committed,
             prefix: prefix.into(),
             told: after,
-            batches,
+            events,
         };
         tokio::spawn(feed.run());
         Watch::new(receiver)
@@ -49,17 +49,26 @@ impl Feed {
             while self.told < up_to {
                 if let Err(error) = self.page(up_to).await {
                     // Whoever has gone needs no reason.
-                    let _ = self.batches.send(Err(error)).await;
+                    let _ = self.events.send(Err(error)).await;
                     return;
                 }
-                if self.batches.is_closed() {
+                if self.events.is_closed() {
                     return;
                 }
+            }
+            if self
+                .events
+                .send(Ok(WatchEvent::Progress(self.told)))
+                .await
+                .is_err()
+            {
+                return;
             }
             tokio::select! {
                 // The store has closed, and with us the watch ends.
                 changed = self.committed.changed() => if changed.is_err() { return },
-                () = self.batches.closed() => return,
+                () = self.events.closed() => return,
+                () = tokio::time::sleep(PROGRESS_EVERY) => {}
             }
         }
     }
@@ -68,7 +77,12 @@ impl Feed {
         let prefix = Arc::clone(&self.prefix);
         let page = self.reader.page(prefix, self.told, up_to).await?;
         for batch in page.batches {
-            if self.batches.send(Ok(batch)).await.is_err() {
+            if self
+                .events
+                .send(Ok(WatchEvent::Batch(batch)))
+                .await
+                .is_err()
+            {
                 break;
             }
         }

@@ -1,6 +1,5 @@
-//! The file: its tables, its version, its lock, and the bounds of what goes in.
+//! The file: its tables, its version and its lock.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
@@ -8,7 +7,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, params};
 
-use crate::store::{Op, Revision, StoreError, Transaction};
+use crate::store::{Revision, StoreError};
 
 /// Revisions kept for watches that start in the past: a follower that was away for minutes goes on, one
 /// that was away for longer lists anew.
@@ -16,18 +15,6 @@ pub(super) const HISTORY: Revision = 10_000;
 
 /// The layout of the tables; raised with each change of it.
 const VERSION: i64 = 1;
-/// Longest key. Keys are made of names of at most 253 bytes.
-const MAX_KEY_BYTES: usize = 1024;
-/// Longest value. Facts are small; the largest is a Machine's configuration with files.
-const MAX_VALUE_BYTES: usize = 1 << 20;
-/// Most operations of one transaction.
-const MAX_OPS: usize = 512;
-/// Longest values of one transaction, all together: a watch holds it in memory as one batch.
-const MAX_TRANSACTION_BYTES: usize = 4 << 20;
-/// A shorter lease would end before its holder hears of it.
-pub(super) const SHORTEST_LEASE: Duration = Duration::from_millis(1);
-/// A longer lease is none.
-pub(super) const LONGEST_LEASE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Longest a connection waits for the other's lock.
 const BUSY: Duration = Duration::from_secs(10);
 
@@ -141,38 +128,4 @@ pub(super) fn set_meta(
 fn meta(connection: &Connection, name: &str) -> rusqlite::Result<i64> {
     let mut statement = connection.prepare_cached("SELECT value FROM meta WHERE name = ?1")?;
     statement.query_row(params![name], |row| row.get(0))
-}
-
-/// Refuses what no noun of ours would ask for.
-pub(super) fn check(transaction: &Transaction) -> Result<(), StoreError> {
-    let invalid = |text: String| Err(StoreError::Invalid(text));
-    if transaction.ops.is_empty() || transaction.ops.len() > MAX_OPS {
-        return invalid(format!("a transaction has 1 to {MAX_OPS} operations"));
-    }
-    let mut seen = HashSet::new();
-    let mut bytes = 0;
-    for op in &transaction.ops {
-        let (key, length) = match op {
-            Op::Put { key, value, .. } => (key, value.len()),
-            Op::Delete { key } => (key, 0),
-        };
-        if key.is_empty() || key.len() > MAX_KEY_BYTES || key.contains('\0') {
-            return invalid(format!("a key has 1 to {MAX_KEY_BYTES} bytes and no NUL"));
-        }
-        if length > MAX_VALUE_BYTES {
-            return invalid(format!(
-                "the value of {key} has {length} bytes; {MAX_VALUE_BYTES} are allowed"
-            ));
-        }
-        bytes += length;
-        if bytes > MAX_TRANSACTION_BYTES {
-            return invalid(format!(
-                "a transaction writes {MAX_TRANSACTION_BYTES} bytes at most"
-            ));
-        }
-        if !seen.insert(key) {
-            return invalid(format!("{key} is written twice in one transaction"));
-        }
-    }
-    Ok(())
 }

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::leases::Leases;
 use super::schema;
-use crate::store::{LeaseId, Op, Revision, StoreError, Transaction};
+use crate::store::{LeaseId, Op, Revision, StoreError, Transaction, limits};
 
 type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
 
@@ -187,13 +187,7 @@ impl Writer {
     }
 
     fn grant(&mut self, ttl: Duration) -> Result<LeaseId, StoreError> {
-        if !(schema::SHORTEST_LEASE..=schema::LONGEST_LEASE).contains(&ttl) {
-            return Err(StoreError::Invalid(format!(
-                "a lease lasts {:?} to {:?}, not {ttl:?}",
-                schema::SHORTEST_LEASE,
-                schema::LONGEST_LEASE
-            )));
-        }
+        limits::check_lease(ttl)?;
         let millis = i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX);
         // Random: an id that is used again would let who held the old lease keep the new one alive.
         let lease = LeaseId(rand::random_range(1..=i64::MAX));

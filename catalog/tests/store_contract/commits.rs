@@ -1,7 +1,9 @@
 //! Commits: comparisons, atomicity, listings, bounds.
 
+use std::sync::Arc;
+
 use futures::future::join_all;
-use tern_catalog::{Compare, Op, StoreError, Transaction};
+use tern_catalog::{Compare, Op, StoreError, Transaction, limits};
 
 use crate::{Fresh, commit, commit_if, delete, put, value};
 
@@ -13,6 +15,8 @@ crate::battery!(
     a_listing_has_exactly_what_is_under_the_prefix,
     deleting_what_is_not_there_is_no_error,
     what_no_noun_would_ask_for_is_refused,
+    what_is_at_the_limit_is_taken_and_more_is_refused,
+    a_listing_of_many_pages_is_of_one_revision,
 );
 
 async fn revisions_count_commits(fresh: Fresh) {
@@ -116,28 +120,116 @@ async fn deleting_what_is_not_there_is_no_error(fresh: Fresh) {
 
 async fn what_no_noun_would_ask_for_is_refused(fresh: Fresh) {
     let store = &fresh.store;
-    let long = "k".repeat(5000);
-    let huge = Op::Put {
+    let never = Compare {
         key: "k".to_owned(),
-        value: vec![0; 2 << 20],
-        lease: None,
+        revision: Some(0),
     };
-    let many = (0..2000).map(|n| put(&n.to_string(), "")).collect();
     let wrong = [
-        vec![],
-        vec![put("", "1")],
-        vec![put(&long, "1")],
-        vec![put("a\0b", "1")],
-        vec![huge],
-        many,
-        vec![put("k", "1"), delete("k")],
+        Transaction::of(vec![]),
+        Transaction::of(vec![put("", "1")]),
+        Transaction::of(vec![put("a\0b", "1")]),
+        Transaction::of(vec![put("k", "1"), delete("k")]),
+        Transaction {
+            compares: vec![never],
+            ops: vec![put("k", "1")],
+        },
     ];
-    for ops in wrong {
-        let outcome = store.commit(Transaction::of(ops)).await;
+    for transaction in wrong {
+        let outcome = store.commit(transaction).await;
         assert!(
             matches!(outcome, Err(StoreError::Invalid(_))),
             "{outcome:?}"
         );
     }
-    assert_eq!(store.list("").await.unwrap().revision, 0);
+    assert_eq!(store.list("").await.unwrap().revision, fresh.base);
+}
+
+async fn what_is_at_the_limit_is_taken_and_more_is_refused(fresh: Fresh) {
+    let store = &fresh.store;
+    let of_length = |key: &str, length: usize| Op::Put {
+        key: key.to_owned(),
+        value: vec![b'x'; length],
+        lease: None,
+    };
+    let many = |count: usize| {
+        let ops = (0..count).map(|n| put(&format!("many/{n:03}"), "1"));
+        Transaction::of(ops.collect())
+    };
+    let compared = |count: usize| {
+        let compare = |n: usize| Compare {
+            key: format!("{n:0>width$}", width = limits::MAX_KEY_BYTES),
+            revision: None,
+        };
+        Transaction {
+            compares: (0..count).map(compare).collect(),
+            ops: vec![put("compared", "1")],
+        }
+    };
+    let long = |length: usize| Transaction::of(vec![put(&"k".repeat(length), "1")]);
+    let value = |length: usize| Transaction::of(vec![of_length("value", length)]);
+    // A whole transaction of the largest values and keys.
+    let whole = |more: usize| {
+        let longest = "w".repeat(limits::MAX_KEY_BYTES);
+        let rest = limits::MAX_TRANSACTION_BYTES - limits::MAX_VALUE_BYTES - 2 * 128 - 2;
+        let mut ops = vec![of_length("v", limits::MAX_VALUE_BYTES)];
+        ops.push(of_length(&longest, rest - longest.len() + 1 + more));
+        Transaction::of(ops)
+    };
+    let pairs = [
+        (many(limits::MAX_OPS), many(limits::MAX_OPS + 1)),
+        (compared(limits::MAX_OPS), compared(limits::MAX_OPS + 1)),
+        (long(limits::MAX_KEY_BYTES), long(limits::MAX_KEY_BYTES + 1)),
+        (
+            value(limits::MAX_VALUE_BYTES),
+            value(limits::MAX_VALUE_BYTES + 1),
+        ),
+        (whole(0), whole(1)),
+    ];
+    for (good, bad) in pairs {
+        let before = store.list("").await.unwrap().revision;
+        assert_eq!(store.commit(good).await, Ok(before + 1));
+        match store.commit(bad).await {
+            Err(StoreError::TooLarge { found, limit, .. }) => assert!(found > limit),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(store.list("").await.unwrap().revision, before + 1);
+    }
+}
+
+async fn a_listing_of_many_pages_is_of_one_revision(fresh: Fresh) {
+    const KEYS: usize = 600;
+    let store = &fresh.store;
+    let name = |n: usize| format!("p/{n:04}");
+    for from in (0..KEYS).step_by(limits::MAX_OPS) {
+        let ops = (from..KEYS.min(from + limits::MAX_OPS)).map(|n| put(&name(n), "0"));
+        commit(store, ops.collect()).await;
+    }
+    // Writers change the first and the last key together; no listing may see one without the other.
+    let writer = tokio::spawn({
+        let store = Arc::clone(store);
+        async move {
+            for n in 1..=60 {
+                let text = n.to_string();
+                let ops = vec![put("p/0000", &text), put("p/0599", &text)];
+                commit(&store, ops).await;
+            }
+        }
+    });
+    loop {
+        let done = writer.is_finished();
+        let listing = store.list("p/").await.unwrap();
+        assert_eq!(listing.entries.len(), KEYS);
+        assert!(
+            listing
+                .entries
+                .iter()
+                .map(|e| &e.key)
+                .eq(&(0..KEYS).map(name).collect::<Vec<_>>())
+        );
+        assert_eq!(listing.entries[0].value, listing.entries[KEYS - 1].value);
+        if done {
+            break;
+        }
+    }
+    writer.await.unwrap();
 }

@@ -1,10 +1,13 @@
 //! One battery for every store: what [`tern_catalog::Store`] promises, checked on each that we have.
 //!
-//! A new store adds itself to [`stores!`] and must pass everything.
+//! A new store adds itself to [`battery!`] and must pass everything. Each test has a store alone, so that
+//! revisions count up by one.
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests fail by panicking")]
 
+mod cluster;
 mod commits;
 mod crash;
+mod failover;
 mod leases;
 mod model;
 mod watches;
@@ -16,7 +19,9 @@ use tern_catalog::{Compare, Op, Revision, SqliteStore, Store, StoreError, Transa
 /// A fresh store and what keeps its files.
 pub struct Fresh {
     pub store: Arc<dyn Store>,
-    _files: tempfile::TempDir,
+    /// Its revision before the first commit.
+    pub base: Revision,
+    _files: Box<dyn std::any::Any + Send>,
 }
 
 /// A fresh SQLite store that keeps this many revisions.
@@ -25,7 +30,20 @@ pub fn sqlite(history: Revision) -> Fresh {
     let store = SqliteStore::open_with(&files.path().join("catalog.db"), history).unwrap();
     Fresh {
         store: Arc::new(store),
-        _files: files,
+        base: 0,
+        _files: Box::new(files),
+    }
+}
+
+/// A fresh etcd of one member, with TLS both ways and users.
+pub async fn etcd() -> Fresh {
+    let cluster = cluster::Cluster::start(1).await;
+    let store: Arc<dyn Store> = Arc::new(cluster.store().await);
+    let base = store.list("").await.unwrap().revision;
+    Fresh {
+        store,
+        base,
+        _files: Box::new(cluster),
     }
 }
 
@@ -38,6 +56,14 @@ macro_rules! battery {
                 #[tokio::test]
                 async fn $name() {
                     super::$name($crate::sqlite(1000)).await;
+                }
+            )+
+        }
+        mod etcd {
+            $(
+                #[tokio::test]
+                async fn $name() {
+                    super::$name($crate::etcd().await).await;
                 }
             )+
         }

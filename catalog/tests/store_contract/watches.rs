@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tern_catalog::{Change, Store, StoreError, Watch, WatchBatch};
+use tern_catalog::{Change, Store, StoreError, Watch, WatchBatch, WatchEvent};
 
 use crate::{Fresh, commit, delete, put, sqlite};
 
@@ -13,6 +13,7 @@ crate::battery!(
     a_watch_sees_only_its_prefix,
     a_transaction_is_one_batch,
     a_watch_that_is_dropped_does_no_harm,
+    a_watch_proves_that_it_is_current,
 );
 
 async fn next(watch: &mut Watch) -> WatchBatch {
@@ -64,6 +65,7 @@ async fn a_watch_has_no_gaps_while_others_write(fresh: Fresh) {
     // Started in the middle of it, from the very beginning.
     let mut watch = store.watch("", 0).await.unwrap();
     for expected in 1..=(WRITERS * EACH) as u64 {
+        let expected = fresh.base + expected;
         assert_eq!(next(&mut watch).await.revision, expected);
     }
     for writer in writers {
@@ -109,6 +111,30 @@ async fn a_watch_that_is_dropped_does_no_harm(fresh: Fresh) {
     drop(store.watch("", 0).await.unwrap());
     commit(store, vec![put("a", "1")]).await;
     commit(store, vec![put("a", "2")]).await;
+}
+
+async fn a_watch_proves_that_it_is_current(fresh: Fresh) {
+    let store = &fresh.store;
+    let mut watch = store.watch("", fresh.base).await.unwrap();
+    let mut event = async || {
+        let event = tokio::time::timeout(Duration::from_secs(20), watch.event()).await;
+        event.unwrap().unwrap().unwrap()
+    };
+    // With nobody writing, and again after a write: never past what has been told.
+    assert_eq!(event().await, WatchEvent::Progress(fresh.base));
+    let last = commit(store, vec![put("a", "1")]).await;
+    let mut told = fresh.base;
+    loop {
+        match event().await {
+            WatchEvent::Batch(batch) => told = batch.revision,
+            WatchEvent::Progress(revision) => {
+                assert_eq!(revision, told);
+                if revision == last {
+                    break;
+                }
+            }
+        }
+    }
 }
 
 #[tokio::test]

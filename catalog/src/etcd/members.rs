@@ -1,0 +1,366 @@
+//! The cluster's members as one: which of them is spoken to, when another is tried, and what a failure
+//! means.
+//!
+//! One connection serves all calls. It is left, and the next member tried, when it fails, does not answer in
+//! time (a stopped process still accepts connections), or says that it has no leader. A question is
+//! asked again elsewhere; a write only where it is certain that it was not done.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::Uri;
+use prost::Message;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use super::connection::{CallError, Connection, connector};
+use crate::store::StoreError;
+
+/// Where etcd is, and how to be let in. Files are read at each connection, so that renewed ones count.
+#[derive(Debug, Clone, Default)]
+pub struct EtcdConfig {
+    /// The members, as `https://host:port`; `http://` on this machine alone. Tried in this order.
+    pub endpoints: Vec<String>,
+    /// The authority that signed the members' certificates (PEM).
+    pub ca: Option<PathBuf>,
+    /// This client's certificate chain (PEM).
+    pub certificate: Option<PathBuf>,
+    /// Its private key (PEM).
+    pub key: Option<PathBuf>,
+    /// The user to log in as.
+    pub user: Option<String>,
+    /// The file with the user's password.
+    pub password_file: Option<PathBuf>,
+}
+
+/// Longest to connect to a member, TLS and login included.
+const CONNECT: Duration = Duration::from_secs(3);
+/// Longest that one member may take to answer. etcd's own limit on a write is about seven seconds with its
+/// defaults; one that takes this long is of no use to who waits.
+pub(super) const ANSWER: Duration = Duration::from_secs(4);
+/// Longest that a call may take with all its attempts.
+const CALL: Duration = Duration::from_secs(10);
+/// How long a call looks for a member that serves: a new leader is elected in less.
+const LOOK: Duration = Duration::from_secs(4);
+/// Until a member is asked again after a refusal that passes by itself.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The members.
+pub(super) struct Members {
+    config: EtcdConfig,
+    endpoints: Vec<Uri>,
+    now: Mutex<Now>,
+}
+
+/// Who is spoken to.
+struct Now {
+    connection: Option<Arc<Connection>>,
+    /// The endpoint that it is to, or that is tried next.
+    at: usize,
+}
+
+/// What may be done after a failure.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Asked again.
+    Read,
+    /// Asked again only where it was not done.
+    Write,
+}
+
+/// Why a call failed.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// A gRPC status that is an answer.
+    Refused(u32, String),
+    /// There is no answer.
+    Store(StoreError),
+}
+
+/// What a status means.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// It was not done, and may be elsewhere or later.
+    NotDone,
+    /// It may have been done.
+    Unsure,
+    /// It is the answer.
+    Answer,
+}
+
+impl Members {
+    pub(super) fn new(config: EtcdConfig) -> Result<Self, StoreError> {
+        let invalid = |text: String| StoreError::Invalid(text);
+        let endpoints = config.endpoints.iter().map(|text| {
+            let uri: Uri = text.parse().map_err(|e| invalid(format!("{text} is no address of etcd: {e}")))?;
+            let host = uri.host().unwrap_or_default();
+            let local = matches!(host, "localhost" | "127.0.0.1" | "[::1]");
+            match uri.scheme_str() {
+                Some("https") if config.ca.is_some() => Ok(uri),
+                Some("https") => Err(invalid(format!("{text} needs the certificate of its authority (ca)"))),
+                Some("http") if local => Ok(uri),
+                Some("http") => Err(invalid(format!(
+                    "{text} would be spoken to in the clear: use https, http is for this machine alone"
+                ))),
+                _ => Err(invalid(format!("{text} is no address of etcd; write it as https://host:2379"))),
+            }
+        });
+        let endpoints = endpoints.collect::<Result<Vec<_>, _>>()?;
+        if endpoints.is_empty() {
+            return Err(invalid("etcd has at least one address".to_owned()));
+        }
+        if config.certificate.is_some() != config.key.is_some() {
+            return Err(invalid(
+                "a certificate and its key are given together".to_owned(),
+            ));
+        }
+        if config.user.is_some() != config.password_file.is_some() {
+            return Err(invalid(
+                "a user and its password's file are given together".to_owned(),
+            ));
+        }
+        let now = Now {
+            connection: None,
+            // In the order given: who wants the load spread gives each host its nearest member first.
+            at: 0,
+        };
+        Ok(Self {
+            config,
+            endpoints,
+            now: Mutex::new(now),
+        })
+    }
+
+    /// A connection to some member. Whoever waits for one waits for the same attempt.
+    pub(super) async fn connection(&self) -> Result<Arc<Connection>, StoreError> {
+        let mut now = self.now.lock().await;
+        if let Some(connection) = now.connection.as_ref().filter(|c| !c.is_closed()) {
+            return Ok(Arc::clone(connection));
+        }
+        now.connection = None;
+        let mut failures = Vec::new();
+        for _ in 0..self.endpoints.len() {
+            let endpoint = &self.endpoints[now.at];
+            match self.connect(endpoint).await {
+                Ok(connection) => {
+                    let connection = Arc::new(connection);
+                    now.connection = Some(Arc::clone(&connection));
+                    return Ok(connection);
+                }
+                Err(error) => {
+                    failures.push(format!("{endpoint}: {error}"));
+                    now.at = (now.at + 1) % self.endpoints.len();
+                }
+            }
+        }
+        Err(StoreError::Unavailable(failures.join("; ")))
+    }
+
+    /// Has the next call go to another member, unless somebody has already seen to it.
+    pub(super) async fn leave(&self, connection: &Arc<Connection>, why: &str) {
+        let mut now = self.now.lock().await;
+        if now
+            .connection
+            .as_ref()
+            .is_some_and(|c| Arc::ptr_eq(c, connection))
+        {
+            tracing::warn!(member = connection.member, why, "leaving a member of etcd");
+            now.connection = None;
+            now.at = (now.at + 1) % self.endpoints.len();
+        }
+    }
+
+    async fn connect(&self, endpoint: &Uri) -> Result<Connection, String> {
+        let open = async {
+            let tls = match endpoint.scheme_str() {
+                Some("https") => Some(self.tls().await?),
+                _ => None,
+            };
+            let login = match (&self.config.user, &self.config.password_file) {
+                (Some(user), Some(file)) => {
+                    let password = String::from_utf8(read(file).await?)
+                        .map_err(|_| format!("{} is not text", file.display()))?;
+                    Some((
+                        user.clone(),
+                        password.trim_end_matches(['\r', '\n']).to_owned(),
+                    ))
+                }
+                _ => None,
+            };
+            Connection::open(endpoint, tls, login, CONNECT).await
+        };
+        match tokio::time::timeout(CONNECT, open).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(format!("not connected within {CONNECT:?}")),
+        }
+    }
+
+    async fn tls(&self) -> Result<tokio_rustls::TlsConnector, String> {
+        let ca = match &self.config.ca {
+            Some(path) => read(path).await?,
+            None => return Err("it needs the certificate of its authority".to_owned()),
+        };
+        let identity = match (&self.config.certificate, &self.config.key) {
+            (Some(chain), Some(key)) => Some((read(chain).await?, read(key).await?)),
+            _ => None,
+        };
+        connector(
+            &ca,
+            identity.as_ref().map(|(chain, key)| (&chain[..], &key[..])),
+        )
+    }
+
+    /// A call, with another member where one fails.
+    pub(super) async fn call<A: Message + Default>(
+        &self,
+        method: &str,
+        question: &impl Message,
+        kind: Kind,
+    ) -> Result<A, Failure> {
+        let began = Instant::now();
+        let end = began + CALL;
+        loop {
+            let connection = match tokio::time::timeout_at(end, self.connection()).await {
+                Ok(Ok(connection)) => connection,
+                Ok(Err(_)) if began.elapsed() < LOOK => {
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
+                }
+                Ok(Err(error)) => return Err(Failure::Store(error)),
+                Err(_) => return Err(unavailable("no member was reached in time")),
+            };
+            // Never less than it takes, or the last attempt would only make the outcome unknown.
+            let error = match connection.unary(method, question, ANSWER).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            let verdict = match &error {
+                CallError::Lost(_) => Verdict::Unsure,
+                CallError::Status(code, text) => verdict(*code, text),
+            };
+            match (verdict, error) {
+                (Verdict::Answer, CallError::Status(code, text)) => {
+                    return Err(Failure::Refused(code, text));
+                }
+                (Verdict::Unsure, error) if kind == Kind::Write => {
+                    let text = format!("{}: {error}", connection.member);
+                    self.leave(&connection, &text).await;
+                    return Err(Failure::Store(StoreError::Unknown(text)));
+                }
+                (_, error) => {
+                    let text = format!("{}: {error}", connection.member);
+                    self.leave(&connection, &text).await;
+                    if Instant::now() + PAUSE >= end {
+                        return Err(unavailable(&text));
+                    }
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// What etcd's statuses say of whether a request was done. Codes alone do not tell: "no leader" and
+/// "request timed out" have the same.
+fn verdict(code: u32, text: &str) -> Verdict {
+    const NOT_DONE: [&str; 5] = [
+        // Refused on arrival, since calls require one.
+        "etcdserver: no leader",
+        "etcdserver: too many requests",
+        // Tokens end with time, with a restart of the member, and when users are changed.
+        "etcdserver: invalid auth token",
+        "etcdserver: revision of auth store is old",
+        "etcdserver: not capable",
+    ];
+    if NOT_DONE.iter().any(|known| text.contains(known)) {
+        return Verdict::NotDone;
+    }
+    match code {
+        // Invalid argument, not found, permission denied, resource exhausted, failed precondition,
+        // out of range, unimplemented, unauthenticated.
+        3 | 5 | 7 | 8 | 9 | 11 | 12 | 16 => Verdict::Answer,
+        _ => Verdict::Unsure,
+    }
+}
+
+impl From<Failure> for StoreError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Store(error) => error,
+            Failure::Refused(_, text) if text.contains("database space exceeded") => {
+                Self::Unavailable(format!(
+                    "{text}; compact and defragment etcd, then disarm its alarm"
+                ))
+            }
+            Failure::Refused(3, text) => Self::Invalid(text),
+            Failure::Refused(_, text) => Self::Unavailable(text),
+        }
+    }
+}
+
+fn unavailable(text: &str) -> Failure {
+    Failure::Store(StoreError::Unavailable(text.to_owned()))
+}
+
+async fn read(path: &std::path::Path) -> Result<Vec<u8>, String> {
+    let content = tokio::fs::read(path).await;
+    content.map_err(|e| format!("{} cannot be read: {e}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_without_an_answer_is_never_called_failed() {
+        for (code, text) in [
+            (14, "etcdserver: request timed out"),
+            (14, "etcdserver: leader changed"),
+            (
+                14,
+                "etcdserver: request timed out, possibly due to connection lost",
+            ),
+            (4, "context deadline exceeded"),
+            (13, "transport"),
+            (2, "?"),
+        ] {
+            assert_eq!(verdict(code, text), Verdict::Unsure, "{text}");
+        }
+        assert_eq!(verdict(14, "etcdserver: no leader"), Verdict::NotDone);
+        assert_eq!(
+            verdict(16, "etcdserver: invalid auth token"),
+            Verdict::NotDone
+        );
+        assert_eq!(verdict(7, "etcdserver: permission denied"), Verdict::Answer);
+        assert_eq!(
+            verdict(8, "etcdserver: mvcc: database space exceeded"),
+            Verdict::Answer
+        );
+    }
+
+    #[test]
+    fn addresses_in_the_clear_are_for_this_machine() {
+        let config = |endpoint: &str| EtcdConfig {
+            endpoints: vec![endpoint.to_owned()],
+            ..EtcdConfig::default()
+        };
+        for good in [
+            "http://127.0.0.1:2379",
+            "http://[::1]:2379",
+            "http://localhost:2379",
+        ] {
+            assert!(Members::new(config(good)).is_ok(), "{good}");
+        }
+        for (bad, why) in [
+            ("http://10.0.0.1:2379", "in the clear"),
+            ("https://10.0.0.1:2379", "authority"),
+            ("10.0.0.1:2379", "https://host:2379"),
+            ("", "no address"),
+        ] {
+            let error = Members::new(config(bad)).err().unwrap().to_string();
+            assert!(error.contains(why), "{bad}: {error}");
+        }
+        assert!(Members::new(EtcdConfig::default()).is_err());
+    }
+}
