@@ -10,6 +10,7 @@ use serde::Serialize;
 use tern_catalog::HostId;
 use thiserror::Error;
 
+use crate::capacity::Overcommit;
 use crate::network::AllowedPrefix;
 use crate::page_cache::SnapshotCache;
 
@@ -46,6 +47,8 @@ pub struct HostConfig {
     pub disk_size: u64,
     /// What each Machine may take of the host's disks and network.
     pub rate_limits: RateLimits,
+    /// How much more is given to Machines that run than this host has.
+    pub overcommit: Overcommit,
     /// Whether the host's kernel moves the frames of Machines, by `/dev/vhost-net`, from their next cold start
     /// on. Refused together with `rate_limits.network_bytes`, which the kernel would not keep.
     pub vhost_net: bool,
@@ -128,6 +131,7 @@ impl HostConfig {
             public: Vec::new(),
             disk_size: DISK_SIZE,
             rate_limits: RateLimits::default(),
+            overcommit: Overcommit::default(),
             vhost_net: false,
             snapshot_cache: SnapshotCache::default(),
             boot_timeout: BOOT_TIMEOUT,
