@@ -176,6 +176,8 @@ pub async fn destroy(
         ),
     }];
     ops.push(crate::lease::removal(&name));
+    ops.push(crate::secrets::removal(&name));
+    ops.extend(crate::releases::removal(&shared, &name).await?);
     ops.extend(
         snapshot
             .hostnames

@@ -20,6 +20,8 @@ use crate::server::Shared;
 const DEFAULT_TTL_S: i64 = 30;
 /// Longest time between two signs of life of who holds it.
 const MAX_TTL_S: i64 = 300;
+/// How often a change that others are faster with is tried.
+const ATTEMPTS: u32 = 16;
 /// Longest description, in characters.
 const MAX_DESCRIPTION: usize = 200;
 
@@ -132,23 +134,37 @@ pub async fn release(
     headers: HeaderMap,
 ) -> Result<Json<Value>, ApiError> {
     caller.app(&shared.view.snapshot(), &app)?;
-    let found = shared.catalog.get::<AppLease>(app.as_str()).await?;
-    let (lease, revision) = found.ok_or_else(|| ApiError::not_found("lease"))?;
-    if given(&headers) != Some(lease.nonce.as_str()) {
-        return Err(ApiError::bad_request(format!(
-            "the header {NONCE} does not hold this lease's nonce"
-        )));
+    for _ in 0..ATTEMPTS {
+        let found = shared.catalog.get::<AppLease>(app.as_str()).await?;
+        let (lease, revision) = found.ok_or_else(|| ApiError::not_found("lease"))?;
+        if given(&headers) != Some(lease.nonce.as_str()) {
+            return Err(ApiError::bad_request(format!(
+                "the header {NONCE} does not hold this lease's nonce"
+            )));
+        }
+        // It may have ended, and be somebody else's by now.
+        let transaction = Transaction {
+            compares: vec![Compare {
+                key: lease.key(),
+                revision: Some(revision),
+            }],
+            ops: vec![Op::Delete { key: lease.key() }],
+        };
+        match shared.catalog.store().commit(transaction).await {
+            Ok(_) => return Ok(Json(json!({"ok": true}))),
+            // Or its holder's last sign of life came at the same time.
+            Err(StoreError::Conflict { .. }) => {}
+            Err(other) => return Err(other.into()),
+        }
     }
-    // It may have ended, and be somebody else's by now.
-    let transaction = Transaction {
-        compares: vec![Compare {
-            key: lease.key(),
-            revision: Some(revision),
-        }],
-        ops: vec![Op::Delete { key: lease.key() }],
-    };
-    shared.catalog.store().commit(transaction).await?;
-    Ok(Json(json!({"ok": true})))
+    Err(ApiError::conflict(format!(
+        "the lease of app {app} changes all the time; try again"
+    )))
+}
+
+/// What its holder shows, while somebody holds it.
+pub async fn nonce(shared: &Shared, app: &AppName) -> Result<Option<String>, ApiError> {
+    Ok(current(shared, app).await?.map(|lease| lease.nonce))
 }
 
 /// What removes an app's lease with the app.
@@ -283,6 +299,22 @@ mod tests {
         // Nobody has held it since.
         let back = call(&world, Method::POST, Some("aa"), json!({})).await;
         assert_eq!(back.status, StatusCode::CREATED, "{back:?}");
+    }
+
+    #[tokio::test]
+    async fn it_is_given_back_beside_signs_of_life() {
+        let world = World::new().await;
+        world.app("shop").await;
+        for _ in 0..8 {
+            let taken = call(&world, Method::POST, None, json!({"ttl": 60})).await;
+            let nonce = taken.json()["data"]["nonce"].as_str().unwrap().to_owned();
+            let alive = (0..8).map(|_| call(&world, Method::POST, Some(&nonce), json!({})));
+            let alive = futures::future::join_all(alive);
+            let given_back = call(&world, Method::DELETE, Some(&nonce), json!({}));
+            let (_, given_back) = tokio::join!(alive, given_back);
+            assert_eq!(given_back.status, StatusCode::OK, "{given_back:?}");
+            call(&world, Method::DELETE, Some(&nonce), json!({})).await;
+        }
     }
 
     #[tokio::test]

@@ -21,7 +21,9 @@ mod orgs;
 mod peers;
 mod platform;
 mod registry;
+mod releases;
 mod routes;
+mod secrets;
 mod server;
 mod tokens;
 mod volumes;
@@ -38,4 +40,5 @@ pub use gateway::{
     StartPhase, StartTrace,
 };
 pub use registry::REGISTRY_NAME;
+pub use secrets::SecretSealer;
 pub use server::{ApiConfig, ApiServer};

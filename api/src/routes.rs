@@ -9,7 +9,8 @@ use http::{HeaderName, HeaderValue, StatusCode};
 
 use crate::server::Shared;
 use crate::{
-    apps, certificates, lease, logs, machines, orgs, peers, platform, registry, tokens, volumes,
+    apps, certificates, lease, logs, machines, orgs, peers, platform, registry, releases, secrets,
+    tokens, volumes,
 };
 
 /// Largest body of a call: a configuration with files in it. Images go to the registry, which streams.
@@ -88,12 +89,28 @@ pub fn router(shared: Shared) -> Router {
             "/apps/{app}/certificates/{hostname}",
             get(certificates::get).delete(certificates::remove),
         )
+        .route(
+            "/apps/{app}/secrets",
+            get(secrets::list).post(secrets::change),
+        )
+        .route(
+            "/apps/{app}/secrets/{name}",
+            get(secrets::get).post(secrets::set).delete(secrets::unset),
+        )
         .route("/platform/regions", get(platform::regions))
         // From here on: what Fly.io keeps outside its Machines API.
         .route("/apps/{app}/logs", get(logs::stream))
         .route(
             "/apps/{app}/lease",
             get(lease::get).post(lease::take).delete(lease::release),
+        )
+        .route(
+            "/apps/{app}/releases",
+            get(releases::list).post(releases::create),
+        )
+        .route(
+            "/apps/{app}/releases/{version}",
+            get(releases::get).put(releases::end),
         )
         .route("/orgs", get(orgs::list).post(orgs::create))
         .route(

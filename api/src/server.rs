@@ -8,7 +8,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tern_catalog::{Catalog, Revision, View};
+use tern_catalog::{Catalog, PortRanges, Revision, View};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::gateway::HostGateway;
 use crate::registry::{self, Grace, Registry};
 use crate::routes;
+use crate::secrets::SecretSealer;
 
 /// How the API is run.
 #[derive(Debug, Clone)]
@@ -29,8 +30,12 @@ pub struct ApiConfig {
     pub region: String,
     /// Apps get the host name `<app>.<domain>`.
     pub domain: Option<String>,
+    /// The public ports that services may have, beside 80 and 443.
+    pub service_ports: PortRanges,
     /// The token that hosts pull images with. Made anew at every start.
     pub internal_token: String,
+    /// Encrypts apps' secrets.
+    pub sealer: Arc<dyn SecretSealer>,
 }
 
 /// A bound API.

@@ -16,8 +16,8 @@ use parking_lot::Mutex;
 use serde_json::Value;
 use tern_catalog::{
     Catalog, DesiredState, Host, HostId, Machine, MachineId, MachineState, MachineStatus, Network,
-    NetworkId, Organization, SnapshotStatus, SqliteStore, Store, Token, View, Volume, VolumeState,
-    VolumeStatus,
+    NetworkId, Organization, PortRanges, SealedKey, SnapshotStatus, SqliteStore, Store, Token,
+    View, Volume, VolumeState, VolumeStatus,
 };
 use tower::ServiceExt as _;
 
@@ -105,7 +105,9 @@ impl World {
             registry_dir: registry_dir.clone(),
             region: "local".into(),
             domain: Some("tern.test".into()),
+            service_ports: PortRanges::default(),
             internal_token: "internal".into(),
+            sealer: Arc::new(FakeSealer),
         };
         let shared = Shared {
             config: Arc::new(config),
@@ -199,6 +201,27 @@ impl std::fmt::Debug for Answer {
             self.status,
             String::from_utf8_lossy(&self.body)
         )
+    }
+}
+
+/// Hides values as far as a look at the catalog shows.
+#[derive(Debug)]
+struct FakeSealer;
+
+impl crate::secrets::SecretSealer for FakeSealer {
+    fn seal(&self, purpose: &str, value: &[u8]) -> Result<SealedKey, String> {
+        let hidden: Vec<u8> = value.iter().map(|byte| byte ^ 0x55).collect();
+        Ok(SealedKey {
+            algorithm: "xor".into(),
+            nonce: purpose.into(),
+            ciphertext: hex::encode(hidden),
+        })
+    }
+
+    fn digest(&self, purpose: &str, value: &[u8]) -> String {
+        let mut all = purpose.as_bytes().to_vec();
+        all.extend_from_slice(value);
+        token_hash(&String::from_utf8_lossy(&all))[..16].to_owned()
     }
 }
 

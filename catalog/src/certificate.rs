@@ -44,7 +44,7 @@ pub enum CertificateState {
     Failed,
 }
 
-/// A private key, encrypted with the deployment's own key.
+/// A private key or another secret, encrypted with the deployment's own key.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SealedKey {
     /// The algorithm, for the day it changes.

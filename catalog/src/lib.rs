@@ -11,7 +11,11 @@ mod machine;
 mod machine_config;
 mod names;
 mod nouns;
+mod port;
+mod public_ports;
 mod record;
+mod release;
+mod secrets;
 mod sqlite;
 mod store;
 mod view;
@@ -29,14 +33,21 @@ pub use machine::{
 };
 pub use machine_config::{
     Autostop, Check, CheckHeader, CheckKind, Concurrency, ConcurrencyKind, FileConfig, Guest,
-    Handler, HttpOptions, InitConfig, MachineConfig, Mount, Port, ResponseOptions, Restart,
-    RestartPolicy, Service, ServiceProtocol, StopConfig, TlsOptions,
+    InitConfig, MachineConfig, Mount, Restart, RestartPolicy, Service, ServiceProtocol, StopConfig,
 };
 pub use names::{
-    AppName, Hostname, MachineId, NameError, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,
+    AppName, Hostname, MachineId, NameError, OrgSlug, PeerName, SecretName, SnapshotId, VolumeId,
+    VolumeName,
 };
 pub use nouns::{App, Host, HostnameRoute, Network, Organization, Peer, Token};
+pub use port::{
+    Handler, HttpOptions, Port, PortKind, ProxyProtoOptions, ProxyProtocol, ResponseOptions,
+    TlsOptions,
+};
+pub use public_ports::{Exclusive, MAX_EXCLUSIVE_PORTS, PortClaim, PortRanges, PublicPorts};
 pub use record::Record;
+pub use release::{Release, ReleaseStatus};
+pub use secrets::{AppSecret, AppSecrets};
 pub use sqlite::SqliteStore;
 pub use store::{
     Change, Compare, Entry, LeaseId, Listing, Op, Revision, Store, StoreError, Transaction, Watch,

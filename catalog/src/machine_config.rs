@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::{GoDuration, VolumeId};
+use crate::{GoDuration, Port, SecretName, VolumeId};
 
 /// The configuration of one Machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -131,71 +131,6 @@ pub enum Autostop {
     Stop,
     /// Suspend it: memory is kept on disk.
     Suspend,
-}
-
-/// A public port.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Port {
-    /// The port.
-    pub port: u16,
-    /// What the edge does with a connection; none is raw TCP.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub handlers: Vec<Handler>,
-    /// Redirect http to https.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub force_https: bool,
-    /// TLS settings.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tls_options: Option<TlsOptions>,
-    /// HTTP settings.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub http_options: Option<HttpOptions>,
-}
-
-/// What the edge does with a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Handler {
-    /// End TLS.
-    Tls,
-    /// Speak HTTP.
-    Http,
-}
-
-/// TLS settings of a public port.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct TlsOptions {
-    /// Protocols offered by ALPN, `h2` and `http/1.1` by default.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub alpn: Vec<String>,
-    /// TLS versions, `TLSv1.2` and `TLSv1.3` by default.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub versions: Vec<String>,
-}
-
-/// HTTP settings of a public port.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct HttpOptions {
-    /// Speak HTTP/2 without TLS to the app.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub h2_backend: bool,
-    /// Seconds without a byte after which a connection is closed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub idle_timeout: Option<u32>,
-    /// Changes to responses.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub response: Option<ResponseOptions>,
-}
-
-/// Changes to responses.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct ResponseOptions {
-    /// Add no headers of ours.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub pristine: bool,
-    /// Headers to set, or with `false` to remove.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub headers: BTreeMap<String, serde_json::Value>,
 }
 
 /// Load limits of a service.
@@ -331,8 +266,12 @@ pub struct Mount {
 pub struct FileConfig {
     /// Absolute path in the Machine.
     pub guest_path: String,
-    /// Content, base64.
+    /// Content, base64. Empty where it is a secret.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub raw_value: String,
+    /// The app's secret whose value is the content, base64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_name: Option<SecretName>,
     /// Permission bits, 0644 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<u32>,
@@ -378,42 +317,6 @@ impl Default for Guest {
             cpus: Self::default_cpus(),
             memory_mb: Self::default_memory(),
         }
-    }
-}
-
-impl Port {
-    /// What of this port the edge does not serve: the key within it, where it is not the port itself, and the text
-    /// for people. The one place that says so: what refuses or warns asks here.
-    pub fn unserved(&self) -> Vec<(&'static str, String)> {
-        let mut found = Vec::new();
-        let tls = self.handlers.contains(&Handler::Tls);
-        let http = self.handlers.contains(&Handler::Http);
-        match (self.port, tls, http) {
-            (80, false, true) | (443, true, true) => {}
-            (port, ..) => found.push((
-                "",
-                format!(
-                    "nothing listens on port {port} with these handlers; there is port 80 with [\"http\"] and port 443 \
-                     with [\"tls\", \"http\"], and the private network, which needs no public ports"
-                ),
-            )),
-        }
-        if let Some(options) = &self.tls_options {
-            let all = |given: &[String], offered: &[&str]| {
-                given.is_empty()
-                    || given.len() == offered.len()
-                        && offered.iter().all(|o| given.iter().any(|g| g == o))
-            };
-            if !all(&options.alpn, &["h2", "http/1.1"]) {
-                let text = "clients are always offered h2 and http/1.1";
-                found.push(("tls_options.alpn", text.to_owned()));
-            }
-            if !all(&options.versions, &["TLSv1.2", "TLSv1.3"]) {
-                let text = "clients are always offered TLSv1.2 and TLSv1.3";
-                found.push(("tls_options.versions", text.to_owned()));
-            }
-        }
-        found
     }
 }
 
@@ -489,35 +392,6 @@ mod tests {
         assert_eq!(size("performance-4x"), Some((4, 8192)));
         assert_eq!(size("shared-cpu-3x"), None);
         assert_eq!(size("huge"), None);
-    }
-
-    #[test]
-    fn what_the_edge_does_not_serve_of_a_port_is_told() {
-        let keys = |json: &str| {
-            let port: Port = serde_json::from_str(json).unwrap();
-            let told = port.unserved();
-            told.into_iter().map(|(key, _)| key).collect::<Vec<_>>()
-        };
-        let https = r#""port":443,"handlers":["http","tls"]"#;
-        assert!(keys(r#"{"port":80,"handlers":["http"]}"#).is_empty());
-        assert!(keys(&format!("{{{https}}}")).is_empty());
-        for elsewhere in [
-            r#"{"port":4222,"handlers":["tls"]}"#,
-            r#"{"port":443,"handlers":["tls"]}"#,
-            r#"{"port":443,"handlers":["http"]}"#,
-            r#"{"port":80}"#,
-            r#"{"port":8443,"handlers":["tls","http"]}"#,
-        ] {
-            assert_eq!(keys(elsewhere), [""], "{elsewhere}");
-        }
-        let options = |more: &str| keys(&format!("{{{https},{more}}}"));
-        assert_eq!(
-            options(r#""tls_options":{"versions":["TLSv1.3"],"alpn":["http/1.1"]}"#),
-            ["tls_options.alpn", "tls_options.versions"]
-        );
-        let all = r#""tls_options":{"versions":["TLSv1.3","TLSv1.2"],"alpn":["h2","http/1.1"]}"#;
-        assert!(options(all).is_empty());
-        assert!(options(r#""http_options":{"h2_backend":true,"idle_timeout":10}"#).is_empty());
     }
 
     #[test]

@@ -118,6 +118,13 @@ name!(
     Hostname, "host name", "use lowercase DNS labels joined by dots, 253 characters at most",
     |s| s.len() <= 253 && s.contains('.') && s.split('.').all(is_label)
 );
+name!(
+    /// A secret's name: an environment variable's (POSIX.1-2017 section 8.1, lowercase too).
+    SecretName, "secret name", "use 1 to 128 letters, digits and underscores, not starting with a digit",
+    |s| (1..=128).contains(&s.len())
+        && !s.starts_with(|c: char| c.is_ascii_digit())
+        && s.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+);
 
 impl MachineId {
     /// A new random id.
@@ -191,6 +198,25 @@ mod tests {
         let id = MachineId::random();
         assert_eq!(id.as_str().parse::<MachineId>().unwrap(), id);
         assert!("../../etc/pass".parse::<MachineId>().is_err());
+    }
+
+    #[test]
+    fn secrets_are_named_as_environment_variables() {
+        for good in ["A", "_", "DATABASE_URL", "a1", &"x".repeat(128)] {
+            assert!(good.parse::<SecretName>().is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "1A",
+            "A-B",
+            "A=B",
+            "A/../B",
+            "\u{c4}",
+            "A B",
+            &"x".repeat(129),
+        ] {
+            assert!(bad.parse::<SecretName>().is_err(), "{bad}");
+        }
     }
 
     #[test]

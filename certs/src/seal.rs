@@ -1,4 +1,4 @@
-//! Private keys at rest: AES-256-GCM (NIST SP 800-38D) under a key of this deployment's.
+//! Private keys and apps' secrets at rest: AES-256-GCM (NIST SP 800-38D) under a key of this deployment's.
 //!
 //! What a ciphertext is for is bound to it as additional data: one key's ciphertext under another's name
 //! does not open. The catalog may be copied and backed up; without the key file it opens nothing.
@@ -11,13 +11,23 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use ring::hmac;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use tern_catalog::SealedKey;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-/// Seals and opens private keys.
-pub struct Sealer(LessSafeKey);
+/// Seals and opens private keys and secrets.
+pub struct Sealer {
+    cipher: LessSafeKey,
+    digests: hmac::Key,
+}
+
+impl std::fmt::Debug for Sealer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Sealer")
+    }
+}
 
 /// Why a key was not sealed or opened.
 #[derive(Debug, Error)]
@@ -42,6 +52,10 @@ pub enum SealError {
 }
 
 const KEY_BYTES: usize = 32;
+/// What the key of digests is made for.
+const DIGESTS: &str = "tern digests of secrets";
+/// As much of a digest as is shown.
+const DIGEST_BYTES: usize = 8;
 const ALGORITHM: &str = "aes-256-gcm";
 
 impl Sealer {
@@ -69,20 +83,38 @@ impl Sealer {
             }
             Err(e) => return Err(io(e)),
         };
-        let key =
+        let unbound =
             UnboundKey::new(&AES_256_GCM, &key).map_err(|_| SealError::BadFile(path.to_owned()))?;
-        Ok(Self(LessSafeKey::new(key)))
+        // Another key than the cipher's: made from it, and good for nothing else.
+        let derived = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &key), DIGESTS.as_bytes());
+        Ok(Self {
+            cipher: LessSafeKey::new(unbound),
+            digests: hmac::Key::new(hmac::HMAC_SHA256, derived.as_ref()),
+        })
+    }
+
+    /// What may be shown of a secret: the same for the same value and purpose. Without the key file nobody can try
+    /// which value it is of.
+    pub fn digest(&self, what: &str, secret: &[u8]) -> String {
+        let mut context = hmac::Context::with_key(&self.digests);
+        for part in [what.as_bytes(), &[0], secret] {
+            context.update(part);
+        }
+        let tag = context.sign();
+        let shown = tag.as_ref().iter().take(DIGEST_BYTES);
+        shown.map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Encrypts a private key, for `what` and nothing else.
     pub fn seal(&self, what: &str, secret: &[u8]) -> Result<SealedKey, SealError> {
-        // A random nonce is safe for 2^32 messages under one key; there is one a certificate and renewal.
+        // A random nonce is safe for 2^32 messages under one key; there is one a certificate and renewal, and one
+        // a secret and change.
         let mut nonce = [0; NONCE_LEN];
         SystemRandom::new()
             .fill(&mut nonce)
             .map_err(|_| SealError::NoRandomness)?;
         let mut data = secret.to_vec();
-        self.0
+        self.cipher
             .seal_in_place_append_tag(
                 Nonce::assume_unique_for_key(nonce),
                 Aad::from(what),
@@ -103,7 +135,7 @@ impl Sealer {
         let nonce = Nonce::try_assume_unique_for_key(&nonce).map_err(|_| closed())?;
         let mut data = Zeroizing::new(STANDARD.decode(&sealed.ciphertext).map_err(|_| closed())?);
         let opened = self
-            .0
+            .cipher
             .open_in_place(nonce, Aad::from(what), &mut data)
             .map_err(|_| closed())?
             .len();
@@ -155,6 +187,24 @@ mod tests {
         assert!(!serde_json::to_string(&sealed).unwrap().contains("secret"));
         let other = Sealer::load_or_create(&dir.path().join("other.key")).unwrap();
         assert!(other.open("a.example", &sealed).is_err());
+    }
+
+    #[test]
+    fn a_digest_tells_values_apart_and_needs_the_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let sealer = |name: &str| Sealer::load_or_create(&dir.path().join(name)).unwrap();
+        let (own, again, other) = (sealer("a.key"), sealer("a.key"), sealer("b.key"));
+        let digest = own.digest("x", b"value");
+        assert_eq!(digest.len(), 2 * DIGEST_BYTES);
+        assert_eq!(digest, again.digest("x", b"value"));
+        for different in [
+            own.digest("x", b"valuf"),
+            own.digest("y", b"value"),
+            own.digest("xv", b"alue"),
+            other.digest("x", b"value"),
+        ] {
+            assert_ne!(digest, different);
+        }
     }
 
     #[test]

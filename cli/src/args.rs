@@ -7,7 +7,8 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use tern_catalog::{
-    AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName, SnapshotId, VolumeId, VolumeName,
+    AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName, PortRanges, SnapshotId, VolumeId,
+    VolumeName,
 };
 use tern_host::{AllowedPrefix, SnapshotCache};
 
@@ -141,6 +142,10 @@ pub struct Serve {
     /// Where HTTPS is served; give it several times for several addresses
     #[arg(long, default_value = "[::]:443")]
     pub https: Vec<SocketAddr>,
+    /// Public ports that services may have beside 80 and 443, at the same addresses: `25,465,1024-65535`, or `none`.
+    /// They are open while an app names them
+    #[arg(long, default_value_t, value_name = "RANGES")]
+    pub service_ports: PortRanges,
     /// Serve no HTTP/3. It takes the same ports of UDP as HTTPS takes of TCP
     #[arg(long)]
     pub no_http3: bool,

@@ -1,23 +1,25 @@
 //! Starting and ending an edge.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use rustls::server::ResolvesServerCert;
-use tern_catalog::{HostId, View};
-use tokio::sync::Semaphore;
+use tern_catalog::{HostId, PortRanges, View};
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::control::MachineControl;
-use crate::entrance::Entrance;
+use crate::door::{Door, Porter};
+use crate::entrance;
 use crate::gate::Gate;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::quic::Share;
-use crate::worker::{self, Door, Shared};
+use crate::worker::{self, Shared};
 use crate::{quic, sleep, socket, tls};
 
 /// How an edge is run.
@@ -27,6 +29,10 @@ pub struct EdgeConfig {
     pub http: Vec<SocketAddr>,
     /// Where HTTPS is served: port 443 to apps.
     pub https: Vec<SocketAddr>,
+    /// Where the other ports are served that services name.
+    pub service_addresses: Vec<IpAddr>,
+    /// Which of them may be.
+    pub service_ports: PortRanges,
     /// Our region, told to apps.
     pub region: String,
     /// The host whose Machines the gate looks after.
@@ -93,7 +99,8 @@ impl Edge {
             gate: gate.clone(),
             metrics: Arc::clone(&metrics),
             region: config.region.as_str().into(),
-            tls: Arc::new(tls::config(Arc::clone(&resolver)).map_err(io::Error::other)?),
+            tls: Arc::new(tls::Configs::new(Arc::clone(&resolver)).map_err(io::Error::other)?),
+            ports: Arc::new(ArcSwap::default()),
             quic: Arc::new(tls::quic(resolver).map_err(io::Error::other)?),
             limits: config.limits,
             ending: CancellationToken::new(),
@@ -110,13 +117,13 @@ impl Edge {
         };
         let threads = config.threads.clamp(1, MAX_THREADS);
         let mut doors: Vec<Vec<Door>> = (0..threads).map(|_| Vec::new()).collect();
-        for (entrance, addresses) in [
-            (Entrance::Http, &config.http),
-            (Entrance::Https, &config.https),
+        for (port, addresses) in [
+            (entrance::HTTP, &config.http),
+            (entrance::HTTPS, &config.https),
         ] {
             for address in addresses {
                 let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-                let http3 = config.http3 && entrance.is_tls();
+                let http3 = config.http3 && port == entrance::HTTPS;
                 let (listeners, quic) = bind(*address, threads, http3)?;
                 let bound = listeners[0].local_addr()?;
                 edge.addresses.push(bound);
@@ -130,18 +137,22 @@ impl Edge {
                     .chain(std::iter::repeat_with(|| None));
                 for ((doors, listener), quic) in doors.iter_mut().zip(listeners).zip(quic) {
                     doors.push(Door {
-                        entrance,
+                        port,
                         listener,
                         places: Arc::clone(&places),
                         quic,
+                        closed: CancellationToken::new(),
                     });
                 }
             }
         }
+        let mut opened = Vec::new();
         for (n, doors) in doors.into_iter().enumerate() {
             let shared = shared.clone();
+            let (open, more) = mpsc::unbounded_channel();
+            opened.push(open);
             let run = move || {
-                if let Err(error) = worker::run(doors, shared) {
+                if let Err(error) = worker::run(doors, more, shared) {
                     tracing::error!(%error, "a thread of the edge ended");
                 }
             };
@@ -150,6 +161,15 @@ impl Edge {
                 .spawn(run)?;
             edge.threads.push(thread);
         }
+        let mut porter = Porter::new(
+            config.service_addresses,
+            config.service_ports,
+            opened,
+            Arc::clone(&shared.ports),
+        );
+        // What is known by now is open when this returns.
+        porter.settle(&shared.view.snapshot());
+        tokio::spawn(porter.run(shared.view.clone(), shared.ending.clone()));
         tokio::spawn(sleep::run(
             gate,
             config.host,

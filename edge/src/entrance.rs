@@ -1,49 +1,32 @@
 //! By which of the edge's public ports a request came in.
 
-use tern_catalog::{Handler, Port};
+use tern_catalog::{Port, PortKind};
 
-/// Whether a listener ends TLS; its public port follows.
+/// A public port as apps name it, wherever the listener is bound, and whether TLS ended there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Entrance {
-    /// Plain HTTP, known to apps as port 80.
-    Http,
-    /// HTTPS, known to apps as port 443.
-    Https,
+pub struct Entrance {
+    pub port: u16,
+    pub tls: bool,
 }
 
+/// Where plain HTTP is served for all.
+pub const HTTP: u16 = 80;
+/// Where HTTPS is served for all.
+pub const HTTPS: u16 = 443;
+
 impl Entrance {
-    /// The port as apps name it, wherever the listener is bound.
-    pub fn port(self) -> u16 {
-        match self {
-            Self::Http => 80,
-            Self::Https => 443,
-        }
-    }
-
-    /// The same as text.
-    pub fn port_text(self) -> &'static str {
-        match self {
-            Self::Http => "80",
-            Self::Https => "443",
-        }
-    }
-
     /// `http` or `https`.
     pub fn scheme(self) -> &'static str {
-        match self {
-            Self::Http => "http",
-            Self::Https => "https",
-        }
+        if self.tls { "https" } else { "http" }
     }
 
-    pub fn is_tls(self) -> bool {
-        self == Self::Https
-    }
-
-    /// Whether this port of a service is served here.
+    /// Whether requests to this port of a service come in here.
     pub fn serves(self, port: &Port) -> bool {
-        let tls = port.handlers.contains(&Handler::Tls);
-        let http = port.handlers.contains(&Handler::Http);
-        port.port == self.port() && http && tls == self.is_tls()
+        let kind = if self.tls {
+            PortKind::Https
+        } else {
+            PortKind::Http
+        };
+        port.kind() == Some(kind) && port.has(self.port)
     }
 }

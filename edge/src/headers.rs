@@ -8,6 +8,7 @@ use http::{HeaderValue, Version};
 use tern_catalog::ResponseOptions;
 
 use crate::entrance::Entrance;
+use crate::h1;
 use crate::message::{Fields, Length, ReplyHead, RequestHead};
 
 /// What is known of a request beside what its client sent.
@@ -185,7 +186,8 @@ pub fn for_app(head: &RequestHead, facts: &Facts<'_>, put: &mut dyn FnMut(&[u8],
     }
     join(&mut forwarded, b", ", facts.client.as_bytes());
     join(&mut vias, b", ", via(facts.version));
-    let port = facts.entrance.port_text().as_bytes();
+    let mut digits = [0; 20];
+    let port = h1::client::number(facts.entrance.port.into(), &mut digits);
     put(b"Fly-Client-IP", facts.client.as_bytes());
     put(b"Fly-Forwarded-Port", port);
     put(b"Fly-Region", facts.region.as_bytes());
@@ -195,11 +197,7 @@ pub fn for_app(head: &RequestHead, facts: &Facts<'_>, put: &mut dyn FnMut(&[u8],
     put(b"X-Forwarded-Port", port);
     put(
         b"X-Forwarded-SSL",
-        if facts.entrance.is_tls() {
-            b"on"
-        } else {
-            b"off"
-        },
+        if facts.entrance.tls { b"on" } else { b"off" },
     );
     put(b"Via", &vias);
 }
@@ -289,7 +287,10 @@ mod tests {
     fn facts(version: Version) -> Facts<'static> {
         Facts {
             client: "192.0.2.7",
-            entrance: Entrance::Https,
+            entrance: Entrance {
+                port: 443,
+                tls: true,
+            },
             region: "ams",
             request_id: "id",
             version,

@@ -7,6 +7,9 @@
 //!   refuses, or wakes: a thousand requests to a sleeping Machine cause one start. A Machine that has been of
 //!   no use to anybody for a while it puts to sleep, as its `fly.toml` says.
 //!
+//! - Connections that are not HTTP (raw TCP, TLS alone, PostgreSQL's TLS) go the same way, each with a place of its
+//!   own at a Machine, to whatever public port services name.
+//!
 //! The way of a request, downwards: `worker` (a thread's sockets, TLS) → `h1::client`, `h2` or `h3` (its head) →
 //! `relay` (which site, which Machine, which connection, both ways) → `h1::app` or an HTTP/2 stream.
 //!
@@ -14,6 +17,7 @@
 
 mod config;
 mod control;
+mod door;
 mod entrance;
 mod frames;
 mod gate;
@@ -30,8 +34,10 @@ mod relay;
 mod site;
 mod sleep;
 mod socket;
+mod tcp;
 mod timer;
 mod tls;
+mod udp;
 mod worker;
 
 pub use config::{Edge, EdgeConfig};

@@ -1,14 +1,20 @@
-//! From a request's authority and port to an app's service. No I/O.
+//! From a name and a port to an app's service. No I/O.
 
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tern_catalog::{AppName, Hostname, Machine, Port, Revision, Service, Snapshot};
+use rustls::ServerConfig;
+use tern_catalog::{
+    AppName, Exclusive, Hostname, Machine, Port, PortKind, ProxyProtocol, Revision, Service,
+    ServiceProtocol, Snapshot,
+};
 
 use crate::entrance::Entrance;
 use crate::headers::Changes;
+use crate::tls;
 
 /// What answers to a host name at an entrance: all that a request needs to know of its service, made once per
 /// revision of the catalog.
@@ -41,6 +47,26 @@ pub enum NoSite {
     NoService(AppName),
 }
 
+/// Where the bytes of a connection go that is not HTTP.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// The app.
+    pub app: AppName,
+    /// The port its Machines listen on.
+    pub internal_port: u16,
+    /// The header by which they are told who connected.
+    pub proxy: Option<ProxyProtocol>,
+}
+
+/// What a TLS handshake's server name leads to at a port.
+#[derive(Debug, Clone)]
+pub struct Secure {
+    /// How TLS is spoken.
+    pub config: Arc<ServerConfig>,
+    /// Where the bytes within go, and how the handshake may begin; `None` is HTTP.
+    pub stream: Option<(Rc<Target>, PortKind)>,
+}
+
 /// Names remembered, in all the ways that clients write them.
 const REMEMBERED: usize = 4096;
 
@@ -49,17 +75,46 @@ const REMEMBERED: usize = 4096;
 pub struct Sites {
     /// Where a service says nothing.
     idle_timeout: Duration,
+    configs: Arc<tls::Configs>,
     revision: Revision,
     known: HashMap<(Entrance, Bytes), Rc<Site>>,
+    secure: HashMap<(u16, String), Secure>,
 }
 
 impl Sites {
-    pub fn new(idle_timeout: Duration) -> Self {
+    pub fn new(idle_timeout: Duration, configs: Arc<tls::Configs>) -> Self {
         Self {
             idle_timeout,
+            configs,
             revision: Revision::default(),
             known: HashMap::new(),
+            secure: HashMap::new(),
         }
+    }
+
+    /// Forgets what may have changed.
+    fn refresh(&mut self, snapshot: &Snapshot) {
+        let remembered = self.known.len().max(self.secure.len());
+        if self.revision != snapshot.revision || remembered >= REMEMBERED {
+            self.known.clear();
+            self.secure.clear();
+            self.revision = snapshot.revision;
+        }
+    }
+
+    /// How TLS is spoken with a client that asks for this name at this port, and where it leads.
+    pub fn secure(&mut self, snapshot: &Snapshot, name: Option<&str>, port: u16) -> Secure {
+        self.refresh(snapshot);
+        let Some(name) = name else {
+            return Secure::unknown(&self.configs);
+        };
+        let key = (port, name.to_owned());
+        if let Some(known) = self.secure.get(&key) {
+            return known.clone();
+        }
+        let found = secure(snapshot, name, port, &self.configs);
+        self.secure.insert(key, found.clone());
+        found
     }
 
     /// Finds the service of the app that answers to an authority.
@@ -69,10 +124,7 @@ impl Sites {
         authority: &Bytes,
         entrance: Entrance,
     ) -> Result<Rc<Site>, NoSite> {
-        if self.revision != snapshot.revision || self.known.len() >= REMEMBERED {
-            self.known.clear();
-            self.revision = snapshot.revision;
-        }
+        self.refresh(snapshot);
         // Cloning `Bytes` counts a reference.
         let key = (entrance, authority.clone());
         if let Some(site) = self.known.get(&key) {
@@ -130,14 +182,64 @@ fn find(
         app: app.clone(),
         internal_port: service.internal_port,
         h2_backend: options.is_some_and(|o| o.h2_backend),
-        force_https: port.force_https && entrance == Entrance::Http,
+        force_https: port.force_https && !entrance.tls,
         idle_timeout: seconds.map_or(idle_timeout, |s| Duration::from_secs(s.into())),
         changes: Changes::new(options.and_then(|o| o.response.as_ref())),
     })
 }
 
+/// A name that cannot be read, or leads nowhere, is left to the certificates, and to the requests' own.
+fn secure(snapshot: &Snapshot, name: &str, port: u16, configs: &tls::Configs) -> Secure {
+    let found = hostname(name).and_then(|name| {
+        let route = snapshot.hostnames.get(&name)?;
+        let mut machines = snapshot.machines_of(&route.app);
+        machines.find_map(|(machine, _)| {
+            let tcp = |s: &&Service| s.protocol == ServiceProtocol::Tcp;
+            let services = machine.config.services.iter().filter(tcp);
+            let mut ports = services.flat_map(|s| s.ports.iter().map(move |p| (s, p)));
+            ports.find_map(|(service, found)| {
+                let kind = found.kind().filter(|k| k.is_tls())?;
+                let options = found.tls_options.as_ref();
+                found.has(port).then(|| Secure {
+                    config: configs.get(options, kind.is_http()),
+                    stream: (!kind.is_http()).then(|| {
+                        let target = Target {
+                            app: route.app.clone(),
+                            internal_port: service.internal_port,
+                            proxy: found.proxy_protocol(),
+                        };
+                        (Rc::new(target), kind)
+                    }),
+                })
+            })
+        })
+    });
+    found.unwrap_or_else(|| Secure::unknown(configs))
+}
+
+impl Secure {
+    fn unknown(configs: &tls::Configs) -> Self {
+        Self {
+            config: configs.usual(),
+            stream: None,
+        }
+    }
+}
+
+impl From<&Exclusive> for Target {
+    fn from(owner: &Exclusive) -> Self {
+        Self {
+            app: owner.app.clone(),
+            internal_port: owner.internal_port,
+            proxy: owner.proxy,
+        }
+    }
+}
+
 fn service(machine: &Machine, entrance: Entrance) -> Option<(&Service, &Port)> {
-    machine.config.services.iter().find_map(|service| {
+    let tcp = |service: &&Service| service.protocol == ServiceProtocol::Tcp;
+    let mut services = machine.config.services.iter().filter(tcp);
+    services.find_map(|service| {
         let port = service.ports.iter().find(|port| entrance.serves(port))?;
         Some((service, port))
     })

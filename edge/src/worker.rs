@@ -8,24 +8,29 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use http::Version;
 use rustls::ServerConfig;
-use tern_catalog::View;
+use rustls::server::Acceptor;
+use tern_catalog::{PortKind, PublicPorts, View};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::LocalSet;
 use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::door::{Door, Opened, Opening, opening};
 use crate::entrance::Entrance;
 use crate::gate::Gate;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::relay::{Pool, tells_of_h3};
-use crate::site::Sites;
-use crate::{h1, h2, h3, quic, tls};
+use crate::site::{Sites, Target};
+use crate::tcp::{self, Ends};
+use crate::{h1, h2, h3, quic, tls, udp};
 
 /// What all threads of an edge share.
 #[derive(Clone)]
@@ -34,7 +39,9 @@ pub struct Shared {
     pub gate: Gate,
     pub metrics: Arc<Metrics>,
     pub region: Arc<str>,
-    pub tls: Arc<ServerConfig>,
+    pub tls: Arc<tls::Configs>,
+    /// What services claim of the public ports.
+    pub ports: Arc<ArcSwap<PublicPorts>>,
     pub quic: Arc<ServerConfig>,
     pub limits: Limits,
     /// Set when no more is accepted, and connections end with their current requests.
@@ -45,16 +52,6 @@ pub struct Shared {
     pub alt_svc: Option<Arc<str>>,
 }
 
-/// A listening socket of one thread.
-pub struct Door {
-    pub entrance: Entrance,
-    pub listener: std::net::TcpListener,
-    /// Connections that this address may still have, over all threads.
-    pub places: Arc<Semaphore>,
-    /// Where HTTP/3 is served beside it.
-    pub quic: Option<quic::Socket>,
-}
-
 /// One thread's state.
 pub struct Worker {
     pub view: View,
@@ -63,8 +60,9 @@ pub struct Worker {
     pub region: Arc<str>,
     pub limits: Limits,
     pub ending: CancellationToken,
+    pub ended: CancellationToken,
     alt_svc: Option<Arc<str>>,
-    acceptor: TlsAcceptor,
+    ports: Arc<ArcSwap<PublicPorts>>,
     pool: RefCell<Pool>,
     sites: RefCell<Sites>,
 }
@@ -83,61 +81,103 @@ const KEEPALIVE: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
     .with_interval(Duration::from_secs(10))
     .with_retries(3);
 
-/// Runs a thread's share until the edge ends.
-pub fn run(doors: Vec<Door>, shared: Shared) -> io::Result<()> {
+/// The first byte of a TLS record that holds a handshake message (RFC 8446 section 5.1).
+const TLS_HANDSHAKE: u8 = 22;
+
+/// How a connection has begun that says for whom it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    Tls,
+    PgTls,
+    Http,
+}
+
+/// The first byte, which stays to be read; nothing if none comes in time.
+async fn first_byte(stream: &TcpStream, longest: Duration) -> Option<u8> {
+    let mut first = [0];
+    match timeout(longest, stream.peek(&mut first)).await {
+        Ok(Ok(1..)) => Some(first[0]),
+        _ => None,
+    }
+}
+
+/// Both ends of a connection, as an app is told them.
+fn ends(stream: &TcpStream, client: SocketAddr, port: u16) -> io::Result<Ends> {
+    let local = stream.local_addr()?;
+    Ok(Ends {
+        client,
+        local: SocketAddr::new(local.ip(), port),
+    })
+}
+
+/// Runs a thread's share until the edge ends. `doors` are those that are always open, and `more` brings those that
+/// services name.
+pub fn run(
+    doors: Vec<Door>,
+    more: mpsc::UnboundedReceiver<Opened>,
+    shared: Shared,
+) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    LocalSet::new().block_on(&runtime, serve(doors, shared))
+    LocalSet::new().block_on(&runtime, serve(doors, more, shared))
 }
 
-async fn serve(doors: Vec<Door>, shared: Shared) -> io::Result<()> {
+async fn serve(
+    doors: Vec<Door>,
+    mut more: mpsc::UnboundedReceiver<Opened>,
+    shared: Shared,
+) -> io::Result<()> {
     let worker = Rc::new(Worker {
         view: shared.view,
         gate: shared.gate,
         metrics: shared.metrics,
         region: shared.region,
-        sites: RefCell::new(Sites::new(shared.limits.idle)),
+        sites: RefCell::new(Sites::new(shared.limits.idle, shared.tls)),
         limits: shared.limits,
         ending: shared.ending,
+        ended: shared.ended,
         alt_svc: shared.alt_svc,
-        acceptor: TlsAcceptor::from(shared.tls),
+        ports: shared.ports,
         pool: RefCell::default(),
     });
     let connections = TaskTracker::new();
-    for door in doors {
-        if let Some(quic::Socket { socket, share }) = door.quic {
+    for mut door in doors {
+        if let Some(quic::Socket { socket, share }) = door.quic.take() {
             let tls = Arc::clone(&shared.quic);
             let endpoint = h3::endpoint(socket, tls, &worker.limits, share)?;
-            let accepting = h3::accept(
-                endpoint,
-                door.entrance,
-                Rc::clone(&worker),
-                connections.clone(),
-            );
+            let entrance = Entrance {
+                port: door.port,
+                tls: true,
+            };
+            let accepting = h3::accept(endpoint, entrance, Rc::clone(&worker), connections.clone());
             tokio::task::spawn_local(accepting);
         }
-        let listener = TcpListener::from_std(door.listener)?;
-        let accepting = accept(
-            listener,
-            door.entrance,
-            door.places,
-            Rc::clone(&worker),
-            connections.clone(),
-        );
-        tokio::task::spawn_local(accepting);
+        open(door, &worker, &connections)?;
     }
     let mut sweep = tokio::time::interval(SWEEP);
     loop {
         tokio::select! {
             _ = sweep.tick() => worker.pool().sweep(),
+            Some(opened) = more.recv() => match opened {
+                Opened::Tcp(door) => {
+                    let port = door.port;
+                    if let Err(error) = open(door, &worker, &connections) {
+                        tracing::error!(%error, port, "a port cannot be listened on");
+                    }
+                }
+                Opened::Udp(door) => {
+                    let serving = udp::serve(door, Rc::clone(&worker), connections.clone());
+                    tokio::task::spawn_local(serving);
+                }
+            },
             () = worker.ending.cancelled() => break,
         }
     }
     connections.close();
     tokio::select! {
         () = connections.wait() => {}
-        () = shared.ended.cancelled() => tracing::warn!(
+        () = worker.ended.cancelled() => tracing::warn!(
             connections = connections.len(),
             "connections were still open at the end"
         ),
@@ -145,31 +185,49 @@ async fn serve(doors: Vec<Door>, shared: Shared) -> io::Result<()> {
     Ok(())
 }
 
+fn open(door: Door, worker: &Rc<Worker>, connections: &TaskTracker) -> io::Result<()> {
+    let listener = TcpListener::from_std(door.listener)?;
+    let accepting = accept(
+        listener,
+        door.port,
+        door.places,
+        door.closed,
+        Rc::clone(worker),
+        connections.clone(),
+    );
+    tokio::task::spawn_local(accepting);
+    Ok(())
+}
+
 async fn accept(
     listener: TcpListener,
-    entrance: Entrance,
+    port: u16,
     places: Arc<Semaphore>,
+    closed: CancellationToken,
     worker: Rc<Worker>,
     connections: TaskTracker,
 ) {
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-            return;
+        let accepted = async {
+            let place = Arc::clone(&places).acquire_owned().await;
+            (place, listener.accept().await)
         };
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = accepted => accepted,
             () = worker.ending.cancelled() => return,
+            () = closed.cancelled() => return,
         };
         match accepted {
-            Ok((stream, client)) => {
+            (Ok(place), Ok((stream, client))) => {
                 worker.metrics.connections.add();
-                let serving = Rc::clone(&worker).connection(stream, client, entrance);
+                let serving = Rc::clone(&worker).connection(stream, client, port);
                 connections.spawn_local(async move {
                     serving.await;
                     drop(place);
                 });
             }
-            Err(error) => {
+            (Err(_), _) => return,
+            (_, Err(error)) => {
                 tracing::warn!(%error, "a connection could not be accepted");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
@@ -178,7 +236,7 @@ async fn accept(
 }
 
 impl Worker {
-    async fn connection(self: Rc<Self>, stream: TcpStream, client: SocketAddr, entrance: Entrance) {
+    async fn connection(self: Rc<Self>, stream: TcpStream, client: SocketAddr, port: u16) {
         let socket = socket2::SockRef::from(&stream);
         if let Err(error) = stream
             .set_nodelay(true)
@@ -188,11 +246,56 @@ impl Worker {
             tracing::debug!(%error, "a connection has ended before it began");
             return;
         }
-        if !entrance.is_tls() {
-            return h1::client::serve(stream, client.ip(), entrance, self).await;
+        let (tls, pg_tls, http) = match opening(&self.ports.load(), port) {
+            Opening::Raw(target) => return self.raw(stream, client, port, &target).await,
+            Opening::Told { tls, pg_tls, http } => (tls, pg_tls, http),
+        };
+        let begun = match (tls, pg_tls, http) {
+            (true, false, false) => Some(Begun::Tls),
+            (false, false, true) => Some(Begun::Http),
+            _ => first_byte(&stream, self.limits.head)
+                .await
+                .and_then(|first| {
+                    Some(match first {
+                        TLS_HANDSHAKE if tls || pg_tls => Begun::Tls,
+                        first if pg_tls && tcp::postgres::begins(first) => Begun::PgTls,
+                        _ if http => Begun::Http,
+                        // It fails, and says so in TLS's own words.
+                        _ if tls => Begun::Tls,
+                        _ => return None,
+                    })
+                }),
+        };
+        match begun {
+            None => {}
+            Some(Begun::Http) => {
+                let entrance = Entrance { port, tls: false };
+                h1::client::serve(stream, client.ip(), entrance, self).await;
+            }
+            Some(begun) => self.secure(stream, client, port, begun).await,
         }
-        let stream = match timeout(self.limits.handshake, self.acceptor.accept(stream)).await {
-            Ok(Ok(stream)) => stream,
+    }
+
+    /// A connection whose bytes are all its app's.
+    async fn raw(&self, stream: TcpStream, client: SocketAddr, port: u16, target: &Target) {
+        let ends = match ends(&stream, client, port) {
+            Ok(ends) => ends,
+            Err(_) => return,
+        };
+        tcp::serve(stream, ends, target, self).await;
+    }
+
+    /// A connection that begins with a TLS handshake.
+    async fn secure(
+        self: Rc<Self>,
+        stream: TcpStream,
+        client: SocketAddr,
+        port: u16,
+        begun: Begun,
+    ) {
+        let handshake = timeout(self.limits.handshake, self.handshake(stream, port, begun));
+        let (stream, target) = match handshake.await {
+            Ok(Ok(both)) => both,
             Ok(Err(error)) => {
                 self.metrics.tls_failures.add();
                 tracing::debug!(%error, %client, "TLS handshake failed");
@@ -200,12 +303,60 @@ impl Worker {
             }
             Err(_) => return self.metrics.tls_failures.add(),
         };
-        match stream.get_ref().1.alpn_protocol() {
-            // The certificate was the answer to an ACME challenge.
-            Some(tls::ACME) => {}
-            Some(tls::H2) => h2::serve(stream, client.ip(), entrance, self).await,
-            _ => h1::client::serve(stream, client.ip(), entrance, self).await,
+        let protocol = stream.get_ref().1.alpn_protocol();
+        // The certificate was the answer to an ACME challenge.
+        if protocol == Some(tls::ACME) {
+            return;
         }
+        if let Some(target) = target {
+            if let Ok(ends) = ends(stream.get_ref().0, client, port) {
+                tcp::serve(stream, ends, &target, &self).await;
+            }
+            return;
+        }
+        let entrance = Entrance { port, tls: true };
+        if protocol == Some(tls::H2) {
+            h2::serve(stream, client.ip(), entrance, self).await;
+        } else {
+            h1::client::serve(stream, client.ip(), entrance, self).await;
+        }
+    }
+
+    /// Ends TLS as the service asks for whose name the client says, and tells where the bytes go, if not to HTTP.
+    async fn handshake(
+        &self,
+        mut stream: TcpStream,
+        port: u16,
+        begun: Begun,
+    ) -> io::Result<(TlsStream<TcpStream>, Option<Rc<Target>>)> {
+        if begun == Begun::PgTls {
+            tcp::postgres::begin(&mut stream).await?;
+        }
+        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+        let hello = start.client_hello();
+        let challenge = hello
+            .alpn()
+            .is_some_and(|mut all| all.any(|p| p == tls::ACME));
+        let name = hello.server_name().filter(|_| !challenge);
+        let snapshot = self.view.snapshot();
+        let secure = self.sites().secure(&snapshot, name, port);
+        drop(snapshot);
+        let target = match secure.stream {
+            // Newer clients begin TLS at once, with PostgreSQL too.
+            Some((target, kind)) if begun == Begun::Tls || kind == PortKind::PgTls => Some(target),
+            None if begun == Begun::Tls => None,
+            _ => {
+                return Err(io::Error::other(
+                    "no app of this name speaks PostgreSQL here",
+                ));
+            }
+        };
+        Ok((start.into_stream(secure.config).await?, target))
+    }
+
+    /// Where the datagrams of a UDP port go.
+    pub fn datagrams(&self, port: u16) -> Option<Target> {
+        self.ports.load().datagrams(port).map(Target::from)
     }
 
     /// A new request's name: 104 random bits, as hexadecimal digits.

@@ -37,6 +37,7 @@ struct Memory {
     lines: Vec<String>,
     started: bool,
     exited: Option<i32>,
+    env: HashMap<String, String>,
 }
 
 struct Vmm {
@@ -70,9 +71,6 @@ fn main() -> Result<()> {
     lock.set_len(0)?;
     writeln!(lock, "{}", host_pid()?)?;
 
-    let archive = fs::read(config["initramfs"][1].as_str().context("no run.cpio")?)?;
-    let run = read_run_archive(&archive)?;
-    let env = run.process.merged_env().into_iter().collect();
     let memory = if restore {
         let kept = fs::read(path("snapshot_dir").join("state"));
         match kept
@@ -83,8 +81,18 @@ fn main() -> Result<()> {
             Err(error) => end(&path("exit_file"), "snapshot_refused", &error, 4),
         }
     } else {
-        Memory::default()
+        // As `tern-vmm`: a restored guest has it in its memory.
+        let archive = fs::read(config["initramfs"][1].as_str().context("no run.cpio")?)?;
+        Memory {
+            env: read_run_archive(&archive)?
+                .process
+                .merged_env()
+                .into_iter()
+                .collect(),
+            ..Memory::default()
+        }
     };
+    let env = memory.env.clone();
     let vsock = UnixListener::bind(config["vsock"]["path"].as_str().context("no vsock")?)?;
     let control = UnixListener::bind(path("control"))?;
     let vmm = Arc::new(Vmm {

@@ -1,5 +1,6 @@
 //! What a Machine boots with: its run configuration and the monitor's `vm.json`.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use tern_catalog::{Machine, RESOLVER};
+use tern_catalog::{Machine, RESOLVER, SecretName};
 use tern_guest::RunConfig;
 use tern_guest::config::{
     DnsConfig, FileConfig, HostsEntry, InterfaceConfig, MountConfig, ProcessConfig, StopConfig,
@@ -29,6 +30,16 @@ pub(crate) enum BundleError {
         path: String,
         source: base64::DecodeError,
     },
+    #[error(
+        "the file {path} is to hold the secret {name}, which is not set; `tern secrets set {name}=…` does that"
+    )]
+    NoSecret { path: String, name: SecretName },
+    #[error("the file {path} is to hold the secret {name}, whose value is not base64: {source}")]
+    SecretFile {
+        path: String,
+        name: SecretName,
+        source: base64::DecodeError,
+    },
     #[error("\"{0}\" is not a signal")]
     Signal(String),
     #[error("neither the image nor the config says what to run")]
@@ -37,10 +48,14 @@ pub(crate) enum BundleError {
     Archive(#[from] tern_guest::archive::ArchiveError),
 }
 
+/// An app's secrets, in the clear.
+pub(crate) type Secrets = BTreeMap<SecretName, String>;
+
 /// What init is told.
 pub(crate) fn run_config(
     machine: &Machine,
     image: &ImageConfig,
+    secrets: &Secrets,
     slot: Slot,
 ) -> Result<RunConfig, BundleError> {
     let config = &machine.config;
@@ -59,7 +74,7 @@ pub(crate) fn run_config(
             .unwrap_or_else(|| image.entrypoint.clone()),
         cmd,
         exec: init.exec.clone().unwrap_or_default(),
-        env: environment(machine, image),
+        env: environment(machine, image, secrets),
         working_dir: image.working_dir.clone(),
         user: image.user.clone(),
         tty: init.tty,
@@ -70,12 +85,7 @@ pub(crate) fn run_config(
     let files = config.files.iter().map(|file| {
         Ok(FileConfig {
             guest_path: file.guest_path.clone(),
-            content: BASE64
-                .decode(&file.raw_value)
-                .map_err(|source| BundleError::File {
-                    path: file.guest_path.clone(),
-                    source,
-                })?,
+            content: content(file, secrets)?,
             mode: file.mode.unwrap_or(0o644),
         })
     });
@@ -171,8 +181,33 @@ pub(crate) fn vm_config(
     }
 }
 
-/// The image's, then the Machine's own, then what tells the app where it is.
-fn environment(machine: &Machine, image: &ImageConfig) -> Vec<(String, String)> {
+/// What a file holds: what the config says, or a secret.
+fn content(file: &tern_catalog::FileConfig, secrets: &Secrets) -> Result<Vec<u8>, BundleError> {
+    let path = || file.guest_path.clone();
+    let Some(name) = &file.secret_name else {
+        let content = BASE64.decode(&file.raw_value);
+        return content.map_err(|source| BundleError::File {
+            path: path(),
+            source,
+        });
+    };
+    let value = secrets.get(name).ok_or_else(|| BundleError::NoSecret {
+        path: path(),
+        name: name.clone(),
+    })?;
+    // As `base64` writes it: in lines.
+    let value: String = value.split_ascii_whitespace().collect();
+    BASE64
+        .decode(value)
+        .map_err(|source| BundleError::SecretFile {
+            path: path(),
+            name: name.clone(),
+            source,
+        })
+}
+
+/// The image's, then the Machine's own, then the app's secrets, then what tells the app where it is.
+fn environment(machine: &Machine, image: &ImageConfig, secrets: &Secrets) -> Vec<(String, String)> {
     let config = &machine.config;
     let pair = |name: &str, value: String| (name.to_owned(), value);
     let mut env: Vec<_> = image
@@ -186,6 +221,7 @@ fn environment(machine: &Machine, image: &ImageConfig) -> Vec<(String, String)> 
         env.push(pair("PRIMARY_REGION", machine.region.clone()));
     }
     env.extend(config.env.iter().map(|(n, v)| pair(n, v.clone())));
+    env.extend(secrets.iter().map(|(n, v)| pair(n.as_str(), v.clone())));
     let id = machine.id.to_string();
     env.push(pair("FLY_APP_NAME", machine.app.to_string()));
     env.push(pair("FLY_MACHINE_ID", id.clone()));
@@ -271,7 +307,7 @@ pub(crate) mod tests {
             r#"{"image":"registry.internal/hello:1","env":{"A":"own","FLY_APP_NAME":"lie"},
                 "metadata":{"fly_process_group":"web"}}"#,
         );
-        let run = run_config(&machine, &image(), Slot::new(5).unwrap()).unwrap();
+        let run = run_config(&machine, &image(), &Secrets::new(), Slot::new(5).unwrap()).unwrap();
         run.check().unwrap();
         let env = run.process.merged_env();
         let get = |name: &str| env.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str());
@@ -289,6 +325,44 @@ pub(crate) mod tests {
             .map(ToString::to_string)
             .collect();
         assert_eq!(addresses, ["fdaa:0:7:0:1:0:3:2/112", "172.19.0.22/30"]);
+    }
+
+    #[test]
+    fn secrets_win_over_the_config_and_are_in_nothing_that_is_shown() {
+        let machine = machine(
+            r#"{"image":"x","env":{"A":"config"},
+                "files":[{"guest_path":"/key","secret_name":"KEY"}]}"#,
+        );
+        let secrets: Secrets = [
+            ("A", "hunter2"),
+            ("FLY_APP_NAME", "lie"),
+            ("KEY", "aHVu\ndGVyMg==\n"),
+        ]
+        .map(|(name, value)| (name.parse().unwrap(), value.to_owned()))
+        .into();
+        let slot = Slot::new(0).unwrap();
+        let run = run_config(&machine, &image(), &secrets, slot).unwrap();
+        let env = run.process.merged_env();
+        let get = |name: &str| env.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str());
+        assert_eq!(get("A"), Some("hunter2"));
+        assert_eq!(get("FLY_APP_NAME"), Some("hello"));
+        assert_eq!(run.files[0].content, b"hunter2");
+        let host = HostConfig::new(HostId(1), "/d");
+        let dir = MachineDir::new(&host.machines_dir(), &machine.id);
+        let path = std::path::Path::new("/d/image");
+        let vm = vm_config(&host, &machine, &dir, path, std::iter::empty(), slot, None);
+        assert!(!serde_json::to_string(&vm).unwrap().contains("hunter2"));
+
+        // A file whose secret is missing, or not base64: the start says which, and never the value.
+        let missing = run_config(&machine, &image(), &Secrets::new(), slot).unwrap_err();
+        assert!(
+            missing.to_string().contains("tern secrets set KEY"),
+            "{missing}"
+        );
+        let bad: Secrets = [("KEY".parse().unwrap(), "hunter2!".to_owned())].into();
+        let bad = run_config(&machine, &image(), &bad, slot).unwrap_err();
+        let bad = bad.to_string();
+        assert!(bad.contains("KEY") && !bad.contains("hunter2"), "{bad}");
     }
 
     #[test]
@@ -342,23 +416,28 @@ pub(crate) mod tests {
     #[test]
     fn an_entrypoint_of_ones_own_drops_the_images_arguments() {
         let machine = machine(r#"{"image":"x","init":{"entrypoint":["/mine"]}}"#);
-        let run = run_config(&machine, &image(), Slot::new(0).unwrap()).unwrap();
+        let run = run_config(&machine, &image(), &Secrets::new(), Slot::new(0).unwrap()).unwrap();
         assert_eq!(run.process.argv(), ["/mine"]);
     }
 
     #[test]
     fn what_cannot_run_is_refused_before_a_boot() {
         let slot = Slot::new(0).unwrap();
-        let nothing = run_config(&machine(r#"{"image":"x"}"#), &ImageConfig::default(), slot);
+        let nothing = run_config(
+            &machine(r#"{"image":"x"}"#),
+            &ImageConfig::default(),
+            &Secrets::new(),
+            slot,
+        );
         assert!(matches!(nothing, Err(BundleError::NoCommand)));
         let signal = machine(r#"{"image":"x","stop_config":{"signal":"SIGNOPE"}}"#);
         assert!(matches!(
-            run_config(&signal, &image(), slot),
+            run_config(&signal, &image(), &Secrets::new(), slot),
             Err(BundleError::Signal(_))
         ));
         let file = machine(r#"{"image":"x","files":[{"guest_path":"/a","raw_value":"%"}]}"#);
         assert!(matches!(
-            run_config(&file, &image(), slot),
+            run_config(&file, &image(), &Secrets::new(), slot),
             Err(BundleError::File { .. })
         ));
     }

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
-use tern_catalog::HostId;
+use tern_catalog::{HostId, SealedKey};
 use thiserror::Error;
 
 use crate::capacity::Overcommit;
@@ -62,6 +63,14 @@ pub struct HostConfig {
     pub cmdline: String,
     /// What guests see of this host's processors from their next cold start on.
     pub cpu_template: CpuTemplate,
+    /// Decrypts apps' secrets. Without one, Machines of apps that have any do not start.
+    pub secrets: Option<Arc<dyn SecretOpener>>,
+}
+
+/// Decrypts what the catalog holds of apps' secrets.
+pub trait SecretOpener: fmt::Debug + Send + Sync {
+    /// Decrypts a value that was encrypted for this purpose.
+    fn open(&self, purpose: &str, sealed: &SealedKey) -> Result<Vec<u8>, String>;
 }
 
 /// What guests see of a processor; `ARCHITECTURE.md`, "The monitor", has what that means.
@@ -138,6 +147,7 @@ impl HostConfig {
             wake_timeout: WAKE_TIMEOUT,
             cmdline: String::new(),
             cpu_template: CpuTemplate::Host,
+            secrets: None,
         }
     }
 
@@ -182,7 +192,6 @@ const WAKE_TIMEOUT: Duration = Duration::from_secs(20);
 mod tests {
     use super::*;
     use crate::{Agent, AgentError};
-    use std::sync::Arc;
     use tern_catalog::{Catalog, SqliteStore, Store, View};
 
     #[tokio::test]

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use tern_catalog::{Machine, MachineId, View};
+use tern_catalog::{AppName, AppSecrets, Machine, MachineId, View};
 use tern_image::{
     Credentials, Digest, Image, ImageError, ImageStore, Progress, Reference, RegistryOptions,
     Source,
 };
 
+use crate::bundle::Secrets;
 use crate::capacity::Capacity;
 use crate::cgroup::Groups;
 use crate::config::HostConfig;
@@ -40,6 +41,22 @@ impl Host {
     /// What is wanted of a Machine.
     pub(crate) fn machine(&self, id: &MachineId) -> Option<Arc<Machine>> {
         self.view.snapshot().machines.get(id).cloned()
+    }
+
+    /// What an app has set of secrets, of one version.
+    pub(crate) fn secrets(&self, app: &AppName) -> Result<Secrets, String> {
+        let Some(kept) = self.view.snapshot().secrets.get(app).cloned() else {
+            return Ok(Secrets::new());
+        };
+        let opened = kept.secrets.iter().map(|(name, secret)| {
+            let opener = self.config.secrets.as_ref();
+            let opener = opener.ok_or("this host has no key for secrets")?;
+            let value = opener.open(&AppSecrets::purpose(app, name), &secret.sealed)?;
+            let value = String::from_utf8(value).map_err(|_| "it is not text".to_owned())?;
+            Ok((name.clone(), value))
+        });
+        let opened: Result<Secrets, String> = opened.collect();
+        opened.map_err(|error| format!("the app's secrets cannot be read: {error}"))
     }
 
     /// The image with this name, or with the digest that the name stood for before.

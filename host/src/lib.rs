@@ -53,7 +53,7 @@ mod watched;
 
 pub use agent::{Agent, AgentError, AgentHandle};
 pub use capacity::{Overcommit, Resources, Room};
-pub use config::{ConfigError, CpuTemplate, HostConfig, RateLimits, Registry};
+pub use config::{ConfigError, CpuTemplate, HostConfig, RateLimits, Registry, SecretOpener};
 pub use departures::Departure;
 pub use guest::{Exec, ExecInputs, ExecOutput, ExecOutputs, GuestError};
 pub use logs::{LogItem, LogLine, LogReader};

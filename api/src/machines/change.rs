@@ -12,12 +12,13 @@ use tern_catalog::{
 
 use super::config::accept;
 use super::lease::{self, MachineLease, must_hold};
-use super::{At, find, place, shape};
+use super::{At, find, place, ports, shape};
 use crate::apps;
 use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::extract::{Json, Path};
 use crate::number;
+use crate::secrets;
 use crate::server::Shared;
 use crate::volumes::attach;
 
@@ -31,6 +32,11 @@ pub struct Create {
     region: Option<String>,
     #[serde(default)]
     skip_launch: bool,
+    /// As [`Update::min_secrets_version`].
+    min_secrets_version: Option<u64>,
+    /// Whether requests are kept from it until it is uncordoned.
+    #[serde(default)]
+    skip_service_registration: bool,
     /// Seconds; more than 0 takes the Machine's lease with the same stroke.
     #[serde(default)]
     lease_ttl: i64,
@@ -43,6 +49,8 @@ pub struct Update {
     current_version: Option<String>,
     #[serde(default)]
     skip_launch: bool,
+    /// The secrets that the caller has set, which the Machine is to get: as the answer to that told.
+    min_secrets_version: Option<u64>,
     /// Seconds; more than 0 takes the Machine's lease too.
     #[serde(default)]
     lease_ttl: i64,
@@ -77,6 +85,8 @@ pub async fn create(
     let snapshot = shared.view.snapshot();
     let network = caller.app(&snapshot, &app)?.network;
     let (config, mut warnings) = accept(&shared, &caller, create.config)?;
+    secrets::must_have(&snapshot, &app, create.min_secrets_version)?;
+    ports::check(&shared, &app, &config)?;
     // A volume's data is on one host, and where it is not said otherwise its region is meant.
     let (host, region) = match attach::host(&snapshot, &config)? {
         Some(place) => place,
@@ -118,7 +128,7 @@ pub async fn create(
             state,
             generation: 1,
         },
-        cordoned: false,
+        cordoned: create.skip_service_registration,
         created_at: now,
         updated_at: now,
     };
@@ -150,7 +160,11 @@ pub async fn update(
 ) -> Result<Json<Value>, ApiError> {
     let wanted = std::mem::take(&mut update.config);
     let (config, warnings) = accept(&shared, &caller, wanted)?;
-    update.may_change(find(&shared.view.snapshot(), &caller, &at)?)?;
+    let snapshot = shared.view.snapshot();
+    let machine = find(&snapshot, &caller, &at)?;
+    update.may_change(machine)?;
+    secrets::must_have(&snapshot, &at.app, update.min_secrets_version)?;
+    ports::check(&shared, &machine.app, &config)?;
     must_hold(&shared, &at, &headers).await?;
     // Before anything is changed: what runs goes on until its successor's image is beside it, and an image that
     // cannot be had changes nothing.

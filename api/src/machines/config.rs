@@ -99,6 +99,12 @@ pub(super) fn accept(
                 file.guest_path
             )));
         }
+        if file.secret_name.is_some() && !file.raw_value.is_empty() {
+            return Err(ApiError::invalid(format!(
+                "config.files: {} has both a raw_value and a secret_name; write one of them",
+                file.guest_path
+            )));
+        }
         if let Err(error) = STANDARD.decode(&file.raw_value) {
             return Err(ApiError::invalid(format!(
                 "config.files: the raw_value of {} is not base64: {error}",

@@ -6,6 +6,7 @@ mod config;
 mod lease;
 pub mod metadata;
 pub(crate) mod place;
+mod ports;
 mod run;
 pub(crate) mod shape;
 mod wait;

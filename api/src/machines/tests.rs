@@ -168,3 +168,59 @@ async fn a_port_is_asked_for_by_its_number() {
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{bad}");
     }
 }
+
+#[tokio::test]
+async fn a_public_port_that_is_another_apps_or_not_open_is_refused() {
+    let world = World::new().await;
+    world.app("shop").await;
+    world.app("other").await;
+    let with = |ports: serde_json::Value| json!({"config": {"image": "example.com/x:1", "services": [{"internal_port": 9, "ports": ports}]}});
+    let raw = with(json!([{"port": 2000}]));
+    let made = world.post("/v1/apps/shop/machines", raw.clone()).await;
+    assert_eq!(made.status, StatusCode::OK, "{made:?}");
+    // More Machines of the same app are welcome.
+    let second = world.post("/v1/apps/shop/machines", raw.clone()).await;
+    assert_eq!(second.status, StatusCode::OK, "{second:?}");
+    for taken in [
+        json!([{"port": 2000}]),
+        json!([{"start_port": 1999, "end_port": 2001, "handlers": ["tls"]}]),
+    ] {
+        let refused = world.post("/v1/apps/other/machines", with(taken)).await;
+        assert_eq!(refused.status, StatusCode::CONFLICT, "{refused:?}");
+        assert!(
+            refused.json()["error"]
+                .to_string()
+                .contains("port 2000 is another app's")
+        );
+    }
+    let id = world.machine("other").await;
+    let at = format!("/v1/apps/other/machines/{id}");
+    assert_eq!(world.post(&at, raw).await.status, StatusCode::CONFLICT);
+    for (ports, said) in [
+        (json!([{"port": 22}]), "port 22 is not open to services"),
+        (
+            json!([{"start_port": 3000, "end_port": 3300}]),
+            "301 ports would be this app's alone",
+        ),
+    ] {
+        let refused = world.post("/v1/apps/other/machines", with(ports)).await;
+        assert_eq!(
+            refused.status,
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "{refused:?}"
+        );
+        assert!(
+            refused.json()["error"].to_string().contains(said),
+            "{refused:?}"
+        );
+    }
+    // What says for whom it is can be shared.
+    let tls =
+        with(json!([{"port": 443, "handlers": ["tls"]}, {"port": 5432, "handlers": ["pg_tls"]}]));
+    for app in ["shop", "other"] {
+        let shared = world
+            .post(&format!("/v1/apps/{app}/machines"), tls.clone())
+            .await;
+        assert_eq!(shared.status, StatusCode::OK, "{shared:?}");
+    }
+}

@@ -5,13 +5,12 @@
 //! would run as something else than was asked for is refused.
 
 use serde_json::{Map, Value};
-use tern_catalog::{Guest, MachineConfig};
+use tern_catalog::{Guest, Handler, MachineConfig};
 
 use crate::error::ApiError;
 
 /// Documented keys that are passed over, by their ends. Other keys are passed over as well, as ones that do not exist.
 const DOCUMENTED: &[&str] = &[
-    "alpn",
     "auto_extend",
     "add_size_gb",
     "cache_drive",
@@ -30,7 +29,6 @@ const DOCUMENTED: &[&str] = &[
     "metrics",
     "persist_rootfs",
     "protocol",
-    "proxy_proto_options",
     "replay_cache",
     "rootfs",
     "size_gb_limit",
@@ -60,7 +58,7 @@ pub(super) fn read(config: Value) -> Result<(MachineConfig, Vec<String>), ApiErr
     }
     for (n, service) in config.services.iter().enumerate() {
         for (m, port) in service.ports.iter().enumerate() {
-            let unserved = port.unserved().into_iter();
+            let unserved = port.unserved(service.protocol).into_iter();
             warnings.extend(unserved.map(|(key, text)| {
                 let key = if key.is_empty() {
                     String::new()
@@ -247,19 +245,9 @@ fn process(config: &mut Config, warnings: &mut Vec<String>) -> Result<(), ApiErr
 /// Why nothing is served on a port that the schema of a configuration cannot even hold.
 fn unserved(port: &mut Value) -> Option<String> {
     let port = port.as_object_mut()?;
-    let range = (port.remove("start_port"), port.remove("end_port"));
-    if let (Some(first), Some(last)) = range
-        && !port.contains_key("port")
-    {
-        if first != last {
-            return Some(format!("ports {first} to {last} are a range"));
-        }
-        port.insert("port".to_owned(), first);
-    }
     let handlers = port.get_mut("handlers").and_then(Value::as_array_mut)?;
-    // Raw TCP is what there is without a handler.
-    handlers.retain(|handler| handler != "tcp");
-    let known = |handler: &&mut Value| *handler == "http" || *handler == "tls";
+    let known =
+        |handler: &&mut Value| serde_json::from_value::<Handler>((**handler).clone()).is_ok();
     let other = handlers.iter_mut().find(|handler| !known(handler))?;
     Some(format!("there is no handler {other}"))
 }
@@ -340,21 +328,28 @@ mod tests {
         assert_eq!(config.init.cmd.unwrap(), ["serve"]);
         assert_eq!(config.init.entrypoint.unwrap(), ["sh"]);
         assert_eq!((&*config.env["A"], &*config.env["B"]), ("1", "2"));
-        assert_eq!(config.services[0].ports[0].port, 443);
+        assert_eq!(config.services[0].ports[0].numbers(), Some(443..=443));
     }
 
     #[test]
     fn a_port_that_nothing_serves_is_told() {
         let ports = json!([
             {"port": 5432, "handlers": ["pg_tls"]}, {"start_port": 100, "end_port": 200}, {"port": 4222, "handlers": ["tls"]},
-            {"port": 80, "handlers": ["http"]}, {"port": 25, "handlers": ["tcp"]},
+            {"port": 80, "handlers": ["http"]}, {"port": 25, "handlers": ["tcp"]}, {"port": 80}, {"port": 81, "handlers": ["http", "proxy_proto"]},
+            {"port": 443, "handlers": ["quic"]},
         ]);
         let config = json!({"image": "x", "services": [{"internal_port": 80, "ports": ports}]});
         let (config, warnings) = read(config).unwrap();
-        assert_eq!(warnings.len(), 4, "{warnings:?}");
-        assert!(warnings[0].contains("pg_tls") && warnings[1].contains("100 to 200"));
-        assert!(warnings[2].contains("4222"), "{warnings:?}");
-        let kept: Vec<u16> = config.services[0].ports.iter().map(|p| p.port).collect();
-        assert_eq!(kept, [4222, 80, 25]);
+        assert_eq!(warnings.len(), 3, "{warnings:?}");
+        assert!(warnings[0].contains("no handler \"quic\""), "{warnings:?}");
+        assert!(
+            warnings[1].contains("all apps share port 80"),
+            "{warnings:?}"
+        );
+        assert!(
+            warnings[2].contains("ports[6].handlers: `proxy_proto`"),
+            "{warnings:?}"
+        );
+        assert_eq!(config.services[0].ports.len(), 7);
     }
 }

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use imbl::{HashMap, OrdMap, OrdSet};
 
 use crate::{
-    AcmeChallenge, App, AppName, Certificate, Change, Entry, Host, HostId, Hostname, HostnameRoute,
-    Machine, MachineId, MachineStatus, Network, NetworkId, OrgSlug, Organization, Peer, Record,
-    Revision, Token, Volume, VolumeId, VolumeStatus, WatchBatch,
+    AcmeChallenge, App, AppName, AppSecrets, Certificate, Change, Entry, Host, HostId, Hostname,
+    HostnameRoute, Machine, MachineId, MachineStatus, Network, NetworkId, OrgSlug, Organization,
+    Peer, Record, Revision, Token, Volume, VolumeId, VolumeStatus, WatchBatch,
 };
 
 /// One consistent picture of the catalog.
@@ -43,6 +43,8 @@ pub struct Snapshot {
     pub volumes: OrdMap<VolumeId, Arc<Volume>>,
     /// What was seen of volumes, by id.
     pub volume_status: HashMap<VolumeId, Arc<VolumeStatus>>,
+    /// Secrets by app.
+    pub secrets: HashMap<AppName, Arc<AppSecrets>>,
     /// Index: the Machines of each app.
     by_app: HashMap<AppName, OrdSet<MachineId>>,
     /// Index: the Machine at each address.
@@ -130,8 +132,10 @@ impl Snapshot {
             read::<Volume>(entry).map(|v| drop(self.volumes.insert(v.id.clone(), v)))
         } else if let Some(id) = key.strip_prefix(VolumeStatus::PREFIX) {
             insert(&mut self.volume_status, id, entry)
+        } else if let Some(id) = key.strip_prefix(AppSecrets::PREFIX) {
+            insert(&mut self.secrets, id, entry)
         } else {
-            // Kinds that only their own writer reads (leases, ACME accounts).
+            // Kinds that only their own writer reads (leases, releases, ACME accounts).
             Ok(())
         };
         if let Err(error) = kept {
@@ -196,6 +200,8 @@ impl Snapshot {
             self.volumes.remove(id);
         } else if let Some(id) = key.strip_prefix(VolumeStatus::PREFIX) {
             self.volume_status.remove(id);
+        } else if let Some(id) = key.strip_prefix(AppSecrets::PREFIX) {
+            self.secrets.remove(id);
         }
     }
 }

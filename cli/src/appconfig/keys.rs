@@ -161,6 +161,7 @@ const TAKEN: &[&str] = &[
     "guest_path",
     "local_path",
     "raw_value",
+    "secret_name",
 ];
 
 /// A path as it stands in the file: `serde_ignored` writes a step of its own where a key is optional.

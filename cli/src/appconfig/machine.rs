@@ -132,6 +132,7 @@ pub fn machine_config(
         files: files
             .map(|file| {
                 let raw_value = match (&file.raw_value, &file.local_path) {
+                    _ if file.secret_name.is_some() => String::new(),
                     (Some(raw), _) => raw.clone(),
                     (None, Some(local)) => {
                         let path = base.join(local);
@@ -145,6 +146,7 @@ pub fn machine_config(
                 Ok(FileConfig {
                     guest_path: file.guest_path.clone(),
                     raw_value,
+                    secret_name: file.secret_name.clone(),
                     mode: None,
                 })
             })
@@ -198,11 +200,10 @@ pub(super) fn http_service(http: &HttpService) -> Service {
     let tls = http.tls_options.as_ref().map(tls_options);
     let options = http.http_options.as_ref().map(http_options);
     let port = |port, handlers, force_https, tls_options| Port {
-        port,
-        handlers,
         force_https,
         tls_options,
         http_options: options.clone(),
+        ..Port::new(port, handlers)
     };
     Service {
         protocol: ServiceProtocol::Tcp,
@@ -241,10 +242,13 @@ fn service(given: &ServiceConfig) -> Service {
 pub(super) fn port(given: &PortConfig) -> Port {
     Port {
         port: given.port,
+        start_port: given.start_port,
+        end_port: given.end_port,
         handlers: given.handlers.clone(),
         force_https: given.force_https,
         tls_options: given.tls_options.as_ref().map(tls_options),
         http_options: given.http_options.as_ref().map(http_options),
+        proxy_proto_options: given.proxy_proto_options,
     }
 }
 

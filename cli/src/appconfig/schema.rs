@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use tern_catalog::{
-    Autostop, CheckHeader, CheckKind, Concurrency, Handler, ResponseOptions, RestartPolicy,
-    ServiceProtocol, VolumeName,
+    Autostop, CheckHeader, CheckKind, Concurrency, Handler, Port, ProxyProtoOptions,
+    ResponseOptions, RestartPolicy, SecretName, ServiceProtocol, VolumeName,
 };
 
 use super::forms::{
@@ -265,12 +265,14 @@ pub struct ServiceConfig {
 /// `[[services.ports]]`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct PortConfig {
-    /// The public port; 0 where there is a range instead, which is refused.
-    #[serde(default, deserialize_with = "port")]
-    pub port: u16,
+    /// The public port.
+    #[serde(default, deserialize_with = "some_port")]
+    pub port: Option<u16>,
     /// The first port of a range.
+    #[serde(default, deserialize_with = "some_port")]
     pub start_port: Option<u16>,
     /// The last one.
+    #[serde(default, deserialize_with = "some_port")]
     pub end_port: Option<u16>,
     /// What the edge does with a connection.
     #[serde(default)]
@@ -282,6 +284,8 @@ pub struct PortConfig {
     pub tls_options: Option<TlsOptionsConfig>,
     /// HTTP settings.
     pub http_options: Option<HttpOptionsConfig>,
+    /// How the app is told who connected.
+    pub proxy_proto_options: Option<ProxyProtoOptions>,
 }
 
 /// A health check. Bare numbers are milliseconds.
@@ -346,6 +350,8 @@ pub struct FileEntry {
     pub local_path: Option<String>,
     /// Content, base64.
     pub raw_value: Option<String>,
+    /// The secret that holds the content, base64.
+    pub secret_name: Option<SecretName>,
     /// Process groups it is for; all when empty.
     #[serde(default)]
     pub processes: Vec<String>,
@@ -469,20 +475,17 @@ impl AppConfig {
                 format!("`{key}`: names that start with FLY_ are the platform's own"),
             );
         }
-        for (i, service) in self.services.iter().enumerate() {
-            if service.protocol == ServiceProtocol::Udp {
-                say(
-                    format!("services.{i}.protocol"),
-                    "UDP services are not supported yet".into(),
-                );
-            }
-        }
         for (i, file) in self.files.iter().enumerate() {
             let path = format!("files.{i}");
-            if file.local_path.is_some() == file.raw_value.is_some() {
+            let contents = [
+                file.local_path.is_some(),
+                file.raw_value.is_some(),
+                file.secret_name.is_some(),
+            ];
+            if contents.into_iter().filter(|given| *given).count() != 1 {
                 say(
                     path.clone(),
-                    "a file has exactly one of `local_path` and `raw_value`".into(),
+                    "a file has exactly one of `local_path`, `raw_value` and `secret_name`".into(),
                 );
             }
             if !file.guest_path.starts_with('/') {
@@ -499,48 +502,46 @@ impl AppConfig {
     /// The ports that the edge does not serve as they are written, and those that two services want.
     fn unserved_ports(&self) -> Vec<(String, String)> {
         let mut wrong = Vec::new();
-        let mut taken: Vec<(u16, &[String])> = Vec::new();
+        let mut taken: Vec<(ServiceProtocol, Port, &[String])> = Vec::new();
         if let Some(http) = &self.http_service {
             for port in super::machine::http_service(http).ports {
-                taken.push((port.port, &http.processes));
                 // The ports are right: what is left is of the options.
                 wrong.extend(
-                    port.unserved()
+                    port.unserved(ServiceProtocol::Tcp)
                         .into_iter()
                         .map(|(key, text)| (format!("http_service.{key}"), text)),
                 );
+                taken.push((ServiceProtocol::Tcp, port, &http.processes));
             }
         }
         for (i, service) in self.services.iter().enumerate() {
             for (j, given) in service.ports.iter().enumerate() {
                 let path = format!("services.{i}.ports.{j}");
-                if given.port == 0 {
-                    let text = match (given.start_port, given.end_port) {
-                        (None, None) => "`port` is missing",
-                        _ => "ranges of ports are not served; there is port 80 and port 443",
-                    };
-                    wrong.push((path, text.to_owned()));
-                    continue;
-                }
+                let at = |key: &str| match key {
+                    "" if given.port.is_some() => format!("{path}.port"),
+                    "" if given.start_port.is_some() => format!("{path}.start_port"),
+                    "" => path.clone(),
+                    key => format!("{path}.{key}"),
+                };
                 let port = super::machine::port(given);
-                wrong.extend(port.unserved().into_iter().map(|(key, text)| match key {
-                    "" => (format!("{path}.port"), text),
-                    key => (format!("{path}.{key}"), text),
-                }));
+                let told = port.unserved(service.protocol).into_iter();
+                wrong.extend(told.map(|(key, text)| (at(key), text)));
                 let shared = |groups: &[String]| {
                     let among = |g: &String| service.processes.contains(g);
                     groups.is_empty() || service.processes.is_empty() || groups.iter().any(among)
                 };
-                if taken
-                    .iter()
-                    .any(|(n, groups)| *n == given.port && shared(groups))
-                {
-                    wrong.push((
-                        format!("{path}.port"),
-                        format!("port {} is another service's already", given.port),
-                    ));
+                let twice = port.numbers().and_then(|mut numbers| {
+                    numbers.find(|number| {
+                        taken.iter().any(|(protocol, other, groups)| {
+                            *protocol == service.protocol && other.has(*number) && shared(groups)
+                        })
+                    })
+                });
+                if let Some(number) = twice {
+                    let text = format!("port {number} is another service's already");
+                    wrong.push((at(""), text));
                 }
-                taken.push((given.port, &service.processes));
+                taken.push((service.protocol, port, &service.processes));
             }
         }
         wrong

@@ -221,7 +221,10 @@ fn a_file_of_2021_is_read() {
         (&["app".to_owned()][..], "1")
     );
     let service = &config.services[0];
-    assert_eq!((service.internal_port, service.ports[0].port), (8080, 80));
+    assert_eq!(
+        (service.internal_port, service.ports[0].port),
+        (8080, Some(80))
+    );
     assert_eq!(service.concurrency.hard_limit, Some(25));
     let named = "[[processes]]\nname = \"web\"\ncommand = \"serve\"\n";
     let (config, _) = AppConfig::parse(named).unwrap();
@@ -355,27 +358,36 @@ fn what_the_edge_does_not_serve_is_refused_with_its_line() {
         assert_eq!(found.len(), 1, "{text}: {found:?}");
         found[0].to_string()
     };
-    assert!(port("port = 80\nhandlers = [\"http\"]").is_empty());
-    assert!(
-        one("port = 4222\nhandlers = [\"tls\"]")
-            .starts_with("line 4: nothing listens on port 4222")
-    );
-    assert!(one("port = 443\nhandlers = [\"tls\"]").contains("[\"tls\", \"http\"]"));
+    for served in [
+        "port = 80\nhandlers = [\"http\"]",
+        "port = 4222\nhandlers = [\"tls\"]",
+        "port = 4222\nhandlers = [\"tcp\"]",
+        "port = 443\nhandlers = [\"tls\"]\ntls_options = { alpn = [\"imap\"], versions = [\"TLSv1.3\"] }",
+        "port = \"5432\"\nhandlers = [\"pg_tls\", \"proxy_proto\"]\nproxy_proto_options = { version = \"v2\" }",
+        "start_port = 2000\nend_port = 2010",
+    ] {
+        assert!(port(served).is_empty(), "{served}: {:?}", port(served));
+    }
     let https = "port = 443\nhandlers = [\"tls\", \"http\"]\n";
+    assert!(port(&format!("{https}http_options = {{ idle_timeout = 10 }}")).is_empty());
     assert!(
         one(&format!(
-            "{https}tls_options = {{ versions = [\"TLSv1.3\"] }}"
+            "{https}tls_options = {{ versions = [\"TLSv1.0\"] }}"
         ))
         .starts_with("line 6")
     );
-    assert!(port(&format!("{https}http_options = {{ idle_timeout = 10 }}")).is_empty());
-    let http = errors("[http_service]\n[http_service.tls_options]\nalpn = [\"http/1.1\"]\n");
+    assert!(one("port = 443").starts_with("line 4: all apps share port 443"));
+    assert!(
+        one("port = 81\nhandlers = [\"http\", \"proxy_proto\"]")
+            .starts_with("line 5: `proxy_proto`")
+    );
+    assert!(one("start_port = 100\nend_port = 20").starts_with("line 4: a range has"));
+    assert!(one("handlers = [\"http\"]").contains("`port` is missing"));
+    let http = errors("[http_service]\n[http_service.tls_options]\nalpn = [\"smtp\"]\n");
     assert!(
         http[0].starts_with("line 3:") && http[0].contains("h2"),
         "{http:?}"
     );
-    assert!(one("start_port = 100\nend_port = 200").starts_with("line 3: ranges of ports"));
-    assert!(one("handlers = [\"http\"]").contains("`port` is missing"));
     let zero = errors("[http_service]\ninternal_port = 0\n");
     assert!(
         zero[0].starts_with("line 2") && zero[0].contains("no port"),
@@ -422,4 +434,18 @@ fn garbage_is_an_error_and_never_a_panic() {
     }
     let deep = "[".repeat(100_000);
     assert!(AppConfig::parse(&format!("a = {deep}")).is_err());
+}
+
+#[test]
+fn a_file_may_be_a_secret() {
+    let text = "[[files]]\nguest_path = \"/key\"\nsecret_name = \"TLS_KEY\"\n";
+    let (config, warnings) = AppConfig::parse(text).unwrap();
+    assert_eq!(warnings, []);
+    let machine = machine::machine_config(&config, "app", "img", Path::new(".")).unwrap();
+    let name = machine.files[0].secret_name.as_ref().unwrap();
+    assert_eq!(name.as_str(), "TLS_KEY");
+    assert_eq!(machine.files[0].raw_value, "");
+    let both = format!("{text}raw_value = \"aGk=\"\n");
+    let refused = format!("{:?}", AppConfig::parse(&both).unwrap_err());
+    assert!(refused.contains("exactly one of"), "{refused}");
 }

@@ -15,9 +15,10 @@ use tern_api::{
 };
 use tern_catalog::{
     Catalog, DesiredState, Host, HostId, Machine, MachineEvent, MachineId, MachineState,
-    MachineStatus, Network, NetworkId, Organization, RestartPolicy, SqliteStore, Store, Token,
-    View,
+    MachineStatus, Network, NetworkId, Organization, PortRanges, RestartPolicy, SqliteStore, Store,
+    Token, View,
 };
+use tern_certs::Sealer;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::Client;
@@ -91,12 +92,15 @@ impl World {
             view: view.clone(),
             prepared: Mutex::default(),
         });
+        let sealer = Sealer::load_or_create(&files.path().join("seal.key")).unwrap();
         let config = ApiConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
             registry_dir: files.path().join("registry"),
             region: "local".into(),
             domain: Some("tern.test".into()),
+            service_ports: PortRanges::default(),
             internal_token: "internal".into(),
+            sealer: Arc::new(crate::serve::adapters::SecretKey(sealer)),
         };
         let server = ApiServer::bind(config, catalog.clone(), view.clone(), host.clone())
             .await

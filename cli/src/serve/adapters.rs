@@ -8,11 +8,14 @@ use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use tern_api::{
     ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, MachineMemory,
-    StartPhase, StartTrace,
+    SecretSealer, StartPhase, StartTrace,
 };
-use tern_catalog::MachineId;
+use tern_catalog::{MachineId, SealedKey};
+use tern_certs::Sealer;
 use tern_edge::{Leaving, MachineControl, StartError};
-use tern_host::{AgentHandle, CommandError, Departure, ExecOutput, LogItem, Source, StopRequest};
+use tern_host::{
+    AgentHandle, CommandError, Departure, ExecOutput, LogItem, SecretOpener, Source, StopRequest,
+};
 use tokio::sync::Mutex;
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -20,6 +23,27 @@ use tokio::sync::mpsc::UnboundedReceiver;
 pub struct HostAdapter {
     agent: AgentHandle,
     departures: Mutex<UnboundedReceiver<Departure>>,
+}
+
+/// The deployment's key, as the API and the agent know it: the one encrypts secrets, the other decrypts them.
+#[derive(Debug)]
+pub struct SecretKey(pub Sealer);
+
+impl SecretSealer for SecretKey {
+    fn seal(&self, purpose: &str, value: &[u8]) -> Result<SealedKey, String> {
+        self.0.seal(purpose, value).map_err(|e| e.to_string())
+    }
+
+    fn digest(&self, purpose: &str, value: &[u8]) -> String {
+        self.0.digest(purpose, value)
+    }
+}
+
+impl SecretOpener for SecretKey {
+    fn open(&self, purpose: &str, sealed: &SealedKey) -> Result<Vec<u8>, String> {
+        let opened = self.0.open(purpose, sealed).map_err(|e| e.to_string())?;
+        Ok(opened.to_vec())
+    }
 }
 
 /// Output of one command that is kept for its answer; more is cut off.

@@ -4,7 +4,7 @@
 //! mesh, whose device DNS answers on; certificates; the edge, open to the public once all behind it is
 //! there; the API last. It ends the other way round.
 
-mod adapters;
+pub(crate) mod adapters;
 mod bootstrap;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
@@ -17,8 +17,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum as _;
 use tern_api::{ApiConfig, ApiServer, REGISTRY_NAME};
-use tern_catalog::{Catalog, HostId, SqliteStore, Store, View};
-use tern_certs::{CertsConfig, Issuer};
+use tern_catalog::{Catalog, HostId, PortRanges, SqliteStore, Store, View};
+use tern_certs::{CertsConfig, Issuer, Sealer};
 use tern_dns::{Dns, DnsConfig};
 use tern_edge::{Edge, EdgeConfig, Limits};
 use tern_host::{Agent, HostConfig, RateLimits, Registry};
@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{CpuTemplate, Serve};
-use adapters::HostAdapter;
+use adapters::{HostAdapter, SecretKey};
 use bootstrap::ThisHost;
 
 /// Longest that requests under way may take once the server is told to end.
@@ -78,7 +78,10 @@ async fn serve(args: Serve) -> Result<()> {
     bootstrap::run(&catalog, &args.data_dir, this).await?;
 
     let internal_token = bootstrap::new_token();
-    let config = host_config(&args, host, &files, &internal_token);
+    let seal_key = args.data_dir.join("keys/seal.key");
+    let sealer = Arc::new(SecretKey(Sealer::load_or_create(&seal_key)?));
+    let mut config = host_config(&args, host, &files, &internal_token);
+    config.secrets = Some(sealer.clone());
     let mut agent = Agent::start(config, catalog.clone(), view.clone())
         .await
         .context("the agent")?;
@@ -99,12 +102,15 @@ async fn serve(args: Serve) -> Result<()> {
         directory: args.acme_directory.clone(),
         root_ca: args.acme_root_ca.clone(),
         contact: args.acme_contact.clone(),
-        seal_key: args.data_dir.join("keys/seal.key"),
+        seal_key,
     };
     let issuer = Issuer::start(certs, catalog.clone(), view.clone())?;
+    let service_ports = service_ports(&args);
     let edge = EdgeConfig {
         http: args.http.clone(),
         https: args.https.clone(),
+        service_addresses: service_addresses(&args),
+        service_ports: service_ports.clone(),
         region: args.region.clone(),
         host,
         autostop_after: args.autostop_after,
@@ -121,7 +127,9 @@ async fn serve(args: Serve) -> Result<()> {
         registry_dir: args.data_dir.join("registry"),
         region: args.region.clone(),
         domain: args.domain.clone(),
+        service_ports,
         internal_token,
+        sealer,
     };
     let api = ApiServer::bind(api, catalog, view, adapter)
         .await
@@ -238,6 +246,32 @@ fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) 
     };
     config.registries.insert(REGISTRY_NAME.to_owned(), registry);
     config
+}
+
+/// Where the ports are open that services name: wherever 80 and 443 are.
+fn service_addresses(args: &Serve) -> Vec<IpAddr> {
+    let mut all: Vec<IpAddr> = args
+        .http
+        .iter()
+        .chain(&args.https)
+        .map(|a| a.ip())
+        .collect();
+    all.sort();
+    all.dedup();
+    // One that takes both families' connections needs none beside it.
+    if all.contains(&IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)) {
+        all.retain(|ip| ip.is_ipv6());
+    }
+    all
+}
+
+/// The ports that services may have: never those that this server itself listens on. A service of that port would
+/// keep it from its next start.
+fn service_ports(args: &Serve) -> PortRanges {
+    let public = args.http.iter().chain(&args.https);
+    let own = public.chain([&args.api, &args.wireguard]);
+    let own: Vec<u16> = own.map(SocketAddr::port).collect();
+    args.service_ports.clone().without(&own)
 }
 
 /// An address to connect to for one that is listened on.

@@ -61,6 +61,8 @@ pub fn run() -> Result<()> {
         let config = EdgeConfig {
             http: Vec::new(),
             https: vec![Kind::Tern.address()],
+            service_addresses: vec![[127, 0, 0, 1].into()],
+            service_ports: tern_catalog::PortRanges::default(),
             region: "ams".into(),
             host: HostId(1),
             autostop_after: Duration::from_secs(3600),

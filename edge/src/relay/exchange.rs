@@ -7,12 +7,12 @@ use std::task::Poll;
 use std::time::Duration;
 
 use http::Version;
-use tern_catalog::ChallengeKind;
+use tern_catalog::{ChallengeKind, ServiceProtocol};
 
 use super::pool::{self, Key};
 use super::pump::{Failure, Pump};
 use super::sides::{App, Client, Gone, Lost};
-use crate::entrance::Entrance;
+use crate::entrance::{self, Entrance};
 use crate::gate::Admission;
 use crate::headers::Facts;
 use crate::message::RequestHead;
@@ -104,7 +104,8 @@ pub async fn exchange<C: Client>(
 /// Where a request goes, or what it is answered instead.
 fn route(worker: &Worker, entrance: Entrance, head: &RequestHead) -> Result<Rc<Site>, Page> {
     let snapshot = worker.view.snapshot();
-    if entrance == Entrance::Http
+    if entrance.port == entrance::HTTP
+        && !entrance.tls
         && let Some(token) = head.target.strip_prefix(HTTP_01)
     {
         return Err(challenge(&snapshot, head, token));
@@ -222,10 +223,11 @@ impl<C: Client> Attempts<'_, C> {
 
     /// A place at a Machine, unless the client goes away first.
     async fn admit(&mut self) -> Result<Admission, Tried> {
-        let admitted = self
-            .worker
-            .gate
-            .admit(&self.site.app, self.site.internal_port);
+        let admitted = self.worker.gate.admit(
+            &self.site.app,
+            self.site.internal_port,
+            ServiceProtocol::Tcp,
+        );
         tokio::pin!(admitted);
         let client = &mut *self.client;
         let admitted = poll_fn(|cx| {
@@ -340,7 +342,8 @@ fn unreachable(error: &std::io::Error) -> Page {
     Page::new(502, "The app accepts no connections.\n")
 }
 
-/// Whether replies of this version may say where HTTP/3 is to be had: HTTP/3 itself need not.
+/// Whether replies of this version may say where HTTP/3 is to be had: beside HTTPS's own port, and HTTP/3 itself
+/// need not.
 pub fn tells_of_h3(entrance: Entrance, version: Version) -> bool {
-    entrance.is_tls() && version != Version::HTTP_3
+    entrance.tls && entrance.port == entrance::HTTPS && version != Version::HTTP_3
 }

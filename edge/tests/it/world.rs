@@ -155,6 +155,8 @@ impl World {
         let config = EdgeConfig {
             http: vec!["127.0.0.1:0".parse().unwrap()],
             https: vec!["127.0.0.1:0".parse().unwrap()],
+            service_addresses: vec![[127, 0, 0, 1].into()],
+            service_ports: tern_catalog::PortRanges::default(),
             region: "ams".into(),
             host: HostId(1),
             autostop_after: idle,

@@ -63,6 +63,18 @@ pub async fn tls(world: &World) -> Client<TlsStream<TcpStream>> {
 
 /// Over TLS, with a protocol agreed on.
 pub async fn tls_with(world: &World, alpn: &[u8]) -> TlsStream<TcpStream> {
+    let stream = TcpStream::connect(world.https).await.unwrap();
+    let stream = secure(world, stream, &[alpn]).await.unwrap();
+    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(alpn));
+    stream
+}
+
+/// TLS over a connection, with protocols offered.
+pub async fn secure(
+    world: &World,
+    stream: TcpStream,
+    alpn: &[&[u8]],
+) -> std::io::Result<TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
     roots.add(world.certificate.clone()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -71,16 +83,12 @@ pub async fn tls_with(world: &World, alpn: &[u8]) -> TlsStream<TcpStream> {
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();
-    config.alpn_protocols = vec![alpn.to_vec()];
-    let stream = TcpStream::connect(world.https).await.unwrap();
-    stream.set_nodelay(true).unwrap();
+    config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+    stream.set_nodelay(true)?;
     let name = ServerName::try_from(HOST).unwrap();
-    let stream = TlsConnector::from(Arc::new(config))
+    TlsConnector::from(Arc::new(config))
         .connect(name, stream)
         .await
-        .unwrap();
-    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(alpn));
-    stream
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {

@@ -11,6 +11,7 @@ mod h2_app;
 mod h2_client;
 mod h2_hostile;
 mod messages;
+mod services;
 mod smuggling;
 mod strict;
 mod tunnels;

@@ -37,6 +37,8 @@ pub struct Options<'a> {
     pub limits: Limits,
     /// The Machine sleeps, and wakes no sooner than by [`World::wake`].
     pub asleep: bool,
+    /// More services, as JSON that ends with a comma.
+    pub services: &'a str,
 }
 
 impl Default for Options<'_> {
@@ -45,6 +47,7 @@ impl Default for Options<'_> {
             http: "{}",
             limits: Limits::default(),
             asleep: false,
+            services: "",
         }
     }
 }
@@ -79,7 +82,7 @@ impl World {
             Arc::new(SqliteStore::open(&files.path().join("catalog.db")).unwrap());
         let catalog = Catalog::new(Arc::clone(&store));
         let view = View::follow(store).await.unwrap();
-        let machine = machine(app_port, options.http);
+        let machine = machine(app_port, options.http, options.services);
         let route = HostnameRoute {
             hostname: HOST.parse().unwrap(),
             app: machine.app.clone(),
@@ -111,6 +114,8 @@ impl World {
         let config = EdgeConfig {
             http: vec!["127.0.0.1:0".parse().unwrap()],
             https: vec!["127.0.0.1:0".parse().unwrap()],
+            service_addresses: vec![[127, 0, 0, 1].into()],
+            service_ports: tern_catalog::PortRanges::default(),
             region: "ams".into(),
             host: HostId(1),
             autostop_after: Duration::from_secs(3600),
@@ -136,6 +141,21 @@ impl World {
     /// The certificate, for tools.
     pub fn ca(&self) -> PathBuf {
         self.files.path().join("ca.pem")
+    }
+
+    /// Has the Machine another configuration, and the edge know it.
+    pub async fn reconfigure(&self, change: impl FnOnce(&mut Machine)) {
+        let mut machine = self.agent.machine.clone();
+        change(&mut machine);
+        self.agent.catalog.put(&machine).await.unwrap();
+    }
+
+    /// Another app's Machine.
+    pub async fn add(&self, change: impl FnOnce(&mut Machine)) {
+        let mut machine = self.agent.machine.clone();
+        machine.id = MachineId::random();
+        change(&mut machine);
+        self.agent.catalog.create(&machine).await.unwrap();
     }
 
     /// Waits until a request has the Machine started.
@@ -183,9 +203,9 @@ pub async fn piped(mut command: tokio::process::Command, input: &[u8]) -> Output
     child.wait_with_output().await.unwrap()
 }
 
-fn machine(port: u16, http_options: &str) -> Machine {
+fn machine(port: u16, http_options: &str, services: &str) -> Machine {
     let config = format!(
-        r#"{{"image": "x", "services": [{{"internal_port": {port}, "autostop": "off",
+        r#"{{"image": "x", "services": [{services} {{"internal_port": {port}, "autostop": "off",
             "concurrency": {{"type": "requests", "soft_limit": 1000}}, "ports": [
             {{"port": 80, "handlers": ["http"], "http_options": {http_options}}},
             {{"port": 443, "handlers": ["tls", "http"], "http_options": {http_options}}}]}}]}}"#

@@ -49,7 +49,8 @@ impl Vm {
         marks.mark("image");
         // Until the app is up: by then the monitor has locked the disks.
         let _turns = self.volumes_ready(machine).await.map_err(passing)?;
-        let run = bundle::run_config(machine, &image.config, self.slot)
+        let secrets = self.host.secrets(&machine.app).map_err(lasting)?;
+        let run = bundle::run_config(machine, &image.config, &secrets, self.slot)
             .map_err(|e| lasting(e.to_string()))?;
         let archive = run_archive(&run).map_err(|e| lasting(e.to_string()))?;
         let vm = bundle::vm_config(
@@ -104,7 +105,7 @@ impl Vm {
         let running = self.spawn(epoch, false).map_err(passing)?;
         marks.mark("spawned");
         let limit = self.host.config.boot_timeout;
-        tokio::select! {
+        let outcome = tokio::select! {
             outcome = running.app_started() => match outcome {
                 Ok(()) => {
                     marks.mark("app_started");
@@ -125,7 +126,14 @@ impl Vm {
                 "the app did not start within {} s; console: {}",
                 limit.as_secs(), MachineDir::tail(&self.dir.serial_log())
             ))),
+        };
+        // The monitor has read it, and it holds the app's secrets in the clear. The next cold start writes it anew.
+        let archive = self.dir.run_cpio();
+        let removed = self.on_disk(move || absent_is_fine(std::fs::remove_file(archive)));
+        if let Err(error) = removed.await {
+            tracing::warn!(machine = %self.id, error, "what it was started with stays on the disk");
         }
+        outcome
     }
 
     async fn image(&self, machine: &Machine) -> Result<tern_image::Image, BootFailure> {

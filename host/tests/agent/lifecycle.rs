@@ -249,6 +249,8 @@ fn a_disk_is_kept_by_a_suspend_and_emptied_by_a_stop() {
     let mut world = World::new();
     let machine = world.launch(&[]);
     world.exec(&machine, &["write", "kept"]);
+    // What it was told at its start, the app's secrets among it, is not on the host's disk any more.
+    assert!(!world.machine_dir(&machine).join("run.cpio").exists());
     world.suspend(&machine);
     world.down();
     world.up();
@@ -312,6 +314,7 @@ fn an_app_that_never_starts_fails_in_time() {
         "{status:#}"
     );
     assert!(world.monitors().is_empty(), "nothing is left running");
+    assert!(!world.machine_dir(&machine).join("run.cpio").exists());
     let refused = world
         .ask("exec", &machine.id, json!({"cmd": ["count"]}))
         .unwrap_err();
