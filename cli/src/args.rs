@@ -41,6 +41,8 @@ pub struct Global {
 pub enum Command {
     /// Make this machine a host: run the agent, edge, mesh, DNS, certificates and API
     Serve(Box<Serve>),
+    /// Tell whether this host is safe and able to run Machines, and what to do where it is not
+    Doctor(Doctor),
     /// Look after the disks of this host, with or without `tern serve`
     #[command(subcommand)]
     Host(Host),
@@ -79,6 +81,16 @@ pub enum Command {
     /// Look at a `fly.toml`
     #[command(subcommand)]
     Config(Config),
+}
+
+/// `tern doctor`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Doctor {
+    #[command(flatten)]
+    pub at: DataDir,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `tern host`.
@@ -234,6 +246,15 @@ pub struct Serve {
     /// the Machine's next cold start. Default: no limit
     #[arg(long, value_name = "BYTES", value_parser = rate_of_bytes)]
     pub machine_net_bandwidth: Option<u64>,
+    /// Memory of Machines that run here, as a multiple of what this host has for them
+    ///
+    /// A start or a wake that does not fit is refused. Machines that sleep take none. With more than 1 the host counts on
+    /// Machines that do not use all of theirs; where they all do, the kernel kills some.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = factor)]
+    pub memory_overcommit: f64,
+    /// The same for processors, of which a shared one counts as a sixteenth
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = factor)]
+    pub cpu_overcommit: f64,
     /// Have this host's kernel move the frames of Machines (vhost-net) rather than a thread of each monitor
     ///
     /// Less of the host's processors per frame, and sooner at the guest. Applies from a Machine's next cold
@@ -661,6 +682,15 @@ fn bytes(text: &str) -> Result<u64, String> {
     number
         .checked_mul(1 << shift)
         .ok_or_else(|| "that is more than there is".to_owned())
+}
+
+/// A multiple of what there is.
+fn factor(text: &str) -> Result<f64, String> {
+    let factor: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    match factor.is_finite() && factor > 0.0 {
+        true => Ok(factor),
+        false => Err("must be more than 0".to_owned()),
+    }
 }
 
 /// A number of bytes in a second.

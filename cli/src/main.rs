@@ -1,12 +1,13 @@
 //! `tern`: the one binary a person runs.
 //!
 //! User commands speak to the API; `tern serve` puts the roles of a server together, and `tern host` looks after
-//! its disks.
+//! its disks. `tern doctor` looks at the server itself.
 
 mod appconfig;
 mod args;
 mod client;
 mod commands;
+mod doctor;
 mod host;
 mod image;
 mod output;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     let args = args::Args::parse();
     let outcome = match args.command {
         args::Command::Serve(serve) => serve::run(*serve),
+        args::Command::Doctor(doctor) => doctor::run(&doctor),
         args::Command::Host(host) => host::run(host),
         command => commands::run(command, &args.global),
     };

@@ -53,6 +53,9 @@ struct Options {
     /// Seconds that a start may take.
     #[arg(long, default_value_t = 60)]
     boot_timeout: u64,
+    /// How much more memory is given to Machines that run than there is.
+    #[arg(long, default_value_t = 1.0)]
+    memory_overcommit: f64,
     /// `name=host:port` of a registry without TLS.
     #[arg(long)]
     registry: Vec<String>,
@@ -93,6 +96,7 @@ async fn main() -> Result<()> {
     config.kernel = options.kernel;
     config.initramfs = options.initramfs;
     config.disk_size = options.disk_mib << 20;
+    config.overcommit.memory = options.memory_overcommit;
     config.boot_timeout = Duration::from_secs(options.boot_timeout);
     for registry in &options.registry {
         let (name, address) = registry
@@ -266,6 +270,7 @@ impl Agency {
                     listing.entries.iter().map(|e| &e.key).collect::<Vec<_>>()
                 ))
             }
+            "room" => Ok(json!(self.handle.room())),
             "metrics" => {
                 let all = self.handle.metrics();
                 let all = all

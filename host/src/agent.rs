@@ -13,7 +13,9 @@ use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use parking_lot::RwLock;
 use rustix::fs::{FlockOperation, flock};
-use tern_catalog::{Catalog, Machine, MachineId, MachineState, MachineStatus, Snapshot, View};
+use tern_catalog::{
+    Catalog, Machine, MachineEvent, MachineId, MachineState, MachineStatus, Snapshot, View,
+};
 use tern_guest::message::Request;
 use tern_guest::{ExecRequest, Status};
 use tern_image::{ImageError, ImageStore, Limits};
@@ -22,6 +24,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinError, JoinHandle};
 
 use crate::activity::Activity;
+use crate::capacity::{Capacity, Room};
 use crate::cgroup::Groups;
 use crate::checks::Checks;
 use crate::config::{ConfigError, HostConfig};
@@ -40,8 +43,7 @@ use crate::metrics::Metrics;
 use crate::network::{self, Network, NetworkError, Port, Slot};
 use crate::quarantine;
 use crate::trace::StartTrace;
-use crate::vm::MemoryUse;
-use crate::vm::Vm;
+use crate::vm::{AllFiles, MemoryUse, Vm};
 use crate::volumes::{Keeper, Volumes};
 use crate::watched::Watched;
 
@@ -148,6 +150,7 @@ impl Agent {
         let lock = prepare_dirs(&config)?;
         let snapshot = view.snapshot();
         let images = ImageStore::open(config.data_dir.join("images"), Limits::default())?;
+        quarantine::finish_purges(&config.machines_dir()).await;
         let (ports, strays) = survey(&config, &snapshot)?;
         let boot_id = dir::boot_id().map_err(io_at(&"/proc/sys/kernel/random/boot_id"))?;
         let setup = network::Setup {
@@ -166,6 +169,9 @@ impl Agent {
             volumes: Volumes::open(config.volumes_dir())
                 .map_err(|e| AgentError::Volumes(e.to_string()))?,
             groups: Groups::open(&config.data_dir, &config.rate_limits),
+            capacity: Capacity::of_this_host(config.overcommit)
+                .map_err(io_at(&"this host's memory and processors"))?,
+            files: AllFiles::default(),
             boot_id,
             metrics: Arc::new(Metrics::default()),
             departures: Departures::default(),
@@ -376,6 +382,11 @@ impl AgentHandle {
     /// The state of a Machine, ahead of what the catalog says.
     pub fn state(&self, id: &MachineId) -> Result<watch::Receiver<MachineState>, CommandError> {
         self.entry(id, |entry| entry.state.clone())
+    }
+
+    /// What this host has for Machines that run, and what of it is taken.
+    pub fn room(&self) -> Room {
+        self.shared.host.capacity.room()
     }
 
     /// What the agent has counted.
@@ -678,8 +689,10 @@ async fn begin(
             };
             let made = fs::create_dir_all(dir.path()).and_then(|()| dir.set_memo(&memo));
             if let Err(error) = made {
-                // The next try takes one of its own.
-                host.network.release(slot);
+                // It may be there although it could not be made to last, and the next try goes on with it then.
+                if matches!(dir.memo(), Ok(None)) {
+                    host.network.release(slot);
+                }
                 return Err(at(error));
             }
             memo
@@ -732,16 +745,32 @@ pub(crate) fn refusal(
     status: Option<&MachineStatus>,
     reason: String,
 ) -> MachineStatus {
+    let now = jiff::Timestamp::now();
+    let mut events = status.map(|s| s.events.clone()).unwrap_or_default();
+    events.push(MachineEvent {
+        id: ulid::Ulid::generate().to_string(),
+        kind: crate::machine::core::REFUSED.to_owned(),
+        status: MachineState::Failed,
+        source: Source::Host.as_str().to_owned(),
+        timestamp: now.as_millisecond(),
+        request: serde_json::json!({
+            "error": reason,
+            "taken_up": status.map_or(0, crate::machine::core::taken_up),
+        }),
+    });
+    let surplus = events.len().saturating_sub(MachineStatus::MAX_EVENTS);
+    events.drain(..surplus);
     MachineStatus {
         id: machine.id.clone(),
         state: MachineState::Failed,
         reason: Some(reason),
+        // What is told is of this wish, which an agent takes up all the same: see the event.
         generation: machine.desired.generation,
         instance_id: machine.instance_id.clone(),
-        image_digest: None,
-        events: status.map(|s| s.events.clone()).unwrap_or_default(),
+        image_digest: status.and_then(|s| s.image_digest.clone()),
+        events,
         checks: Vec::new(),
-        updated_at: jiff::Timestamp::now(),
+        updated_at: now,
     }
 }
 
@@ -783,10 +812,6 @@ fn survey(config: &HostConfig, snapshot: &Snapshot) -> Result<(Vec<Port>, Vec<St
     let mut strays = Vec::new();
     for entry in fs::read_dir(&machines).map_err(&failed)? {
         let path = entry.map_err(&failed)?.path();
-        if path.extension().is_some_and(|e| e == quarantine::GONE) {
-            fs::remove_dir_all(&path).map_err(io_at(&path.display()))?;
-            continue;
-        }
         // What has not the form of a Machine's id is somebody else's, and left alone.
         let name = path.file_name().and_then(|n| n.to_str());
         let Some(Ok(id)) = name.map(str::parse::<MachineId>) else {

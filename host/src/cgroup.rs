@@ -21,7 +21,10 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 
+use tern_catalog::Guest;
+
 use crate::block_device;
+use crate::capacity::is_dedicated;
 use crate::config::RateLimits;
 use crate::dir::absent_is_fine;
 
@@ -80,17 +83,21 @@ impl Groups {
     }
 
     /// Makes the group of a Machine whose monitor is about to start: empty, with nothing counted yet.
-    pub(crate) fn make(&self, machine: &str, cpus: u32, memory_mib: u32) -> io::Result<()> {
+    pub(crate) fn make(&self, machine: &str, guest: &Guest) -> io::Result<()> {
         let Some(path) = self.path(machine) else {
             return Ok(());
         };
         self.remove(machine)?;
         fs::create_dir(&path)?;
-        for (file, value) in limits(cpus, memory_mib) {
+        for (file, value) in limits(guest) {
             fs::write(path.join(file), value)?;
         }
+        // Of its own memory nothing is moved to the host's swap: it would be everybody's disk that pays. Not every
+        // host counts swap.
+        absent_is_fine(set(&path.join("memory.swap.max"), "0"))?;
+        absent_is_fine(set(&path.join("memory.oom.group"), "1"))?;
         // Without the controller, or a scheduler or cost model that shares a disk by weight, there is none.
-        absent_is_fine(set(&path.join("io.weight"), &weight(cpus)))?;
+        absent_is_fine(set(&path.join("io.weight"), &weight(guest)))?;
         match &self.io_max {
             Some(limit) => set(&path.join("io.max"), limit),
             None => Ok(()),
@@ -228,22 +235,28 @@ impl<'a> Mounted<'a> {
     }
 }
 
-fn limits(cpus: u32, memory_mib: u32) -> [(&'static str, String); 4] {
+fn limits(guest: &Guest) -> [(&'static str, String); 4] {
+    let (cpus, memory_mib) = (u32::from(guest.cpus), guest.memory_mb);
     // One processor more than the guest's, for its devices' threads and a snapshot.
     let quota = (cpus + 1) * CPU_PERIOD_US;
     // Twice the guest's memory, because a snapshot passes through the page cache, which counts.
     let memory = u64::from(memory_mib) * 2 + OVERHEAD_MIB;
     [
         ("cpu.max", format!("{quota} {CPU_PERIOD_US}")),
-        ("cpu.weight", weight(cpus)),
+        ("cpu.weight", weight(guest)),
         ("memory.max", (memory << 20).to_string()),
         ("pids.max", (cpus + THREADS).to_string()),
     ]
 }
 
-/// Its share where Machines compete, by its processors.
-fn weight(cpus: u32) -> String {
-    (cpus * WEIGHT).min(10_000).to_string()
+/// Its share where Machines compete, by its processors: those that are shared are sixteen to one of those that are
+/// not, as they are counted (see [`capacity`](crate::capacity)).
+fn weight(guest: &Guest) -> String {
+    let each = match is_dedicated(guest) {
+        true => DEDICATED_WEIGHT,
+        false => SHARED_WEIGHT,
+    };
+    (u32::from(guest.cpus) * each).min(10_000).to_string()
 }
 
 /// `oom_kill` of `memory.events`.
@@ -259,8 +272,9 @@ const FAVOR: &str = "favordynmods";
 const MOUNT: &str = "/sys/fs/cgroup";
 /// The kernel's default, 100 ms.
 const CPU_PERIOD_US: u32 = 100_000;
-/// The kernel's default for a group, here for each processor.
-const WEIGHT: u32 = 100;
+/// The kernel's default for a group is 100, and 10000 the most: room for 8 processors of either kind.
+const SHARED_WEIGHT: u32 = 50;
+const DEDICATED_WEIGHT: u32 = 16 * SHARED_WEIGHT;
 /// Where a group says which controllers its children have.
 const CONTROL: &str = "cgroup.subtree_control";
 /// The monitor itself takes some MiB; its disk's page cache wants room too.
@@ -274,11 +288,20 @@ const THREADS: u32 = 32 + 8 * 4;
 mod tests {
     use super::*;
 
+    fn guest(kind: &str) -> Guest {
+        Guest {
+            cpu_kind: kind.to_owned(),
+            cpus: 2,
+            memory_mb: 256,
+        }
+    }
+
     #[test]
     fn limits_follow_from_the_guest() {
-        let limits = limits(2, 256);
+        let limits = limits(&guest("shared"));
         assert_eq!(limits[0], ("cpu.max", "300000 100000".to_owned()));
-        assert_eq!(limits[1], ("cpu.weight", "200".to_owned()));
+        assert_eq!(limits[1], ("cpu.weight", "100".to_owned()));
+        assert_eq!(weight(&guest("performance")), "1600");
         assert_eq!(limits[2], ("memory.max", (640_u64 << 20).to_string()));
         assert_eq!(limits[3], ("pids.max", "66".to_owned()));
     }
@@ -323,15 +346,16 @@ mod tests {
         };
         let groups = Groups::open(Path::new("/var/lib/tern"), &rates);
         let name = format!("test-{}", std::process::id());
-        groups.make(&name, 2, 256).unwrap();
+        groups.make(&name, &guest("shared")).unwrap();
         let group = groups.path(&name).unwrap();
         let read = |file: &str| fs::read_to_string(group.join(file)).unwrap();
         assert_eq!(read("memory.max").trim(), (640_u64 << 20).to_string());
         assert_eq!(read("pids.max").trim(), "66");
+        assert_eq!(read("memory.oom.group").trim(), "1");
         let rates = "rbps=67108864 wbps=67108864 riops=1000 wiops=1000";
         assert!(read("io.max").contains(rates), "{}", read("io.max"));
         if group.join("io.weight").exists() {
-            assert_eq!(read("io.weight").trim(), "default 200");
+            assert_eq!(read("io.weight").trim(), "default 100");
         }
         groups.remove(&name).unwrap();
         assert!(!group.exists());

@@ -11,6 +11,7 @@ use serde::Serialize;
 use tern_catalog::{HostId, SealedKey};
 use thiserror::Error;
 
+use crate::capacity::Overcommit;
 use crate::network::AllowedPrefix;
 use crate::page_cache::SnapshotCache;
 
@@ -47,6 +48,8 @@ pub struct HostConfig {
     pub disk_size: u64,
     /// What each Machine may take of the host's disks and network.
     pub rate_limits: RateLimits,
+    /// How much more is given to Machines that run than this host has.
+    pub overcommit: Overcommit,
     /// Whether the host's kernel moves the frames of Machines, by `/dev/vhost-net`, from their next cold start
     /// on. Refused together with `rate_limits.network_bytes`, which the kernel would not keep.
     pub vhost_net: bool,
@@ -137,6 +140,7 @@ impl HostConfig {
             public: Vec::new(),
             disk_size: DISK_SIZE,
             rate_limits: RateLimits::default(),
+            overcommit: Overcommit::default(),
             vhost_net: false,
             snapshot_cache: SnapshotCache::default(),
             boot_timeout: BOOT_TIMEOUT,

@@ -8,6 +8,9 @@
 //!   rubbish.** A wake removes it before the monitor starts, so that no snapshot is ever resumed
 //!   twice against a disk that has moved on.
 //!
+//! - `suspending`: the monitor may be writing its snapshot, and be silent for as long as that takes. It is there
+//!   before the catalog says so.
+//!
 //! # A crash at any step
 //!
 //! *Suspending*: the monitor is paused; it writes `snapshot/`, or updates the one that it woke from; the
@@ -147,12 +150,29 @@ impl MachineDir {
         self.path.join("console.log")
     }
 
+    fn suspending_file(&self) -> PathBuf {
+        self.path.join("suspending")
+    }
+
     fn seal_file(&self) -> PathBuf {
         self.path.join("suspended.json")
     }
 
     fn memo_file(&self) -> PathBuf {
         self.path.join("agent.json")
+    }
+
+    /// Says that the monitor is about to write a snapshot, and to answer nobody meanwhile; or that it is not.
+    pub(crate) fn set_suspending(&self, is: bool) -> io::Result<()> {
+        match is {
+            true => File::create(self.suspending_file()).map(drop),
+            false => absent_is_fine(fs::remove_file(self.suspending_file())),
+        }
+    }
+
+    /// Whether that was said.
+    pub(crate) fn is_suspending(&self) -> bool {
+        self.suspending_file().exists()
     }
 
     /// What is remembered; `None` where there is nothing, or nothing that can be read.

@@ -9,6 +9,7 @@ use tern_image::{
 };
 
 use crate::bundle::Secrets;
+use crate::capacity::Capacity;
 use crate::cgroup::Groups;
 use crate::config::HostConfig;
 use crate::departures::Departures;
@@ -16,6 +17,7 @@ use crate::disk::Blank;
 use crate::machine::core::BootFailure;
 use crate::metrics::Metrics;
 use crate::network::Network;
+use crate::vm::AllFiles;
 use crate::volumes::Volumes;
 
 /// What all Machines of a host share.
@@ -27,6 +29,8 @@ pub(crate) struct Host {
     pub(crate) blank: Blank,
     pub(crate) volumes: Volumes,
     pub(crate) groups: Groups,
+    pub(crate) capacity: Arc<Capacity>,
+    pub(crate) files: AllFiles,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) departures: Departures,
     /// The boot of the host's kernel.

@@ -16,7 +16,8 @@
 //! | `monitor`, `guest` | speaks to `tern-vmm`, and to init through it |
 //! | `network` | TAPs, addresses, routes, the packet filter |
 //! | `bundle`, `disk`, `host` | what a Machine boots with |
-//! | `cgroup`, `block_device`, `page_cache` | what it may take of the host |
+//! | `capacity` | whether this host has room for one more that runs |
+//! | `cgroup`, `oom`, `block_device`, `page_cache` | what it may take of the host |
 //! | `activity`, `departures` | when it was last of use to anybody; that it is about to sleep |
 //! | `quarantine` | Machines on the disk that the catalog does not know |
 //! | `checks`, `logs`, `last_words`, `metrics` | what is seen of it |
@@ -25,6 +26,7 @@ mod activity;
 mod agent;
 mod block_device;
 mod bundle;
+mod capacity;
 mod cgroup;
 mod checks;
 mod config;
@@ -40,6 +42,7 @@ mod machine;
 mod metrics;
 mod monitor;
 mod network;
+mod oom;
 mod page_cache;
 mod quarantine;
 mod running;
@@ -49,6 +52,7 @@ mod volumes;
 mod watched;
 
 pub use agent::{Agent, AgentError, AgentHandle};
+pub use capacity::{Overcommit, Resources, Room};
 pub use config::{ConfigError, CpuTemplate, HostConfig, RateLimits, Registry, SecretOpener};
 pub use departures::Departure;
 pub use guest::{Exec, ExecInputs, ExecOutput, ExecOutputs, GuestError};
@@ -56,6 +60,7 @@ pub use logs::{LogItem, LogLine, LogReader};
 pub use machine::{CommandError, Source, StopRequest};
 pub use metrics::{Counter, Metrics};
 pub use network::{AllowedPrefix, NetworkError, PrefixError, remove_all as remove_network};
+pub use oom::protect_this_process;
 pub use page_cache::SnapshotCache;
 pub use quarantine::{Quarantined, purge, quarantined};
 pub use trace::{Phase, Side, StartTrace};

@@ -40,8 +40,10 @@ struct Mark {
 }
 
 const MARK: &str = "quarantined.json";
+/// What becomes of the mark when somebody purges the Machine.
+const CLAIM: &str = "purged.json";
 /// The end of the name of a directory that is being removed.
-pub(crate) const GONE: &str = "gone";
+const GONE: &str = "gone";
 
 /// Marks a Machine's directory, unless it is. Nothing else of it is touched.
 pub(crate) fn mark(dir: &Path) -> io::Result<()> {
@@ -57,9 +59,15 @@ pub(crate) fn mark(dir: &Path) -> io::Result<()> {
     )
 }
 
-/// Takes the mark off: the catalog knows the Machine.
+/// Takes the mark off: the catalog knows the Machine. Refused where somebody has begun to purge it; otherwise nobody
+/// does from here on.
 pub(crate) fn unmark(dir: &Path) -> io::Result<()> {
-    absent_is_fine(fs::remove_file(dir.join(MARK)))
+    absent_is_fine(fs::remove_file(dir.join(MARK)))?;
+    // In this order: whoever purges takes the mark for themselves first, and the directory away then.
+    if dir.join(CLAIM).exists() {
+        return Err(io::Error::other("it is being purged"));
+    }
+    fs::symlink_metadata(dir).map(drop)
 }
 
 /// The Machines in an agent's data directory that its catalog did not know when it last looked.
@@ -81,7 +89,7 @@ pub async fn quarantined(data_dir: &Path) -> io::Result<Vec<Quarantined>> {
         found.push(Quarantined {
             id,
             since,
-            bytes: size(&path)?,
+            bytes: absent_is_empty(size(&path))?,
             process: monitor.map(|m| m.pid()),
             path,
         });
@@ -92,20 +100,56 @@ pub async fn quarantined(data_dir: &Path) -> io::Result<Vec<Quarantined>> {
 
 /// Ends and removes for good a Machine that the catalog does not know: its disk, and its memory.
 pub async fn purge(data_dir: &Path, id: &MachineId) -> io::Result<()> {
-    let path = data_dir.join("machines").join(id.as_str());
-    if !path.join(MARK).exists() {
-        let why = format!("{}: not in quarantine", path.display());
-        return Err(io::Error::new(io::ErrorKind::NotFound, why));
+    let machines = data_dir.join("machines");
+    let path = machines.join(id.as_str());
+    // At once, and by one alone: an agent that has taken the mark off has taken the Machine up.
+    if let Err(error) = fs::rename(path.join(MARK), path.join(CLAIM)) {
+        let begun = path.join(CLAIM).exists() || gone(&machines, id.as_str()).exists();
+        if error.kind() != io::ErrorKind::NotFound || !begun {
+            let why = format!("{}: not in quarantine", path.display());
+            return Err(io::Error::new(error.kind(), why));
+        }
     }
+    // What an earlier one has left there first.
+    finish(&machines, id.as_str()).await?;
     // No agent takes it up from here on, and the next one goes on with this.
-    let gone = path.with_extension(GONE);
-    fs::rename(&path, &gone)?;
+    absent_is_fine(fs::rename(&path, gone(&machines, id.as_str())))?;
+    finish(&machines, id.as_str()).await
+}
+
+/// Goes on with what was begun, when an agent starts and has taken nothing up.
+pub(crate) async fn finish_purges(machines: &Path) {
+    for entry in fs::read_dir(machines).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let name = path.file_stem().and_then(|name| name.to_str());
+        if let Some(id) = name.filter(|_| path.extension().is_some_and(|e| e == GONE))
+            && let Err(error) = finish(machines, id).await
+        {
+            tracing::error!(path = %path.display(), %error, "what is left of a purged Machine cannot be removed");
+        }
+    }
+}
+
+fn gone(machines: &Path, id: &str) -> PathBuf {
+    machines.join(format!("{id}.{GONE}"))
+}
+
+/// Ends what runs of a Machine that is being removed, and removes it. Two may be at it.
+async fn finish(machines: &Path, id: &str) -> io::Result<()> {
+    let gone = gone(machines, id);
     if let Some(monitor) = Monitor::adopt(&gone.join("vmm.pid"))? {
         monitor.kill();
         monitor.ended().await;
     }
-    Groups::forget(id.as_str())?;
-    fs::remove_dir_all(&gone)
+    Groups::forget(id)?;
+    absent_is_fine(fs::remove_dir_all(&gone))
+}
+
+fn absent_is_empty(size: io::Result<u64>) -> io::Result<u64> {
+    match size {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        other => other,
+    }
 }
 
 /// What a directory takes of the disk; holes in sparse files take nothing.
@@ -115,7 +159,8 @@ fn size(path: &Path) -> io::Result<u64> {
     let mut bytes = own.blocks() * 512;
     if own.is_dir() {
         for entry in fs::read_dir(path)? {
-            bytes += size(&entry?.path())?;
+            // What goes on in it goes on.
+            bytes += absent_is_empty(size(&entry?.path()))?;
         }
     }
     Ok(bytes)
@@ -157,5 +202,63 @@ mod tests {
         unmark(&dir(&known)).unwrap();
         unmark(&dir(&known)).unwrap();
         assert!(quarantined(data.path()).await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_purge_and_an_agent_do_not_both_have_a_machine() {
+        let data = tempfile::tempdir().unwrap();
+        let machines = data.path().join("machines");
+        let id = MachineId::random();
+        let dir = machines.join(id.as_str());
+        let made = || {
+            fs::create_dir_all(dir.join("jail")).unwrap();
+            mark(&dir).unwrap();
+        };
+        // The agent was first.
+        made();
+        unmark(&dir).unwrap();
+        let refused = purge(data.path(), &id).await.unwrap_err();
+        assert!(refused.to_string().contains("not in quarantine"));
+        assert!(dir.join("jail").exists());
+        // The purge was, and has come to its first step, or to its second.
+        made();
+        fs::rename(dir.join(MARK), dir.join(CLAIM)).unwrap();
+        assert!(unmark(&dir).unwrap_err().to_string().contains("purged"));
+        fs::rename(&dir, gone(&machines, id.as_str())).unwrap();
+        unmark(&dir).unwrap_err();
+        // What was left by one that died there is in nobody's way, nor is another that is at it.
+        made();
+        fs::rename(dir.join(MARK), dir.join(CLAIM)).unwrap();
+        purge(data.path(), &id).await.unwrap();
+        assert_eq!(fs::read_dir(&machines).unwrap().count(), 0);
+        made();
+        fs::rename(&dir, gone(&machines, id.as_str())).unwrap();
+        finish_purges(&machines).await;
+        assert_eq!(fs::read_dir(&machines).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_runs_of_a_machine_whose_purge_was_broken_off_is_ended() {
+        let machines = tempfile::tempdir().unwrap();
+        let gone = gone(machines.path(), MachineId::random().as_str());
+        fs::create_dir(&gone).unwrap();
+        let pid_file = gone.join("vmm.pid");
+        let script = "exec 9>>\"$0\" && flock -x 9 && echo $$ > \"$0\" && echo ready && exec cat";
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", script])
+            .arg(&pid_file)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0; 6];
+        io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
+        finish_purges(machines.path()).await;
+        let ended = child.wait().unwrap();
+        assert_eq!(
+            std::os::unix::process::ExitStatusExt::signal(&ended),
+            Some(9)
+        );
+        assert!(!gone.exists());
     }
 }

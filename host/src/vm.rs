@@ -6,6 +6,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | `hands` | answers the task |
+//! | `files` | what two of them share, where there are two for a while |
 //! | `adopt` | finds what there is when the agent starts |
 //! | `boot`, `wake` | starts, from the disk and from the snapshot |
 //! | `sleep` | suspends, and secures a snapshot or makes it void |
@@ -15,6 +16,7 @@
 mod adopt;
 mod boot;
 mod end;
+mod files;
 mod hands;
 mod sleep;
 mod status;
@@ -27,7 +29,10 @@ use parking_lot::Mutex;
 use tern_catalog::{Machine, MachineId, MachineState};
 use tokio::sync::watch;
 
+pub(crate) use self::files::AllFiles;
+use self::files::Files;
 pub use self::status::MemoryUse;
+use crate::capacity::Share;
 use crate::dir::{MachineDir, Memo};
 use crate::guest::Guest;
 use crate::host::Host;
@@ -51,12 +56,11 @@ pub(crate) struct Vm {
     /// The agent's part of the last start, if this agent has seen it.
     last_start: Mutex<Option<Marks>>,
     running: Mutex<Option<Arc<Running>>>,
+    /// What the Machine has of the host while it runs, or is being started.
+    share: Mutex<Option<Share>>,
     /// Starts of this epoch and before are not wanted any more.
     killed: watch::Sender<Epoch>,
-    /// Held by whoever changes the disk or the snapshot, also where nobody waits for it any more.
-    files: Arc<tokio::sync::Mutex<()>>,
-    /// Counts seals, so that one that was broken meanwhile is not written anew.
-    seals: Arc<Mutex<u64>>,
+    files: Arc<Files>,
     /// The frame that called the Machine while it slept.
     calling: Mutex<Option<bell::Frame>>,
     /// Whether a monitor that woke takes frames for its guest.
@@ -87,19 +91,19 @@ impl Vm {
             .ok_or_else(|| std::io::Error::other(format!("{} is no slot", memo.slot)))?;
         let logs = Arc::new(Logs::new(dir.console_log(), Arc::clone(&host.metrics)));
         let vm = Arc::new(Self {
-            id,
             slot,
             guest: Guest::new(&dir.vsock()),
             logs,
             memo: Mutex::new(memo),
             last_start: Mutex::default(),
             running: Mutex::default(),
+            share: Mutex::default(),
             killed: watch::channel(0).0,
-            files: Arc::default(),
-            seals: Arc::default(),
+            files: host.files.of(&id),
             calling: Mutex::default(),
             reachable: watch::channel(false).0,
             meter: Mutex::default(),
+            id,
             host,
             dir,
         });
@@ -164,6 +168,11 @@ impl Vm {
             own_pids: self.user().is_some(),
         })
         .map_err(told)?;
+        if let Some(machine) = self.host.machine(&self.id)
+            && let Err(error) = crate::oom::rank(monitor.pid(), &machine.config.guest)
+        {
+            tracing::warn!(machine = %self.id, %error, "a monitor is not ranked by who dies first");
+        }
         let running = Running::new(epoch, monitor);
         *self.running.lock() = Some(Arc::clone(&running));
         if !restore {
@@ -189,7 +198,7 @@ impl Vm {
         &self,
         work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
     ) -> impl Future<Output = Result<T, String>> + Send + 'static {
-        let files = Arc::clone(&self.files);
+        let files = Arc::clone(&self.files.turn);
         async move {
             let turn = files.lock_owned().await;
             let work = tokio::task::spawn_blocking(move || {
@@ -208,6 +217,7 @@ impl Vm {
         let mut running = self.running.lock();
         if running.as_ref().is_some_and(|r| r.epoch == epoch) {
             *running = None;
+            *self.share.lock() = None;
             self.reachable.send_replace(false);
             *self.meter.lock() = Metered::NotYet;
         }

@@ -44,6 +44,9 @@ pub fn run(args: Serve) -> Result<ExitCode> {
         nix_root(),
         "tern serve makes network devices and virtual machines: run it as root"
     );
+    if let Err(error) = tern_host::protect_this_process() {
+        tracing::warn!(%error, "this server may be killed where the host is out of memory");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
@@ -254,6 +257,10 @@ fn host_config(args: &Serve, host: HostId, files: &Files, internal_token: &str) 
         CpuTemplate::Host => tern_host::CpuTemplate::Host,
         CpuTemplate::X86_64V2 => tern_host::CpuTemplate::X86_64V2,
         CpuTemplate::X86_64V3 => tern_host::CpuTemplate::X86_64V3,
+    };
+    config.overcommit = tern_host::Overcommit {
+        memory: args.memory_overcommit,
+        cpus: args.cpu_overcommit,
     };
     config.vhost_net = args.machine_vhost_net;
     config.machine_allow.clone_from(&args.machine_allow);

@@ -50,7 +50,7 @@ use self::order::{Want, answer};
 use super::restart::Restarts;
 use super::{CommandError, Source};
 
-pub(crate) use self::found::Found;
+pub(crate) use self::found::{Found, REFUSED, taken_up};
 pub(crate) use self::message::{Action, BootFailure, End, Epoch, Event, Input, Order, Waiter};
 pub(crate) use self::steps::DRAIN_TIME;
 
@@ -137,7 +137,7 @@ impl Core {
                 Found::Running { epoch } | Found::Busy { epoch } => epoch,
                 _ => 0,
             },
-            generation: status.map_or(0, |s| s.generation),
+            generation: status.map_or(0, taken_up),
             instance: disk_instance
                 .or_else(|| status.map(|s| s.instance_id.clone()))
                 .unwrap_or_else(|| wanted.instance_id.clone()),

@@ -22,6 +22,7 @@ impl Vm {
     /// `last` is the state in which another agent has left it.
     pub(super) async fn find(&self, last: Option<MachineState>) -> std::io::Result<Found> {
         let Some(monitor) = Monitor::adopt(&self.dir.pid_file())? else {
+            self.suspend_is_over();
             let seal = self.dir.seal(&self.host.boot_id)?;
             if seal.is_some() {
                 self.host.metrics.adopted.add(1);
@@ -38,7 +39,11 @@ impl Vm {
             });
         };
         let running = Running::new(ADOPTED, monitor);
-        if last == Some(MachineState::Suspending) && self.writes_snapshot(&running).await {
+        let machine = self.host.machine(&self.id);
+        *self.share.lock() = machine.map(|m| self.host.capacity.hold(&m.config.guest));
+        // The agent before may have died before the catalog had heard of it.
+        let suspends = last == Some(MachineState::Suspending) || self.dir.is_suspending();
+        if suspends && self.writes_snapshot(&running).await {
             let pid = running.monitor.pid();
             tracing::info!(machine = %self.id, pid, "a monitor writes its snapshot, and is adopted then");
             *self.running.lock() = Some(running);
@@ -90,6 +95,7 @@ impl Vm {
         tracing::warn!(machine = %self.id, %reason, "a monitor cannot be adopted");
         running.monitor.kill();
         running.monitor.ended().await;
+        *self.share.lock() = None;
         self.remove_snapshot().await;
     }
 
@@ -116,6 +122,7 @@ impl Vm {
             outcome = call => outcome.map_err(|e| e.to_string())?,
             _ = running.monitor.ended() => return Err("it has just ended".to_owned()),
         }
+        self.suspend_is_over();
         // It may have been paused, or woken by an agent that died before it could tell the time. A
         // guest that still boots does not listen, and needs no telling.
         match self.guest.ask(&resumed(), QUICK).await {

@@ -29,8 +29,12 @@ impl Vm {
             ..passing(self.why_app_ended(&exit))
         };
         let mut marks = Marks::new(true);
+        // Nothing is lost for want of room.
+        let share = self.host.capacity.take(&machine.config.guest);
+        *self.share.lock() = Some(share.map_err(|lack| passing(lack.to_string()))?);
         // Before anything else: whatever comes, the disk may be written from here on.
         self.void_snapshot().await.map_err(passing)?;
+        self.suspend_is_over();
         if reset_disk {
             // At once, and a blank one is put there below by whichever start gets so far: this one may not, nor
             // the agent live to tell the next.
@@ -81,8 +85,7 @@ impl Vm {
             let user = self.user();
             let (id, guest) = (self.id.clone(), machine.config.guest.clone());
             move || {
-                host.groups
-                    .make(id.as_str(), guest.cpus.into(), guest.memory_mb)?;
+                host.groups.make(id.as_str(), &guest)?;
                 if !dir.disk().exists() {
                     host.blank.put(&dir.disk())?;
                 }

@@ -210,13 +210,15 @@ impl Vm {
             _ = killing.wait_for(|&k| k >= epoch) => Err(killed()),
             outcome = start => outcome,
         };
-        if outcome.is_err()
-            && let Some(running) = self.current()
-            && running.epoch == epoch
-        {
-            running.monitor.kill();
-            running.monitor.ended().await;
-            self.forget_running(epoch);
+        if outcome.is_err() {
+            if let Some(running) = self.current()
+                && running.epoch == epoch
+            {
+                running.monitor.kill();
+                running.monitor.ended().await;
+                self.forget_running(epoch);
+            }
+            *self.share.lock() = None;
         }
         outcome
     }

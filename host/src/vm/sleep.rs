@@ -31,6 +31,7 @@ impl Vm {
         };
         running.sleeps.store(true, Ordering::Release);
         let write = async {
+            self.dir.set_suspending(true).map_err(told)?;
             control::pause(&socket).await.map_err(|e| e.to_string())?;
             control::snapshot(&socket)
                 .await
@@ -63,6 +64,7 @@ impl Vm {
                 },
                 Err(error) => Err(error),
             };
+            self.suspend_is_over();
             let Err(error) = back else {
                 return Err(alive(reason));
             };
@@ -76,6 +78,7 @@ impl Vm {
             });
         }
         self.end_paused(running).await;
+        self.suspend_is_over();
         self.secure_snapshot(instance_id);
         // Nobody may want to hear it.
         let _ = left.send(());
@@ -100,6 +103,13 @@ impl Vm {
         }
     }
 
+    /// One that is told of although it is over makes an agent wait longer for a monitor that says nothing.
+    pub(super) fn suspend_is_over(&self) {
+        if let Err(error) = self.dir.set_suspending(false) {
+            tracing::warn!(machine = %self.id, %error, "that a suspend is over cannot be written down");
+        }
+    }
+
     /// Ends a monitor whose vCPUs stand still: however it goes, nothing is lost.
     async fn end_paused(&self, running: &Running) {
         let polite = async {
@@ -118,10 +128,10 @@ impl Vm {
 
     /// Makes the snapshot outlast a loss of power, in the background; and has the host's memory back, where
     /// that is its policy: what is on disk can be dropped.
-    fn secure_snapshot(&self, instance_id: String) {
-        let (dir, seals) = (self.dir.clone(), Arc::clone(&self.seals));
+    pub(super) fn secure_snapshot(&self, instance_id: String) {
+        let (dir, files) = (self.dir.clone(), Arc::clone(&self.files));
         let cache = self.host.config.snapshot_cache;
-        let seal_number = *seals.lock();
+        let seal_number = *files.seals.lock();
         // Beside everything else: the disk may be slow, and limited.
         let synced = {
             let dir = dir.clone();
@@ -133,7 +143,7 @@ impl Vm {
                 boot_id: None,
             };
             let publish = dir.prepare_seal(&seal)?;
-            let now = seals.lock();
+            let now = files.seals.lock();
             let sleeps = *now == seal_number;
             if sleeps {
                 publish()?;
@@ -160,7 +170,7 @@ impl Vm {
     }
 
     pub(super) fn break_seal(&self) -> std::io::Result<()> {
-        let mut seals = self.seals.lock();
+        let mut seals = self.files.seals.lock();
         *seals += 1;
         self.dir.break_seal()
     }
@@ -168,7 +178,7 @@ impl Vm {
     /// Breaks the seal, and returns what it said if it was good. One that was good in any boot of the host can
     /// come back by a loss of power until the directory is synced.
     pub(super) fn take_seal(&self) -> std::io::Result<Option<Seal>> {
-        let mut seals = self.seals.lock();
+        let mut seals = self.files.seals.lock();
         // Under the lock: it may be made good in any boot at this moment.
         let seal = self.dir.seal(&self.host.boot_id)?;
         *seals += 1;

@@ -37,9 +37,11 @@ impl Vm {
                 turns.push(self.host.volumes.turn(&mount.volume).await);
             }
             let guest = &machine.config.guest;
+            let share = self.host.capacity.take(guest);
+            *self.share.lock() = Some(share.map_err(|lack| not_ready(lack.to_string()))?);
             self.host
                 .groups
-                .make(self.id.as_str(), guest.cpus.into(), guest.memory_mb)
+                .make(self.id.as_str(), guest)
                 .map_err(|e| not_ready(told(e)))?;
             self.plug(machine).await.map_err(not_ready)?;
         }
@@ -100,7 +102,13 @@ impl Vm {
     /// No monitor has come of it: the snapshot is as it was.
     fn put_back(&self, seal: &Seal, reason: String) -> WakeFailure {
         match self.dir.write_seal(seal, Durability::Synced) {
-            Ok(()) => WakeFailure::not_ready(reason),
+            Ok(()) => {
+                // That it was broken has ended what was to make it outlast this boot.
+                if seal.boot_id.is_some() {
+                    self.secure_snapshot(seal.instance_id.clone());
+                }
+                WakeFailure::not_ready(reason)
+            }
             Err(error) => WakeFailure::refused(format!("{reason}; and its seal is lost: {error}")),
         }
     }

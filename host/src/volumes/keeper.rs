@@ -1,8 +1,8 @@
 //! Keeps this host's volumes as the catalog says, and tells what it sees.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tern_catalog::{
@@ -22,8 +22,31 @@ pub(crate) struct Keeper {
     catalog: Catalog,
     /// Each tells whether its volume was done justice.
     work: Watched<VolumeId, bool>,
-    /// Volumes that were not done justice, until they are looked at again.
-    resting: HashSet<VolumeId>,
+    resting: Resting,
+}
+
+/// Volumes that were not done justice, and when each is looked at again.
+#[derive(Debug, Default)]
+struct Resting(HashMap<VolumeId, Instant>);
+
+impl Resting {
+    fn rest(&mut self, id: VolumeId, now: Instant) {
+        self.0.insert(id, now + RETRY);
+    }
+
+    fn has(&self, id: &VolumeId) -> bool {
+        self.0.contains_key(id)
+    }
+
+    /// Ends the rest of those whose time has come.
+    fn wake(&mut self, now: Instant) {
+        self.0.retain(|_, until| *until > now);
+    }
+
+    /// When the next one's has, whatever happens meanwhile.
+    fn next(&self) -> Option<Instant> {
+        self.0.values().copied().min()
+    }
 }
 
 impl Keeper {
@@ -32,7 +55,7 @@ impl Keeper {
             host,
             catalog,
             work: Watched::new(),
-            resting: HashSet::new(),
+            resting: Resting::default(),
         }
     }
 
@@ -42,7 +65,15 @@ impl Keeper {
         let mut changes = view.changes();
         loop {
             changes.mark_unchanged();
+            self.resting.wake(Instant::now());
             self.look(&view.snapshot());
+            let next = self.resting.next();
+            let next = async {
+                match next {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
             let host = Arc::clone(&self.host);
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() { return },
@@ -53,10 +84,10 @@ impl Keeper {
                         false
                     });
                     if !well {
-                        self.resting.insert(id);
+                        self.resting.rest(id, Instant::now());
                     }
                 }
-                () = tokio::time::sleep(RETRY), if !self.resting.is_empty() => self.resting.clear(),
+                () = next => {}
             }
         }
     }
@@ -65,7 +96,7 @@ impl Keeper {
         let own = self.host.config.host;
         for volume in snapshot.volumes.values().filter(|v| v.host == own) {
             let status = snapshot.volume_status.get(&volume.id);
-            let left_alone = self.work.has(&volume.id) || self.resting.contains(&volume.id);
+            let left_alone = self.work.has(&volume.id) || self.resting.has(&volume.id);
             if left_alone || self.is_well(volume, status) {
                 continue;
             }
@@ -197,4 +228,27 @@ fn differs(before: &VolumeStatus, now: &VolumeStatus) -> bool {
 
 fn gib(bytes: u64) -> u32 {
     u32::try_from(bytes >> 30).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_volume_is_looked_at_again_however_much_happens_meanwhile() {
+        let mut resting = Resting::default();
+        let (one, other) = (VolumeId::random(), VolumeId::random());
+        let begun = Instant::now();
+        resting.rest(one.clone(), begun);
+        // Something happens every second.
+        let second = Duration::from_secs(1);
+        resting.wake(begun + second);
+        resting.rest(other.clone(), begun + second);
+        assert!(resting.has(&one) && resting.next() == Some(begun + RETRY));
+        resting.wake(begun + second * 2);
+        assert!(!resting.has(&one) && resting.has(&other));
+        assert_eq!(resting.next(), Some(begun + second + RETRY));
+        resting.wake(begun + second * 3);
+        assert_eq!(resting.next(), None);
+    }
 }

@@ -294,6 +294,47 @@ fn a_slow_suspend_outlives_its_agent() {
 }
 
 #[test]
+fn a_suspend_that_the_catalog_has_not_heard_of_outlives_its_agent() {
+    let pipes = tempfile::tempdir().unwrap();
+    let pipe = pipes.path().join("disk");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut world = World::new();
+    let machine = world.launch(&[("FAKE_SNAPSHOT_WAITS", pipe.to_str().unwrap())]);
+    world.count(&machine);
+    let status = world.status(&machine);
+    let monitor = world.monitor(&machine);
+    world.say("suspend", &machine.id, json!({"source": "proxy"}));
+    let end = fs::File::options().write(true).open(&pipe).unwrap();
+    world.wait(&machine, "suspending");
+    world.kill();
+    // As if the agent had died before its word of it was written.
+    let catalog = world.machines_dir().parent().unwrap().join("catalog.db");
+    say(&catalog, &status);
+    world.up();
+    assert_eq!(world.monitors(), [monitor]);
+    let start = world.say("start", &machine.id, json!({"source": "proxy"}));
+    fs::remove_file(&pipe).unwrap();
+    drop(end);
+    world.answer(start).unwrap();
+    assert_eq!(world.count(&machine), 2, "its memory");
+}
+
+#[test]
+fn a_wish_that_could_not_be_taken_up_is_by_the_next_agent() {
+    let mut world = World::new();
+    let mut machine = Machine::new(&[]);
+    let in_the_way = world.machine_dir(&machine).join("agent.json.tmp");
+    fs::create_dir_all(&in_the_way).unwrap();
+    world.wish(&mut machine, json!("started"));
+    world.wait(&machine, "failed");
+    world.kill();
+    fs::remove_dir(&in_the_way).unwrap();
+    world.up();
+    world.wait(&machine, "started");
+    assert_eq!(world.count(&machine), 1);
+}
+
+#[test]
 fn a_machine_that_cannot_be_taken_up_is_tried_again() {
     let mut world = World::new();
     let mut machine = Machine::new(&[]);
@@ -386,6 +427,13 @@ fn a_machine_whose_record_vanishes_is_left_as_it_is() {
     let unknown = world.ask("stop", &machine.id, json!({})).unwrap_err();
     assert!(unknown.contains("not on this host"), "{unknown}");
     assert_eq!(world.monitors(), [world.monitor(&machine)]);
+    // Its guest goes on, and is nobody's neighbour.
+    let memo = fs::read(world.machine_dir(&machine).join("agent.json")).unwrap();
+    let memo: serde_json::Value = serde_json::from_slice(&memo).unwrap();
+    let rules = format!("\"tn{}\"", memo["slot"]);
+    until("it is cut off", || {
+        !world.traces().iter().any(|trace| trace.contains(&rules))
+    });
     world.wish(&mut machine, json!("started"));
     world.wait(&machine, "started");
     assert_eq!(world.count(&machine), 2);
@@ -394,16 +442,30 @@ fn a_machine_whose_record_vanishes_is_left_as_it_is() {
 
 /// Removes a Machine's records behind the agent's back.
 fn forget(catalog: &std::path::Path, id: &str) {
-    use tern_catalog::{Catalog, Machine, MachineStatus, SqliteStore};
+    use tern_catalog::{Machine, MachineStatus};
+    in_catalog(catalog, async |catalog| {
+        catalog.delete::<Machine>(id).await.unwrap();
+        catalog.delete::<MachineStatus>(id).await.unwrap();
+    });
+}
+
+/// Has the catalog say this of a Machine.
+fn say(catalog: &std::path::Path, status: &serde_json::Value) {
+    let status: tern_catalog::MachineStatus = serde_json::from_value(status.clone()).unwrap();
+    in_catalog(catalog, async |catalog| {
+        _ = catalog.put(&status).await.unwrap()
+    });
+}
+
+fn in_catalog(catalog: &std::path::Path, work: impl AsyncFnOnce(&tern_catalog::Catalog)) {
+    use tern_catalog::{Catalog, SqliteStore};
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
     runtime.block_on(async {
         let store = SqliteStore::open(catalog).unwrap();
-        let catalog = Catalog::new(std::sync::Arc::new(store));
-        catalog.delete::<Machine>(id).await.unwrap();
-        catalog.delete::<MachineStatus>(id).await.unwrap();
+        work(&Catalog::new(std::sync::Arc::new(store))).await;
     });
     drop(runtime);
     // The store lets go of its files when its own threads have ended.
@@ -419,4 +481,29 @@ fn a_second_agent_is_refused() {
     let world = World::new();
     let error = world.second_agent();
     assert!(error.contains("in use by another agent"), "{error}");
+}
+
+#[test]
+fn a_seal_that_is_put_back_is_made_to_outlast_a_loss_of_power() {
+    let mut world = World::new();
+    let machine = world.launch(&[]);
+    world.count(&machine);
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    // Its snapshot had not been synced when the agent died.
+    asleep(&mut world, &machine, |seal| {
+        seal.replace("null", &format!("\"{}\"", boot.trim()))
+    });
+    let log = world.machine_dir(&machine).join("vmm.log");
+    fs::remove_file(&log).unwrap();
+    fs::create_dir(&log).unwrap();
+    let gate = json!({"source": "proxy"});
+    let error = world.ask("start", &machine.id, gate).unwrap_err();
+    assert!(error.contains("could not be woken yet"), "{error}");
+    let seal = world.machine_dir(&machine).join("suspended.json");
+    until("it is safe", || {
+        fs::read_to_string(&seal).is_ok_and(|seal| seal.contains("\"boot_id\":null"))
+    });
+    fs::remove_dir(&log).unwrap();
+    world.start(&machine);
+    assert_eq!(world.count(&machine), 2, "its memory");
 }

@@ -441,3 +441,35 @@ fn a_wish_is_taken_up_once_and_the_gate_is_free_in_between() {
     let stopped = world.ask("suspend", &machine.id, json!({}));
     assert_eq!(stopped, Ok(json!(null)), "it is that already");
 }
+
+#[test]
+fn what_does_not_fit_is_not_started_and_loses_nothing() {
+    // A host that has room for two.
+    let all = World::new().ask("room", "", json!({})).unwrap();
+    let all = all["all"]["memory_mib"].as_f64().unwrap();
+    let factor = (700.0 / all).to_string();
+    let mut world = World::with(&["--memory-overcommit", &factor]);
+    let [one, two] = [world.launch(&[]), world.launch(&[])];
+    world.count(&one);
+    let mut three = Machine::new(&[]);
+    world.wish(&mut three, json!("started"));
+    let status = world.wait(&three, "failed");
+    let reason = status["reason"].as_str().unwrap();
+    assert!(reason.contains("needs 288 MiB of memory"), "{reason}");
+    assert!(reason.contains("--memory-overcommit"), "{reason}");
+    // One that sleeps takes nothing, also after its agent.
+    world.suspend(&one);
+    world.wait(&one, "suspended");
+    world.kill();
+    world.up();
+    world.start(&three);
+    let room = world.ask("room", "", json!({})).unwrap();
+    assert_eq!(room["taken"]["memory_mib"], 576);
+    let gate = json!({"source": "proxy"});
+    let error = world.ask("start", &one.id, gate).unwrap_err();
+    assert!(error.contains("no room"), "{error}");
+    world.wait(&one, "suspended");
+    world.stop(&two);
+    world.start(&one);
+    assert_eq!(world.count(&one), 2, "its memory");
+}

@@ -129,6 +129,16 @@ impl Core {
     }
 }
 
+/// The event of a Machine that an agent could not take up.
+pub(crate) const REFUSED: &str = "refused";
+
+/// The last generation that was acted on. That of a Machine that could not be taken up is told of, and was not.
+pub(crate) fn taken_up(status: &MachineStatus) -> u64 {
+    let refused = status.events.last().filter(|event| event.kind == REFUSED);
+    let before = refused.and_then(|event| event.request["taken_up"].as_u64());
+    before.unwrap_or(status.generation)
+}
+
 /// Whether the last thing told of a Machine is that it will be started again.
 fn was_restarting(status: &MachineStatus) -> bool {
     status.events.last().is_some_and(|event| {
