@@ -5,6 +5,8 @@ use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
+use crate::ServiceProtocol;
+
 /// A public port, or a range of them.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Port {
@@ -174,7 +176,7 @@ impl Port {
 
     /// What of this port the edge does not serve: the key within it, where it is not the port itself, and the text
     /// for people. The one place that says so: what refuses or warns asks here.
-    pub fn unserved(&self) -> Vec<(&'static str, String)> {
+    pub fn unserved(&self, protocol: ServiceProtocol) -> Vec<(&'static str, String)> {
         let mut found = Vec::new();
         let mut say = |key, text: String| found.push((key, text));
         let numbers = self.numbers();
@@ -191,6 +193,25 @@ impl Port {
             };
             say("", text.to_owned());
         }
+        let shared = numbers.and_then(|all| [80, 443].into_iter().find(|n| all.contains(n)));
+        if protocol == ServiceProtocol::Udp {
+            if let Some(shared) = shared {
+                let text =
+                    format!("UDP's port {shared} is the platform's own (HTTP/3); take another");
+                say("", text);
+            }
+            let more = [
+                ("handlers", !self.handlers.is_empty()),
+                ("force_https", self.force_https),
+                ("tls_options", self.tls_options.is_some()),
+                ("http_options", self.http_options.is_some()),
+                ("proxy_proto_options", self.proxy_proto_options.is_some()),
+            ];
+            for (key, _) in more.into_iter().filter(|(_, given)| *given) {
+                say(key, "datagrams are passed on as they are".to_owned());
+            }
+            return found;
+        }
         let Some(kind) = self.kind() else {
             let text = if self.handlers.contains(&Handler::PgTls) {
                 "`pg_tls` ends TLS by itself and leads to no HTTP: leave `tls` and `http` out"
@@ -200,7 +221,6 @@ impl Port {
             say("handlers", text.to_owned());
             return found;
         };
-        let shared = numbers.and_then(|all| [80, 443].into_iter().find(|n| all.contains(n)));
         if let Some(shared) = shared.filter(|_| kind == PortKind::Raw) {
             say(
                 "",
@@ -272,7 +292,7 @@ mod tests {
     }
 
     fn keys(json: &str) -> Vec<&'static str> {
-        let told = port(json).unserved();
+        let told = port(json).unserved(ServiceProtocol::Tcp);
         told.into_iter().map(|(key, _)| key).collect()
     }
 
@@ -291,7 +311,7 @@ mod tests {
             assert!(
                 keys(served).is_empty(),
                 "{served}: {:?}",
-                port(served).unserved()
+                port(served).unserved(ServiceProtocol::Tcp)
             );
         }
         for (unserved, key) in [
@@ -328,6 +348,17 @@ mod tests {
         ] {
             assert_eq!(keys(unserved), [key], "{unserved}");
         }
+    }
+
+    #[test]
+    fn datagrams_have_no_handlers() {
+        let keys = |json| {
+            let told = port(json).unserved(ServiceProtocol::Udp);
+            told.into_iter().map(|(key, _)| key).collect::<Vec<_>>()
+        };
+        assert!(keys(r#"{"port":5353}"#).is_empty());
+        assert_eq!(keys(r#"{"port":443}"#), [""]);
+        assert_eq!(keys(r#"{"port":5353,"handlers":["tls"]}"#), ["handlers"]);
     }
 
     #[test]

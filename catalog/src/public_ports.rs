@@ -254,9 +254,9 @@ fn claims(machine: &Machine) -> impl Iterator<Item = (&Service, &Port, RangeIncl
         ports.filter_map(move |port| {
             let numbers = port.numbers()?;
             // 80 and 443 are everybody's.
-            let held = port.kind() == Some(PortKind::Raw)
-                && service.protocol == ServiceProtocol::Tcp
-                && (numbers.contains(&80) || numbers.contains(&443));
+            let alone =
+                port.kind() == Some(PortKind::Raw) || service.protocol == ServiceProtocol::Udp;
+            let held = alone && (numbers.contains(&80) || numbers.contains(&443));
             (!held).then_some((service, port, numbers))
         })
     })

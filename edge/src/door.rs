@@ -3,7 +3,7 @@
 //! 80 and 443 are open as long as the edge runs, at the addresses it was given. What services name beside them is
 //! opened and closed as the catalog changes, by one task ([`Porter`]), which gives every thread its listener.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::entrance;
 use crate::site::Target;
+use crate::udp::UdpDoor;
 use crate::{quic, socket};
 
 /// A listening socket of one thread.
@@ -30,6 +31,12 @@ pub struct Door {
     pub quic: Option<quic::Socket>,
     /// Set when it is to be closed; its connections go on.
     pub closed: CancellationToken,
+}
+
+/// What a thread is given to serve.
+pub enum Opened {
+    Tcp(Door),
+    Udp(UdpDoor),
 }
 
 /// How a connection begins.
@@ -64,26 +71,34 @@ pub fn opening(ports: &PublicPorts, port: u16) -> Opening {
     Opening::Told { tls, pg_tls, http }
 }
 
+/// What is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Place {
+    ip: IpAddr,
+    port: u16,
+    udp: bool,
+}
+
 /// Opens and closes the ports that services name.
 pub struct Porter {
     /// The addresses at which they are opened.
     pub addresses: Vec<IpAddr>,
     pub allowed: PortRanges,
     /// One for each thread.
-    pub threads: Vec<mpsc::UnboundedSender<Door>>,
+    pub threads: Vec<mpsc::UnboundedSender<Opened>>,
     /// What is claimed, for the threads to read.
     pub ports: Arc<ArcSwap<PublicPorts>>,
     places: Arc<Semaphore>,
-    open: HashMap<(IpAddr, u16), CancellationToken>,
+    open: HashMap<Place, CancellationToken>,
     /// Those that could not be opened were told of.
-    failed: HashMap<(IpAddr, u16), io::ErrorKind>,
+    failed: HashMap<Place, io::ErrorKind>,
 }
 
 impl Porter {
     pub fn new(
         addresses: Vec<IpAddr>,
         allowed: PortRanges,
-        threads: Vec<mpsc::UnboundedSender<Door>>,
+        threads: Vec<mpsc::UnboundedSender<Opened>>,
         ports: Arc<ArcSwap<PublicPorts>>,
     ) -> Self {
         Self {
@@ -124,21 +139,26 @@ impl Porter {
     /// Has just those ports open that are claimed.
     pub fn settle(&mut self, snapshot: &Snapshot) {
         let ports = PublicPorts::of(snapshot.machines.values().map(|machine| &**machine));
-        let numbers: Vec<u16> = ports.tcp().map(|(number, _)| number).collect();
+        let tcp = ports.tcp().map(|(number, _)| (number, false));
+        let udp = ports.udp().map(|(number, _)| (number, true));
+        let all: Vec<(u16, bool)> = tcp.chain(udp).collect();
         // Known before the first connection comes.
         self.ports.store(Arc::new(ports));
         let always = [entrance::HTTP, entrance::HTTPS];
-        let may = |n: &u16| !always.contains(n) && self.allowed.contains(*n);
-        let numbers: Vec<u16> = numbers.into_iter().filter(may).collect();
-        let addresses = self.addresses.iter();
-        let wanted: Vec<(IpAddr, u16)> = addresses
-            .flat_map(|ip| numbers.iter().map(move |n| (*ip, *n)))
+        let may = |(port, _): &&(u16, bool)| !always.contains(port) && self.allowed.contains(*port);
+        let wanted: HashSet<Place> = all
+            .iter()
+            .filter(may)
+            .flat_map(|&(port, udp)| {
+                let addresses = self.addresses.iter();
+                addresses.map(move |&ip| Place { ip, port, udp })
+            })
             .collect();
         self.failed.retain(|at, _| wanted.contains(at));
         self.open.retain(|at, closed| {
             let kept = wanted.contains(at);
             if !kept {
-                tracing::info!(address = %at.0, port = at.1, "a service's port is closed");
+                tracing::info!(address = %at.ip, port = at.port, udp = at.udp, "a service's port is closed");
                 closed.cancel();
             }
             kept
@@ -149,7 +169,7 @@ impl Porter {
             }
             match self.open(at) {
                 Ok(closed) => {
-                    tracing::info!(address = %at.0, port = at.1, "a service's port is open");
+                    tracing::info!(address = %at.ip, port = at.port, udp = at.udp, "a service's port is open");
                     self.failed.remove(&at);
                     self.open.insert(at, closed);
                 }
@@ -161,19 +181,36 @@ impl Porter {
         }
     }
 
-    fn open(&self, (ip, port): (IpAddr, u16)) -> io::Result<CancellationToken> {
+    fn open(&self, Place { ip, port, udp }: Place) -> io::Result<CancellationToken> {
         let closed = CancellationToken::new();
-        let listeners = socket::listeners(SocketAddr::new(ip, port), self.threads.len())?;
-        for (thread, listener) in self.threads.iter().zip(listeners) {
-            let door = Door {
-                port,
-                listener,
-                places: Arc::clone(&self.places),
-                quic: None,
-                closed: closed.clone(),
+        let (address, count) = (SocketAddr::new(ip, port), self.threads.len());
+        let opened: Vec<Opened> = if udp {
+            let sockets = socket::shared(address, count, socket2::Type::DGRAM)
+                .map_err(|e| io::Error::new(e.kind(), format!("{address} (UDP): {e}")))?;
+            let door = |socket: socket2::Socket| {
+                Opened::Udp(UdpDoor {
+                    port,
+                    socket: socket.into(),
+                    closed: closed.clone(),
+                })
             };
+            sockets.into_iter().map(door).collect()
+        } else {
+            let door = |listener| {
+                Opened::Tcp(Door {
+                    port,
+                    listener,
+                    places: Arc::clone(&self.places),
+                    quic: None,
+                    closed: closed.clone(),
+                })
+            };
+            let listeners = socket::listeners(address, count)?;
+            listeners.into_iter().map(door).collect()
+        };
+        for (thread, opened) in self.threads.iter().zip(opened) {
             // A thread that has ended serves nothing any more.
-            let _ = thread.send(door);
+            let _ = thread.send(opened);
         }
         Ok(closed)
     }

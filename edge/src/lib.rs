@@ -37,6 +37,7 @@ mod socket;
 mod tcp;
 mod timer;
 mod tls;
+mod udp;
 mod worker;
 
 pub use config::{Edge, EdgeConfig};

@@ -13,6 +13,8 @@ pub struct Metrics {
     pub proxied: Counter,
     /// Connections that are not HTTP, and reached an app.
     pub tcp_relayed: Counter,
+    /// Sessions of UDP that reached an app.
+    pub udp_sessions: Counter,
     /// Requests sent again because the first was lost with its connection.
     pub replayed: Counter,
     /// Requests refused by the ingress itself: unknown hosts, malformed or oversized heads.

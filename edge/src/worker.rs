@@ -22,7 +22,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::door::{Door, Opening, opening};
+use crate::door::{Door, Opened, Opening, opening};
 use crate::entrance::Entrance;
 use crate::gate::Gate;
 use crate::limits::Limits;
@@ -30,7 +30,7 @@ use crate::metrics::Metrics;
 use crate::relay::{Pool, tells_of_h3};
 use crate::site::{Sites, Target};
 use crate::tcp::{self, Ends};
-use crate::{h1, h2, h3, quic, tls};
+use crate::{h1, h2, h3, quic, tls, udp};
 
 /// What all threads of an edge share.
 #[derive(Clone)]
@@ -114,7 +114,7 @@ fn ends(stream: &TcpStream, client: SocketAddr, port: u16) -> io::Result<Ends> {
 /// services name.
 pub fn run(
     doors: Vec<Door>,
-    more: mpsc::UnboundedReceiver<Door>,
+    more: mpsc::UnboundedReceiver<Opened>,
     shared: Shared,
 ) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -125,7 +125,7 @@ pub fn run(
 
 async fn serve(
     doors: Vec<Door>,
-    mut more: mpsc::UnboundedReceiver<Door>,
+    mut more: mpsc::UnboundedReceiver<Opened>,
     shared: Shared,
 ) -> io::Result<()> {
     let worker = Rc::new(Worker {
@@ -159,12 +159,18 @@ async fn serve(
     loop {
         tokio::select! {
             _ = sweep.tick() => worker.pool().sweep(),
-            Some(door) = more.recv() => {
-                let port = door.port;
-                if let Err(error) = open(door, &worker, &connections) {
-                    tracing::error!(%error, port, "a port cannot be listened on");
+            Some(opened) = more.recv() => match opened {
+                Opened::Tcp(door) => {
+                    let port = door.port;
+                    if let Err(error) = open(door, &worker, &connections) {
+                        tracing::error!(%error, port, "a port cannot be listened on");
+                    }
                 }
-            }
+                Opened::Udp(door) => {
+                    let serving = udp::serve(door, Rc::clone(&worker), connections.clone());
+                    tokio::task::spawn_local(serving);
+                }
+            },
             () = worker.ending.cancelled() => break,
         }
     }
@@ -346,6 +352,11 @@ impl Worker {
             }
         };
         Ok((start.into_stream(secure.config).await?, target))
+    }
+
+    /// Where the datagrams of a UDP port go.
+    pub fn datagrams(&self, port: u16) -> Option<Target> {
+        self.ports.load().datagrams(port).map(Target::from)
     }
 
     /// A new request's name: 104 random bits, as hexadecimal digits.

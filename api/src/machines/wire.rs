@@ -58,7 +58,7 @@ pub(super) fn read(config: Value) -> Result<(MachineConfig, Vec<String>), ApiErr
     }
     for (n, service) in config.services.iter().enumerate() {
         for (m, port) in service.ports.iter().enumerate() {
-            let unserved = port.unserved().into_iter();
+            let unserved = port.unserved(service.protocol).into_iter();
             warnings.extend(unserved.map(|(key, text)| {
                 let key = if key.is_empty() {
                     String::new()

@@ -487,14 +487,6 @@ impl AppConfig {
                 format!("`{key}`: names that start with FLY_ are the platform's own"),
             );
         }
-        for (i, service) in self.services.iter().enumerate() {
-            if service.protocol == ServiceProtocol::Udp {
-                say(
-                    format!("services.{i}.protocol"),
-                    "UDP services are not supported yet".into(),
-                );
-            }
-        }
         if self.deploy.strategy == Some(Strategy::Bluegreen) && !self.mounts.is_empty() {
             say(
                 "deploy.strategy".into(),
@@ -533,7 +525,7 @@ impl AppConfig {
             for port in super::machine::http_service(http).ports {
                 // The ports are right: what is left is of the options.
                 wrong.extend(
-                    port.unserved()
+                    port.unserved(ServiceProtocol::Tcp)
                         .into_iter()
                         .map(|(key, text)| (format!("http_service.{key}"), text)),
                 );
@@ -550,7 +542,7 @@ impl AppConfig {
                     key => format!("{path}.{key}"),
                 };
                 let port = super::machine::port(given);
-                let told = port.unserved().into_iter();
+                let told = port.unserved(service.protocol).into_iter();
                 wrong.extend(told.map(|(key, text)| (at(key), text)));
                 let shared = |groups: &[String]| {
                     let among = |g: &String| service.processes.contains(g);

@@ -26,7 +26,8 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use parking_lot::Mutex;
 use tern_catalog::{
-    AppName, Machine, MachineId, MachineState, MachineStatus, Service, Snapshot, View,
+    AppName, Machine, MachineId, MachineState, MachineStatus, Service, ServiceProtocol, Snapshot,
+    View,
 };
 use thiserror::Error;
 use tokio::sync::{Notify, watch};
@@ -127,12 +128,17 @@ impl Gate {
 
     /// A place at a Machine of the app, for its service on this internal port. Waits for room and for a
     /// start, up to the wake timeout.
-    pub async fn admit(&self, app: &AppName, port: u16) -> Result<Admission, Refused> {
+    pub async fn admit(
+        &self,
+        app: &AppName,
+        port: u16,
+        protocol: ServiceProtocol,
+    ) -> Result<Admission, Refused> {
         let deadline = tokio::time::Instant::now() + self.0.wake_timeout;
         let mut failed: Vec<MachineId> = Vec::new();
         let mut last = Refused::Nobody;
         loop {
-            let mut taken = self.take(&self.0.view.snapshot(), app, port, &failed);
+            let mut taken = self.take(&self.0.view.snapshot(), app, port, protocol, &failed);
             let mut waiting = None;
             if matches!(taken, Taken::Full) {
                 let Some(place) = Waiting::join(&self.0.waiting) else {
@@ -144,7 +150,7 @@ impl Gate {
                 room.as_mut().enable();
                 let mut changes = self.0.view.changes();
                 changes.mark_unchanged();
-                taken = self.take(&self.0.view.snapshot(), app, port, &failed);
+                taken = self.take(&self.0.view.snapshot(), app, port, protocol, &failed);
                 waiting = Some((place, room, changes));
             }
             match taken {
@@ -152,7 +158,7 @@ impl Gate {
                 Taken::MustWake(mut admission) => {
                     match tokio::time::timeout_at(
                         deadline,
-                        self.wake(&admission.machine, admission.address),
+                        self.wake(&admission.machine, admission.address, protocol),
                     )
                     .await
                     {
@@ -207,12 +213,20 @@ impl Gate {
         }
     }
 
-    fn take(&self, snapshot: &Snapshot, app: &AppName, port: u16, failed: &[MachineId]) -> Taken {
+    fn take(
+        &self,
+        snapshot: &Snapshot,
+        app: &AppName,
+        port: u16,
+        protocol: ServiceProtocol,
+        failed: &[MachineId],
+    ) -> Taken {
         let mut machines = self.0.machines.lock();
         let mut addresses = HashMap::new();
         let mut candidates = Vec::new();
         for (machine, status) in snapshot.machines_of(app) {
-            let Some(service) = service_of(machine, port).filter(|_| eligible(machine, status))
+            let Some(service) =
+                service_of(machine, port, protocol).filter(|_| eligible(machine, status))
             else {
                 continue;
             };
@@ -268,6 +282,7 @@ impl Gate {
         &self,
         id: &MachineId,
         address: SocketAddr,
+        protocol: ServiceProtocol,
     ) -> Result<(u64, SocketAddr), StartError> {
         let mut outcome = {
             let mut machines = self.0.machines.lock();
@@ -283,7 +298,7 @@ impl Gate {
                     let (tell, outcome) = watch::channel(None);
                     entry.belief = Belief::Waking(outcome.clone());
                     // In a task of its own: whoever asked first may go away before it is done.
-                    let start = self.clone().start(id.clone(), address, tell);
+                    let start = self.clone().start(id.clone(), address, protocol, tell);
                     self.0.runtime.spawn(start);
                     outcome
                 }
@@ -304,22 +319,26 @@ impl Gate {
         self,
         id: MachineId,
         address: SocketAddr,
+        protocol: ServiceProtocol,
         tell: watch::Sender<Option<Result<(), StartError>>>,
     ) {
         let inner = &self.0;
         inner.metrics.wakes.add();
         let begun = Instant::now();
-        let outcome = tokio::time::timeout(inner.wake_timeout, self.started(&id, address))
-            .await
-            .unwrap_or_else(|_| {
-                let text = format!(
-                    "its app did not accept connections on port {} within {} s; it must listen on :: \
+        let outcome = tokio::time::timeout(
+            inner.wake_timeout,
+            self.started(&id, address, protocol),
+        )
+        .await
+        .unwrap_or_else(|_| {
+            let text = format!(
+                "its app did not accept connections on port {} within {} s; it must listen on :: \
                      or 0.0.0.0",
-                    address.port(),
-                    inner.wake_timeout.as_secs()
-                );
-                Err(StartError { text })
-            });
+                address.port(),
+                inner.wake_timeout.as_secs()
+            );
+            Err(StartError { text })
+        });
         match &outcome {
             Ok(at) => {
                 tracing::debug!(machine = %id, %at, millis = begun.elapsed().as_millis(), "woken")
@@ -334,7 +353,9 @@ impl Gate {
             entry.epoch += u64::from(outcome.is_ok());
             entry.last_active = Instant::now();
             entry.belief = if let Ok(at) = outcome {
-                entry.found.insert(at.port(), at);
+                if protocol == ServiceProtocol::Tcp {
+                    entry.found.insert(at.port(), at);
+                }
                 Belief::Ready { since }
             } else {
                 Belief::Asleep { since }
@@ -346,8 +367,17 @@ impl Gate {
     /// Starts a Machine, and tells where its app accepts connections. Whoever connects early need not wait until its
     /// host has heard from the guest: only the guest itself can accept. Should the start fail after that, the view
     /// tells, or a connection that fails.
-    async fn started(&self, id: &MachineId, address: SocketAddr) -> Result<SocketAddr, StartError> {
+    async fn started(
+        &self,
+        id: &MachineId,
+        address: SocketAddr,
+        protocol: ServiceProtocol,
+    ) -> Result<SocketAddr, StartError> {
         let control = &self.0.control;
+        if protocol == ServiceProtocol::Udp {
+            // Nothing says that somebody listens: it is ready when it runs.
+            return control.start(id).await.map(|()| address);
+        }
         let done = Notify::new();
         let accepted = async {
             tokio::select! {
@@ -550,12 +580,9 @@ fn eligible(machine: &Machine, status: Option<&Arc<MachineStatus>>) -> bool {
 }
 
 /// A Machine's service on this internal port.
-pub(crate) fn service_of(machine: &Machine, port: u16) -> Option<&Service> {
-    machine
-        .config
-        .services
-        .iter()
-        .find(|s| s.internal_port == port)
+fn service_of(machine: &Machine, port: u16, protocol: ServiceProtocol) -> Option<&Service> {
+    let mut services = machine.config.services.iter();
+    services.find(|s| s.internal_port == port && s.protocol == protocol)
 }
 
 impl Drop for Admission {

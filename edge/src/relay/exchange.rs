@@ -7,7 +7,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use http::Version;
-use tern_catalog::ChallengeKind;
+use tern_catalog::{ChallengeKind, ServiceProtocol};
 
 use super::pool::{self, Key};
 use super::pump::{Failure, Pump};
@@ -223,10 +223,11 @@ impl<C: Client> Attempts<'_, C> {
 
     /// A place at a Machine, unless the client goes away first.
     async fn admit(&mut self) -> Result<Admission, Tried> {
-        let admitted = self
-            .worker
-            .gate
-            .admit(&self.site.app, self.site.internal_port);
+        let admitted = self.worker.gate.admit(
+            &self.site.app,
+            self.site.internal_port,
+            ServiceProtocol::Tcp,
+        );
         tokio::pin!(admitted);
         let client = &mut *self.client;
         let admitted = poll_fn(|cx| {

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use tern_catalog::{
     Catalog, Desired, DesiredState, HostId, Machine, MachineNumber, MachineStatus, NetworkId,
-    SqliteStore, Store, View,
+    ServiceProtocol, SqliteStore, Store, View,
 };
 use tokio::sync::{Notify, oneshot};
 
@@ -107,7 +107,10 @@ async fn world() -> (Gate, Arc<Agent>, Machine, tempfile::TempDir) {
 #[tokio::test]
 async fn a_machine_that_was_put_to_sleep_with_a_request_is_woken_for_it_at_once() {
     let (gate, agent, machine, _files) = world().await;
-    let request = gate.admit(&machine.app, 1).await.unwrap();
+    let request = gate
+        .admit(&machine.app, 1, ServiceProtocol::Tcp)
+        .await
+        .unwrap();
     let (ready, is_ready) = oneshot::channel();
     let (suspended, is_suspended) = oneshot::channel();
     let leaving = Leaving {
@@ -130,14 +133,18 @@ async fn a_machine_that_was_put_to_sleep_with_a_request_is_woken_for_it_at_once(
 async fn only_requests_that_a_machine_has_are_waited_for() {
     let (gate, _agent, machine, _files) = world().await;
     let requests = [
-        gate.admit(&machine.app, 1).await.unwrap(),
-        gate.admit(&machine.app, 1).await.unwrap(),
+        gate.admit(&machine.app, 1, ServiceProtocol::Tcp)
+            .await
+            .unwrap(),
+        gate.admit(&machine.app, 1, ServiceProtocol::Tcp)
+            .await
+            .unwrap(),
     ];
     let mut seen_off = Box::pin(gate.see_off(&machine.id));
     assert!(futures::poll!(&mut seen_off).is_pending());
     // One that comes now waits for a start, and is none of them.
     let app = machine.app.clone();
-    let mut newcomer = Box::pin(gate.admit(&app, 1));
+    let mut newcomer = Box::pin(gate.admit(&app, 1, ServiceProtocol::Tcp));
     assert!(futures::poll!(&mut newcomer).is_pending());
     let [one, other] = requests;
     drop(one);

@@ -16,6 +16,7 @@ use std::net::SocketAddr;
 use std::task::{Context, Poll};
 
 use bytes::BytesMut;
+use tern_catalog::ServiceProtocol;
 use tokio::net::TcpStream;
 
 use crate::gate::Admission;
@@ -81,7 +82,10 @@ impl<C: Transport> Caller<C> {
     /// A connection to the app, and its place there; nothing if there is none, or the client is gone.
     async fn reach(&mut self, target: &Target, worker: &Worker) -> Option<(TcpStream, Admission)> {
         for _ in 0..MAX_CONNECTS {
-            let admitted = worker.gate.admit(&target.app, target.internal_port);
+            let admitted =
+                worker
+                    .gate
+                    .admit(&target.app, target.internal_port, ServiceProtocol::Tcp);
             let place = match self.meanwhile(admitted).await? {
                 Ok(place) => place,
                 Err(refused) => {

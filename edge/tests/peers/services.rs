@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -414,4 +414,86 @@ async fn a_port_is_its_first_claimants_and_no_other_apps() {
     let mut stream = TcpStream::connect(at(port)).await.unwrap();
     reads(&mut stream, BANNER).await;
     assert_eq!(echo.heard.lock().len(), 1);
+}
+
+/// An app that says back each datagram with its sender's port before it.
+async fn udp_echo(address: &str) -> (u16, JoinSet<()>) {
+    let socket = UdpSocket::bind(address).await.unwrap();
+    let port = socket.local_addr().unwrap().port();
+    let mut server = JoinSet::new();
+    server.spawn(async move {
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let (length, from) = socket.recv_from(&mut buffer).await.unwrap();
+            let mut answer = from.port().to_be_bytes().to_vec();
+            answer.extend_from_slice(&buffer[..length]);
+            socket.send_to(&answer, from).await.unwrap();
+        }
+    });
+    (port, server)
+}
+
+fn udp_service(app: u16, port: u16) -> String {
+    format!(r#"{{"protocol": "udp", "internal_port": {app}, "ports": [{{"port": {port}}}]}},"#)
+}
+
+async fn udp_client(port: u16) -> UdpSocket {
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    client.connect(at(port)).await.unwrap();
+    client
+}
+
+/// Sends a datagram and reads what comes back: by which of the edge's ports it reached the app.
+async fn said_back(client: &UdpSocket, datagram: &[u8]) -> u16 {
+    client.send(datagram).await.unwrap();
+    let mut buffer = vec![0; 64 << 10];
+    let answer = timeout(PATIENCE, client.recv(&mut buffer)).await;
+    let length = answer.expect("in time").unwrap();
+    assert_eq!(&buffer[2..length], datagram);
+    u16::from_be_bytes([buffer[0], buffer[1]])
+}
+
+#[tokio::test]
+async fn datagrams_of_one_client_are_one_session() {
+    let (app, _server) = udp_echo("127.0.0.1:0").await;
+    let port = free_ports(1);
+    let _world = world(&udp_service(app, port)).await;
+    let (one, two) = (udp_client(port).await, udp_client(port).await);
+    let first = said_back(&one, b"hello").await;
+    // Longer than a frame, and nothing at all, are datagrams too.
+    assert_eq!(said_back(&one, &[7; 9000]).await, first);
+    assert_eq!(said_back(&one, b"").await, first);
+    let other = said_back(&two, b"hello").await;
+    assert_ne!(other, first);
+    assert_eq!(said_back(&one, b"again").await, first);
+}
+
+#[tokio::test]
+async fn an_app_that_listens_by_ipv6_alone_gets_the_first_datagram_too() {
+    let (app, _server) = udp_echo("[::1]:0").await;
+    let port = free_ports(1);
+    let _world = world(&udp_service(app, port)).await;
+    let client = udp_client(port).await;
+    let first = said_back(&client, b"hello").await;
+    assert_eq!(said_back(&client, b"again").await, first);
+}
+
+#[tokio::test]
+async fn a_datagram_wakes_its_machine() {
+    let (app, _server) = udp_echo("127.0.0.1:0").await;
+    let port = free_ports(1);
+    let web = App::new(Temper::Strict).await;
+    let options = Options {
+        services: &udp_service(app, port),
+        asleep: true,
+        ..Options::default()
+    };
+    let world = World::with(web.port, options).await;
+    let client = udp_client(port).await;
+    let waits = said_back(&client, b"hello");
+    let wakes = async {
+        world.until_starting().await;
+        world.wake();
+    };
+    tokio::join!(waits, wakes);
 }

@@ -1,0 +1,358 @@
+//! Services that speak UDP: datagrams of one client's address and port are one session with one Machine.
+//!
+//! ```text
+//! door: a thread's socket ─► session by the client's address ─► gate: a place ─► a socket of its own ─► the Machine
+//!                    ▲                                                                                      │
+//!                    └────────────────────────────────── its answers ◄──────────────────────────────────────┘
+//! ```
+//!
+//! Nothing says that a session is over, so it lives until nothing has moved for a while, and holds its place so long.
+//! The kernel has all datagrams of a client come to the same thread's socket.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd as _;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
+use tern_catalog::ServiceProtocol;
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
+use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::site::Target;
+use crate::worker::Worker;
+
+/// A socket of one thread.
+pub struct UdpDoor {
+    /// The port, as apps name it.
+    pub port: u16,
+    pub socket: std::net::UdpSocket,
+    /// Set when it is to be closed, and its sessions end.
+    pub closed: CancellationToken,
+}
+
+/// A session in which nothing moves ends. What keeps a NAT's mapping alive (WireGuard: 25 s, RFC 8085 section 3.5: 15 s)
+/// keeps this too.
+const IDLE: Duration = Duration::from_secs(60);
+/// Sessions of one socket. A spoofed address costs one.
+const MAX_SESSIONS: usize = 8192;
+/// Datagrams that wait for a Machine's start, or its socket's room; more are lost, as UDP may lose them.
+const WAITING: usize = 32;
+/// What the kernel keeps for us while a thread is busy; the usual default holds some 150 datagrams.
+const BUFFER: usize = 4 << 20;
+/// Datagrams that one call may bring.
+const BATCH: usize = 8;
+const LARGEST: usize = 64 << 10;
+
+/// A socket that tells to which of the host's addresses a datagram came, and answers from there.
+struct Socket {
+    io: UdpSocket,
+    state: UdpSocketState,
+}
+
+/// One client's datagrams on their way in.
+type Inward = mpsc::Sender<Bytes>;
+
+/// Serves a port until it is closed, or the edge is to end.
+pub async fn serve(door: UdpDoor, worker: Rc<Worker>, running: TaskTracker) {
+    let port = door.port;
+    let socket = match Socket::new(door.socket) {
+        Ok(socket) => Rc::new(socket),
+        Err(error) => {
+            tracing::error!(%error, port, "a UDP port cannot be served");
+            return;
+        }
+    };
+    let mut sessions = Sessions {
+        port,
+        socket: Rc::clone(&socket),
+        known: HashMap::new(),
+        closed: door.closed,
+        worker,
+        running,
+    };
+    let mut buffers = vec![vec![0; LARGEST]; BATCH];
+    loop {
+        let received = tokio::select! {
+            received = socket.receive(&mut buffers) => received,
+            () = sessions.closed.cancelled() => return,
+            () = sessions.worker.ending.cancelled() => return,
+        };
+        let (count, metas) = match received {
+            Ok(received) => received,
+            Err(error) => {
+                tracing::debug!(%error, port, "a datagram could not be received");
+                continue;
+            }
+        };
+        for (meta, buffer) in metas.iter().take(count).zip(&buffers) {
+            let mut received = Bytes::copy_from_slice(&buffer[..meta.len]);
+            // Datagrams of one sender may come as one (GRO); one may be empty.
+            loop {
+                let length = meta.stride.min(received.len());
+                sessions.take(meta, received.split_to(length));
+                if received.is_empty() {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// The clients of one socket.
+struct Sessions {
+    port: u16,
+    socket: Rc<Socket>,
+    known: HashMap<SocketAddr, Inward>,
+    closed: CancellationToken,
+    worker: Rc<Worker>,
+    running: TaskTracker,
+}
+
+impl Sessions {
+    /// Gives a datagram to its client's session, or begins one. What there is no room for is lost.
+    fn take(&mut self, meta: &RecvMeta, mut datagram: Bytes) {
+        if let Some(session) = self.known.get(&meta.addr) {
+            match session.try_send(datagram) {
+                Ok(()) | Err(TrySendError::Full(_)) => return,
+                // It has ended.
+                Err(TrySendError::Closed(unsent)) => datagram = unsent,
+            }
+        }
+        if self.known.len() >= MAX_SESSIONS {
+            self.known.retain(|_, session| !session.is_closed());
+        }
+        let target = self.worker.datagrams(self.port);
+        let Some(target) = target.filter(|_| self.known.len() < MAX_SESSIONS) else {
+            return;
+        };
+        let (inward, incoming) = mpsc::channel(WAITING);
+        // It has room for one.
+        let _ = inward.try_send(datagram);
+        self.known.insert(meta.addr, inward);
+        let session = Session {
+            socket: Rc::clone(&self.socket),
+            client: meta.addr,
+            local: meta.dst_ip,
+            target,
+        };
+        let (worker, closed) = (Rc::clone(&self.worker), self.closed.clone());
+        self.running.spawn_local(async move {
+            tokio::select! {
+                () = session.run(incoming, &worker) => {}
+                () = closed.cancelled() => {}
+                () = worker.ended.cancelled() => {}
+            }
+        });
+    }
+}
+
+struct Session {
+    socket: Rc<Socket>,
+    client: SocketAddr,
+    /// The host's address that the client knows.
+    local: Option<IpAddr>,
+    target: Target,
+}
+
+impl Session {
+    async fn run(self, mut incoming: mpsc::Receiver<Bytes>, worker: &Worker) {
+        let (app, port) = (&self.target.app, self.target.internal_port);
+        let place = match worker.gate.admit(app, port, ServiceProtocol::Udp).await {
+            Ok(place) => place,
+            Err(refused) => {
+                tracing::debug!(%app, %refused, client = %self.client, "datagrams were refused");
+                return;
+            }
+        };
+        worker.metrics.udp_sessions.add();
+        // An app that listens on all addresses of either family is found by IPv4.
+        let ipv4 = worker.gate.control().ipv4(&place.machine);
+        let ipv4 = ipv4.map(|ip| SocketAddr::new(ip.into(), port));
+        let first = ipv4.unwrap_or(place.address);
+        let other = ipv4.map(|_| place.address);
+        if let Err(error) = self.relay(&mut incoming, first, other).await {
+            tracing::debug!(%error, %app, client = %self.client, "a UDP session ended");
+        }
+    }
+
+    async fn relay(
+        &self,
+        incoming: &mut mpsc::Receiver<Bytes>,
+        first: SocketAddr,
+        mut other: Option<SocketAddr>,
+    ) -> io::Result<()> {
+        let mut app = connected(first).await?;
+        let mut end = Instant::now() + IDLE;
+        // The last that was sent, while nobody has answered: nobody may listen there.
+        let mut unheard = None;
+        loop {
+            tokio::select! {
+                datagram = incoming.recv() => {
+                    let Some(datagram) = datagram else { return Ok(()) };
+                    end = Instant::now() + IDLE;
+                    // A refusal told now is of one before it, and has taken that one's place.
+                    if let Err(error) = app.send(&datagram).await {
+                        refused(error)?;
+                        turn(&mut app, &mut other, &mut unheard).await?;
+                        let _ = app.try_send(&datagram);
+                    }
+                    unheard = other.is_some().then_some(datagram);
+                }
+                ready = app.ready(Interest::READABLE | Interest::ERROR) => {
+                    match if ready?.is_error() { told(&app) } else { receive(&app) } {
+                        Ok(datagram) => {
+                            end = Instant::now() + IDLE;
+                            (other, unheard) = (None, None);
+                            self.socket.send(&datagram, self.client, self.local).await;
+                        }
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                        Err(error) => {
+                            refused(error)?;
+                            turn(&mut app, &mut other, &mut unheard).await?;
+                        }
+                    }
+                }
+                () = sleep_until(end) => return Ok(()),
+            }
+        }
+    }
+}
+
+/// Somebody may listen later: a client's next datagram finds out. Other errors end a session.
+fn refused(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::ConnectionRefused {
+        Ok(())
+    } else {
+        Err(error)
+    }
+}
+
+/// Turns to the Machine's other address, where nobody listens at the first, with what nobody has heard.
+async fn turn(
+    app: &mut UdpSocket,
+    other: &mut Option<SocketAddr>,
+    unheard: &mut Option<Bytes>,
+) -> io::Result<()> {
+    let Some(address) = other.take() else {
+        return Ok(());
+    };
+    *app = connected(address).await?;
+    if let Some(datagram) = unheard.take() {
+        app.send(&datagram).await?;
+    }
+    Ok(())
+}
+
+/// An error that the kernel has heard of (ICMP). It is no datagram, and wakes nobody who waits for one.
+fn told(app: &UdpSocket) -> io::Result<Vec<u8>> {
+    match app.take_error()? {
+        Some(error) => Err(error),
+        // It was told of before: from now on the next one counts.
+        None => app.try_io(Interest::ERROR, || Err(io::ErrorKind::WouldBlock.into())),
+    }
+}
+
+/// A datagram that is there.
+fn receive(app: &UdpSocket) -> io::Result<Vec<u8>> {
+    thread_local! {
+        static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; LARGEST].into());
+    }
+    BUFFER.with_borrow_mut(|buffer| {
+        let length = app.try_recv(buffer)?;
+        Ok(buffer[..length].to_vec())
+    })
+}
+
+async fn connected(address: SocketAddr) -> io::Result<UdpSocket> {
+    let any: IpAddr = match address {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).await?;
+    socket.connect(address).await?;
+    Ok(socket)
+}
+
+impl Socket {
+    fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
+        let state = UdpSocketState::new((&socket).into())?;
+        // As much of it as the host's limits allow (net.core.rmem_max).
+        let _ = state.set_recv_buffer_size((&socket).into(), BUFFER);
+        may_fragment(&socket)?;
+        Ok(Self {
+            io: UdpSocket::from_std(socket)?,
+            state,
+        })
+    }
+
+    /// The next datagrams, each with where it came from, in the buffers.
+    async fn receive(&self, buffers: &mut [Vec<u8>]) -> io::Result<(usize, [RecvMeta; BATCH])> {
+        let mut metas = [RecvMeta::default(); BATCH];
+        let mut slices: Vec<_> = buffers.iter_mut().map(|b| IoSliceMut::new(b)).collect();
+        let count = self
+            .io
+            .async_io(Interest::READABLE, || {
+                self.state.recv((&self.io).into(), &mut slices, &mut metas)
+            })
+            .await?;
+        Ok((count, metas))
+    }
+
+    /// Sends a datagram, or loses it, as UDP may.
+    async fn send(&self, contents: &[u8], to: SocketAddr, from: Option<IpAddr>) {
+        let transmit = Transmit {
+            destination: to,
+            ecn: None,
+            contents,
+            segment_size: None,
+            src_ip: from,
+        };
+        let sent = self.io.async_io(Interest::WRITABLE, || {
+            self.state.try_send((&self.io).into(), &transmit)
+        });
+        if let Err(error) = sent.await {
+            tracing::debug!(%error, client = %to, "a datagram was not sent");
+        }
+    }
+}
+
+/// Lets datagrams be longer than the path takes at once. `quinn-udp` forbids it: QUIC never needs that, others do.
+fn may_fragment(socket: &std::net::UdpSocket) -> io::Result<()> {
+    let (level, option, value) = if socket.local_addr()?.is_ipv4() {
+        (
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_DONT,
+        )
+    } else {
+        (
+            libc::IPPROTO_IPV6,
+            libc::IPV6_MTU_DISCOVER,
+            libc::IPV6_PMTUDISC_DONT,
+        )
+    };
+    // SAFETY: both options take an `int` of this size, which outlives the call.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if outcome == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
