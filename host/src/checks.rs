@@ -368,7 +368,7 @@ mod tests {
                 checks.changed().await;
             }
         };
-        let outcome = tokio::time::timeout(Duration::from_secs(10), wait).await;
+        let outcome = tokio::time::timeout(Duration::from_secs(60), wait).await;
         assert!(outcome.is_ok(), "{:?}", checks.current());
         checks.current()[0].output.clone()
     }

@@ -59,7 +59,7 @@ async fn run(guest: &Guest, stdin: &[u8]) -> (Option<i32>, Vec<u8>) {
         ExecOutput::Stdout(bytes) => written.extend(bytes),
         other => panic!("{other:?}"),
     };
-    let ended = tokio::time::timeout(Duration::from_secs(20), exec.run(stdin, said)).await;
+    let ended = tokio::time::timeout(Duration::from_secs(120), exec.run(stdin, said)).await;
     let ended = ended.expect("it hangs").unwrap();
     (ended.map(|status| status.code), written)
 }

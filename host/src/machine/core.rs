@@ -88,6 +88,8 @@ enum Phase {
         source: Source,
         /// When it has taken too long.
         kill_at: Option<Instant>,
+        /// When requests that are under way have had their time.
+        drained_at: Instant,
         exit: Option<ExitStatus>,
         /// Somebody was in a greater hurry than who asked first, and the app was asked once more.
         hastened: bool,
@@ -288,6 +290,19 @@ impl Core {
             source,
             detail,
         })));
+    }
+}
+
+impl Phase {
+    /// Its monitor, or the start under way, is being ended.
+    fn killing(source: Source, exit: Option<ExitStatus>, now: Instant) -> Self {
+        Self::Stopping {
+            source,
+            kill_at: None,
+            drained_at: now,
+            exit,
+            hastened: false,
+        }
     }
 }
 

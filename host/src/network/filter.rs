@@ -16,8 +16,9 @@
 //!         whole ────┴──────────────────► stopped (devices down) ──────┘ tried again and again
 //! ```
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,6 +48,8 @@ pub(super) struct Filter {
     /// `nft`.
     program: PathBuf,
     state: tokio::sync::Mutex<State>,
+    /// The slots whose devices were set up since the agent started, and are up. Changed by who holds the state.
+    plugged: parking_lot::Mutex<BTreeMap<Slot, Ipv6Addr>>,
 }
 
 #[derive(Debug)]
@@ -57,6 +60,8 @@ struct State {
     asking: Asking,
     /// The Machines' devices are down because the table is not there.
     stopped: bool,
+    /// Devices that were taken down for that, and are not up again.
+    down: BTreeSet<Slot>,
 }
 
 /// What is believed of a table that cannot be put in place anew.
@@ -85,6 +90,13 @@ pub(super) struct Watch {
     listener: Listener,
     /// That something about devices or routes has changed.
     devices: BoxStream<'static, ()>,
+}
+
+impl State {
+    /// The table is there, and so are the Machines' devices.
+    fn is_whole(&self) -> bool {
+        !self.stopped && self.down.is_empty()
+    }
 }
 
 impl Own {
@@ -123,10 +135,12 @@ impl Filter {
             own: Own::default(),
             asking: Asking::open().map_err(NetworkError::Open)?,
             stopped: false,
+            down: BTreeSet::new(),
         };
         let filter = Self {
             netlink,
             program,
+            plugged: parking_lot::Mutex::default(),
             state: tokio::sync::Mutex::new(state),
         };
         let mut state = filter.state.lock().await;
@@ -144,13 +158,59 @@ impl Filter {
         self.state.lock().await.ports.clone()
     }
 
+    /// Whether it is nobody's turn at the table, and this slot has its rules.
+    #[cfg(test)]
+    pub(super) fn has_turn_for(&self, slot: Slot) -> bool {
+        let state = self.state.try_lock();
+        state.is_ok_and(|state| state.ports.contains_key(&slot))
+    }
+
+    /// Makes a Machine's device and rules. Costs nothing where that has been done.
+    pub(super) async fn plug(&self, port: Port) -> Result<(), NetworkError> {
+        let is_plugged = || self.plugged.lock().get(&port.slot) == Some(&port.address);
+        if is_plugged() && super::exists(port.slot) {
+            return Ok(());
+        }
+        // Throughout: no device may come up while the table goes away.
+        let mut state = self.state.lock().await;
+        // The rules first: a device must not be without.
+        self.set(&mut state, port.slot, Some(port)).await?;
+
+        self.bring_up(&mut state, port).await
+    }
+
+    /// Removes a Machine's device and rules. Returns what they were.
+    pub(super) async fn unplug(&self, slot: Slot) -> Result<Option<Port>, NetworkError> {
+        let mut state = self.state.lock().await;
+        self.plugged.lock().remove(&slot);
+        state.down.remove(&slot);
+        tap::remove(&self.netlink, &slot.tap()).await?;
+        self.set(&mut state, slot, None).await
+    }
+
+    /// Removes a Machine's rules, whatever its device. Returns what they were.
+    pub(super) async fn cut_off(&self, slot: Slot) -> Result<Option<Port>, NetworkError> {
+        let mut state = self.state.lock().await;
+        // Not plugged in: the next one to take it up gives it its rules.
+        self.plugged.lock().remove(&slot);
+        state.down.remove(&slot);
+        self.set(&mut state, slot, None).await
+    }
+
+    async fn bring_up(&self, state: &mut State, port: Port) -> Result<(), NetworkError> {
+        tap::create(&self.netlink, port.slot, port.address).await?;
+        self.plugged.lock().insert(port.slot, port.address);
+        state.down.remove(&port.slot);
+        Ok(())
+    }
+
     /// Has a Machine's rules be these; `None` removes them. Returns what they were.
-    pub(super) async fn set(
+    async fn set(
         &self,
+        state: &mut State,
         slot: Slot,
         port: Option<Port>,
     ) -> Result<Option<Port>, NetworkError> {
-        let mut state = self.state.lock().await;
         let old = state.ports.get(&slot).copied();
         if old == port && !state.stopped {
             return Ok(old);
@@ -165,7 +225,7 @@ impl Filter {
         };
         let applied = match state.stopped {
             true => Err(io::Error::other("it is not there")),
-            false => self.apply(&mut state, &text).await,
+            false => self.apply(state, &text).await,
         };
         let Err(error) = applied else {
             return Ok(old);
@@ -173,7 +233,7 @@ impl Filter {
         // Somebody else has touched the table, and the news of it is on its way; or the program does not work, and
         // the table is as it was.
         tracing::warn!(%error, "the packet filter is put in place anew");
-        let restored = self.restore(&mut state, Trust::WhatIsThere).await;
+        let restored = self.restore(state, Trust::WhatIsThere).await;
         if restored.is_err() {
             match old {
                 Some(old) => state.ports.insert(slot, old),
@@ -209,7 +269,7 @@ impl Filter {
         loop {
             let whole = tokio::select! {
                 told = hear(&mut watch.filters, &mut watch.listener) => self.told(told).await,
-                () = due(retry_at) => self.restore(&mut *self.state.lock().await, Trust::Nothing).await.is_ok(),
+                () = due(retry_at) => self.try_again().await,
                 Some(()) = watch.devices.next() => {
                     look_at.get_or_insert_with(|| Instant::now() + LOOK_AGAIN);
                     continue;
@@ -244,13 +304,55 @@ impl Filter {
             }
         };
         if !foreign {
-            return !state.stopped;
+            return state.is_whole();
         }
         tracing::warn!(
             "somebody has changed the table inet tern, which keeps Machines apart; it is put in place anew. \
              A restart of nftables.service flushes all tables: reload other rules by their own tables"
         );
-        self.restore(&mut state, Trust::Nothing).await.is_ok()
+        let restored = self.restore(&mut state, Trust::Nothing).await;
+        restored.is_ok() && state.is_whole()
+    }
+
+    /// Does what could not be done before. `false` where it still cannot.
+    async fn try_again(&self) -> bool {
+        let mut state = self.state.lock().await;
+        if state.stopped {
+            let restored = self.restore(&mut state, Trust::Nothing).await;
+            return restored.is_ok() && state.is_whole();
+        }
+        self.raise(&mut state).await;
+        state.is_whole()
+    }
+
+    /// Takes the Machines' devices down.
+    async fn take_down(&self, state: &mut State) {
+        for &slot in state.ports.keys() {
+            if state.down.contains(&slot) {
+                continue;
+            }
+            match tap::take_down(&self.netlink, slot).await {
+                Ok(()) => {
+                    state.down.insert(slot);
+                    self.plugged.lock().remove(&slot);
+                }
+                Err(error) => tracing::error!(%error, "a Machine's traffic is not filtered"),
+            }
+        }
+    }
+
+    /// Has the devices up again that were taken down; those that do not come up are tried again.
+    async fn raise(&self, state: &mut State) {
+        for slot in std::mem::take(&mut state.down) {
+            let port = state.ports.get(&slot).copied();
+            let Some(port) = port.filter(|port| super::exists(port.slot)) else {
+                continue; // whoever plugs it in makes it anew
+            };
+            if let Err(error) = self.bring_up(state, port).await {
+                tracing::error!(%error, "a Machine is still without a network");
+                state.down.insert(slot);
+            }
+        }
     }
 
     /// Puts the whole table in place, and the Machines' devices down where that fails, up where it does not.
@@ -272,11 +374,7 @@ impl Filter {
             (Ok(()), true) => {
                 state.stopped = false;
                 tracing::info!("the packet filter is in place: Machines get their network back");
-                for port in state.ports.values().filter(|port| super::exists(port.slot)) {
-                    if let Err(error) = tap::create(&self.netlink, port.slot, port.address).await {
-                        tracing::error!(%error, "a Machine stays without a network until its next start");
-                    }
-                }
+                self.raise(state).await;
             }
             (Err(_), false)
                 if trust == Trust::WhatIsThere
@@ -287,13 +385,12 @@ impl Filter {
                     %error,
                     "the packet filter is not there, so Machines have no network until it is"
                 );
-                for slot in state.ports.keys() {
-                    if let Err(error) = tap::take_down(&self.netlink, *slot).await {
-                        tracing::error!(%error, "a Machine's traffic is not filtered");
-                    }
-                }
+                self.take_down(state).await;
             }
-            (Err(error), true) => tracing::debug!(%error, "the packet filter is still not there"),
+            (Err(error), true) => {
+                tracing::debug!(%error, "the packet filter is still not there");
+                self.take_down(state).await;
+            }
         }
         applied
     }

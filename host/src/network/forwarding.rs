@@ -4,7 +4,8 @@
 //! switches make a router for everybody whose packets arrive. Where they were on before an agent came, the
 //! host's owner wanted a router and has rules of their own. Where they were off, the packet filter lets
 //! no strangers through from outside (`rules::Guard`). Which of the two it was is not to be seen any more
-//! afterwards, so it is written down, for as long as this boot of the host lasts.
+//! afterwards, so it is written down, for as long as this boot of the host lasts. Where an agent has been and
+//! nothing is written, they count as off: a router that is not one is noticed, and a host that is open is not.
 
 use std::io;
 use std::path::Path;
@@ -12,7 +13,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::NetworkError;
-use super::rules::Guard;
+use super::netfilter::Asking;
+use super::rules::{self, Guard};
 use super::slot::Slot;
 
 /// What the switches said before an agent changed them.
@@ -34,10 +36,13 @@ pub(super) fn before(memory: &Path, boot_id: &str) -> Result<Guard, NetworkError
     let before = match remembered(memory, boot_id).map_err(told)? {
         Some(before) => before,
         None => {
+            // Its table outlives an agent, and so do the switches: one of a version that did not write down what
+            // it found may have turned them on, and what they say now says nothing.
+            let known = !was_here().map_err(NetworkError::Open)?;
             let before = Before {
                 boot_id: boot_id.to_owned(),
-                ipv4: is_on(Path::new(V4)),
-                ipv6: is_on(&Path::new(V6).join(ALL)),
+                ipv4: known && is_on(Path::new(V4)),
+                ipv6: known && is_on(&Path::new(V6).join(ALL)),
             };
             let text = serde_json::to_vec(&before).map_err(|e| told(e.into()))?;
             std::fs::write(memory, text).map_err(told)?;
@@ -65,6 +70,11 @@ pub(super) fn switch_on() -> Result<(), NetworkError> {
     keep_believing_routers()?;
     set(Path::new(V4), "1")?;
     set(&Path::new(V6).join(ALL), "1")
+}
+
+/// Whether an agent has been here since the host booted.
+fn was_here() -> io::Result<bool> {
+    Asking::open()?.has_table(rules::TABLE)
 }
 
 fn remembered(memory: &Path, boot_id: &str) -> io::Result<Option<Before>> {

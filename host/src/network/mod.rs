@@ -43,8 +43,6 @@ pub(crate) struct Network {
     slots: Mutex<Slots>,
     /// The slots of Machines that the catalog does not know: nobody else gets them, or their devices.
     reserved: Mutex<BTreeSet<Slot>>,
-    /// The slots whose devices were set up since the agent started.
-    plugged: Mutex<BTreeMap<Slot, Ipv6Addr>>,
 }
 
 /// What the network is given.
@@ -107,6 +105,8 @@ impl Network {
         let (connection, netlink, _) = rtnetlink::new_connection().map_err(NetworkError::Open)?;
         tokio::spawn(connection);
         let ports: BTreeMap<_, _> = ports.into_iter().map(|p| (p.slot, p)).collect();
+        // Listened for first: what happens to the devices and the table from the first look on is heard.
+        let watch = Filter::watch().map_err(NetworkError::Open)?;
         let memory = setup.data_dir.join(FORWARDING);
         let policy = Policy {
             outside: setup.outside,
@@ -117,8 +117,6 @@ impl Network {
         for &slot in ports.keys() {
             slots.claim(slot);
         }
-        // Listened for first: what happens to the table from its first moment on is heard.
-        let watch = Filter::watch().map_err(NetworkError::Open)?;
         let filter = Filter::open(netlink.clone(), setup.nft, policy, ports);
         let filter = Arc::new(filter.await?);
         // Only now: nothing is let through without a filter.
@@ -129,7 +127,6 @@ impl Network {
             filter,
             slots: Mutex::new(slots),
             reserved: Mutex::default(),
-            plugged: Mutex::default(),
         })
     }
 
@@ -147,9 +144,7 @@ impl Network {
     /// Takes a Machine off the network of whose record nothing is left: it keeps its place, and reaches nobody.
     pub(crate) async fn cut_off(&self, slot: Slot) -> Result<(), NetworkError> {
         self.reserve(slot);
-        // Not plugged in, whatever its device: the next one to take it up gives it its rules.
-        self.plugged.lock().remove(&slot);
-        let port = self.filter.set(slot, None).await?;
+        let port = self.filter.cut_off(slot).await?;
         forget(slot, port).await
     }
 
@@ -160,22 +155,13 @@ impl Network {
 
     /// Makes a Machine's device and rules. Costs nothing where that has been done.
     pub(crate) async fn plug(&self, port: Port) -> Result<(), NetworkError> {
-        if self.plugged.lock().get(&port.slot) == Some(&port.address) && exists(port.slot) {
-            return Ok(());
-        }
-        // The rules first: a device must not be without.
-        self.filter.set(port.slot, Some(port)).await?;
-        tap::create(&self.netlink, port.slot, port.address).await?;
-        self.plugged.lock().insert(port.slot, port.address);
-        Ok(())
+        self.filter.plug(port).await
     }
 
     /// Removes a Machine's device and rules, and what the kernel remembers of its connections. Its place stays
     /// taken until it is given back ([`Network::release`]).
     pub(crate) async fn unplug(&self, slot: Slot) -> Result<(), NetworkError> {
-        self.plugged.lock().remove(&slot);
-        tap::remove(&self.netlink, &slot.tap()).await?;
-        let port = self.filter.set(slot, None).await?;
+        let port = self.filter.unplug(slot).await?;
         forget(slot, port).await
     }
 

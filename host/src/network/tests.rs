@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
@@ -24,6 +25,8 @@ mod strangers;
 const ORG_A: NetworkId = NetworkId(0xa);
 const ORG_B: NetworkId = NetworkId(0xb);
 const HOST: HostId = HostId(1);
+/// How long anything may take on a machine that is busy with other tests.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs a test in a network namespace of its own, which ends with it.
 fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
@@ -70,7 +73,8 @@ struct Guest {
 /// With a TAP's other end comes its carrier, and a little later, from a task of the kernel's, its queue.
 /// Until then it drops what it should carry.
 fn wait_for_carrier(name: &str) {
-    loop {
+    let begun = Instant::now();
+    while begun.elapsed() < PATIENCE {
         let shown = std::process::Command::new("ip")
             .args(["-o", "link", "show", name])
             .output()
@@ -79,7 +83,9 @@ fn wait_for_carrier(name: &str) {
         if shown.contains("LOWER_UP") && !shown.contains("noop") {
             return;
         }
+        std::thread::sleep(Duration::from_millis(5));
     }
+    panic!("{name} gets no carrier");
 }
 
 /// What arrived.
@@ -144,7 +150,7 @@ fn receive(tap: &File) -> Datagram {
 
 fn read_frame(mut tap: &File, frame: &mut [u8]) -> usize {
     let mut ready = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
-    let count = poll(&mut ready, PollTimeout::from(10_000u16)).unwrap();
+    let count = poll(&mut ready, PollTimeout::try_from(PATIENCE).unwrap()).unwrap();
     assert!(count > 0, "nothing arrives");
     tap.read(frame).unwrap()
 }
@@ -250,6 +256,11 @@ async fn world_with(change: impl FnOnce(&mut Setup<'_>), nat: bool) -> (Network,
     let mut setup = setup(data.path(), nat);
     change(&mut setup);
     let network = Network::open(setup, Vec::new()).await.unwrap();
+    // A test that takes long finds the connections that it began.
+    for kind in ["udp_timeout", "udp_timeout_stream"] {
+        let path = format!("/proc/sys/net/netfilter/nf_conntrack_{kind}");
+        std::fs::write(path, "3600").unwrap();
+    }
     let ports = [port_of(0, ORG_A), port_of(1, ORG_A), port_of(2, ORG_B)];
     for port in ports {
         network.plug(port).await.unwrap();
@@ -259,9 +270,7 @@ async fn world_with(change: impl FnOnce(&mut Setup<'_>), nat: bool) -> (Network,
 
 fn socket(address: impl Into<IpAddr>, port: u16) -> UdpSocket {
     let socket = UdpSocket::bind((address.into(), port)).unwrap();
-    socket
-        .set_read_timeout(Some(std::time::Duration::from_secs(10)))
-        .unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket
 }
 

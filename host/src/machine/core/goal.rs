@@ -112,7 +112,7 @@ impl Core {
                         return;
                     }
                 }
-                Phase::Starting { .. } => return self.break_off(out),
+                Phase::Starting { .. } => return self.break_off(now, out),
                 Phase::Stopping { .. } => return self.join_stop(now, out),
                 Phase::Suspending { .. } => return self.break_off_sleep(out),
                 Phase::Destroying { .. } | Phase::Destroyed => {
@@ -240,12 +240,7 @@ impl Core {
             to @ Target::Destroyed { .. } => Some(Goal { to, source }),
             _ => None,
         };
-        self.phase = Phase::Stopping {
-            source: asker(source),
-            kill_at: None,
-            exit,
-            hastened: false,
-        };
+        self.phase = Phase::killing(asker(source), exit, now);
         self.stopped(now, out);
         true
     }
@@ -286,7 +281,7 @@ impl Core {
 
     /// A start that is under way is broken off by a wish for its opposite. Not so a wake, unless by force: its guest
     /// may have requests already, and is asked to end once it counts as started.
-    pub(super) fn break_off(&mut self, out: &mut Vec<Action>) {
+    pub(super) fn break_off(&mut self, now: Instant, out: &mut Vec<Action>) {
         let Some(goal) = &self.goal else {
             return;
         };
@@ -308,18 +303,18 @@ impl Core {
             Target::Started { .. } => None,
             Target::Suspended => return,
             Target::Stopped(_) => {
-                self.stopping_start(source, out);
+                self.stopping_start(source, now, out);
                 None
             }
             Target::Restarted { kind, .. } => {
-                self.stopping_start(source, out);
+                self.stopping_start(source, now, out);
                 Some(Goal {
                     to: Target::Started { kind },
                     source,
                 })
             }
             to @ Target::Destroyed { .. } => {
-                self.stopping_start(source, out);
+                self.stopping_start(source, now, out);
                 Some(Goal { to, source })
             }
         };

@@ -43,7 +43,7 @@ impl Core {
                 *wakes = false;
                 let source = *source;
                 // A wish for its end that has waited for the wake needs no start from the disk.
-                self.break_off(out);
+                self.break_off(now, out);
                 if matches!(self.phase, Phase::Stopping { .. }) {
                     self.stopped(now, out);
                     return;
@@ -170,13 +170,7 @@ impl Core {
                 exit: Some((status, by)),
             } if *by <= now => {
                 // The app has ended, and its Machine has not.
-                let (source, exit) = (Source::Machine, Some(*status));
-                self.phase = Phase::Stopping {
-                    source,
-                    kill_at: None,
-                    exit,
-                    hastened: false,
-                };
+                self.phase = Phase::killing(Source::Machine, Some(*status), now);
                 out.push(Action::Kill { epoch });
             }
             Phase::Stopping { kill_at, .. } if due(kill_at) => {

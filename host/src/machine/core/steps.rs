@@ -79,7 +79,8 @@ impl Core {
     }
 
     /// Makes a stop under way end as soon as these terms want it. The app is asked once more if that is sooner,
-    /// or in any case; of several terms that its guest knows the soonest holds.
+    /// or in any case; of several terms that its guest knows the soonest holds. Requests that are under way keep
+    /// the time that they were given, as far as these terms give them any.
     pub(super) fn hasten(
         &mut self,
         signal: Option<i32>,
@@ -90,6 +91,7 @@ impl Core {
     ) {
         let Phase::Stopping {
             kill_at: Some(kill_at),
+            drained_at,
             exit,
             hastened,
             ..
@@ -97,8 +99,12 @@ impl Core {
         else {
             return; // it is being killed
         };
-        let by = now + timeout + FLUSH_TIME;
+        let drained = (now + drain_time(signal, timeout))
+            .min(*drained_at)
+            .max(now);
+        let by = drained + timeout + FLUSH_TIME;
         let sooner = by < *kill_at;
+        *drained_at = drained;
         *kill_at = by.min(*kill_at);
         if exit.is_none() && (sooner || in_any_case) {
             *hastened = true;
@@ -106,7 +112,7 @@ impl Core {
                 epoch: self.epoch,
                 signal,
                 timeout,
-                drain: Duration::ZERO,
+                drain: drained - now,
             });
         }
     }
@@ -120,11 +126,11 @@ impl Core {
         now: Instant,
         out: &mut Vec<Action>,
     ) {
-        // Who allows the app no time allows its requests none.
-        let drain = DRAIN_TIME.min(timeout);
+        let drain = drain_time(signal, timeout);
         self.phase = Phase::Stopping {
             source: asker(source),
             kill_at: Some(now + drain + timeout + FLUSH_TIME),
+            drained_at: now + drain,
             exit,
             hastened: false,
         };
@@ -139,15 +145,19 @@ impl Core {
         }
     }
 
-    pub(super) fn stopping_start(&mut self, source: Source, out: &mut Vec<Action>) {
-        self.phase = Phase::Stopping {
-            source: asker(source),
-            kill_at: None,
-            exit: None,
-            hastened: false,
-        };
+    pub(super) fn stopping_start(&mut self, source: Source, now: Instant, out: &mut Vec<Action>) {
+        self.phase = Phase::killing(asker(source), None, now);
         out.push(Action::Kill { epoch: self.epoch });
         out.push(Action::Record(None));
+    }
+}
+
+/// How long requests that are under way are given by a stop on these terms. Who allows the app no time allows
+/// its requests none.
+fn drain_time(signal: Option<i32>, timeout: Duration) -> Duration {
+    match signal {
+        Some(SIGKILL) => Duration::ZERO,
+        _ => DRAIN_TIME.min(timeout),
     }
 }
 

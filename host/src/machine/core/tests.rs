@@ -386,7 +386,7 @@ fn a_stop_under_way_is_hastened_by_a_harder_wish() {
     // Without force by what it would have been given, and by no more than is left already.
     let mut bench = stopping();
     bench.wish(DesiredState::Destroyed { force: false });
-    assert_eq!(left(&bench), STOP_TIMEOUT + FLUSH_TIME);
+    assert_eq!(left(&bench), DRAIN_TIME + STOP_TIMEOUT + FLUSH_TIME);
     let mut bench = stopping();
     for (signal, timeout, is_asked, is_left) in [
         (None, Some(second), true, second),
@@ -402,7 +402,8 @@ fn a_stop_under_way_is_hastened_by_a_harder_wish() {
             .filter(|_| is_asked)
             .map(|timeout| (signal, timeout));
         assert_eq!(asked(&bench), Vec::from_iter(asks));
-        assert_eq!(left(&bench), is_left + FLUSH_TIME);
+        // The requests' time is the app's once more, at most.
+        assert_eq!(left(&bench), is_left * 2 + FLUSH_TIME);
     }
     // The app may have ended before it was asked once more: its disks are being flushed.
     let epoch = bench.core.epoch;
@@ -727,6 +728,47 @@ fn a_stop_lets_requests_end_unless_it_is_in_a_hurry() {
         bench.tell(Input::AskFailed { epoch });
         assert!(!bench.does(|a| matches!(a, Action::Kill { .. })));
         assert!(bench.core.deadline().unwrap() <= bench.now + FLUSH_TIME);
+    }
+}
+
+#[test]
+fn a_stop_repeated_within_its_drain_leaves_the_requests_their_time() {
+    let asked = |bench: &Bench| {
+        bench.actions.iter().find_map(|action| match action {
+            Action::Ask { drain, .. } => Some(*drain),
+            _ => None,
+        })
+    };
+    let stop = |signal, timeout| Order::Stop(StopRequest { signal, timeout });
+    let second = Duration::from_secs(1);
+    let mut bench = Bench::started();
+    bench.order(1, Source::User, stop(None, None));
+    let by = bench.core.deadline();
+    bench.now += second;
+    bench.order(2, Source::User, stop(None, None));
+    assert_eq!(asked(&bench), None, "it is under way already");
+    assert_eq!(bench.core.deadline(), by);
+    // Who wants a signal of their own sent, or it over sooner, takes from the requests what they do not give them.
+    bench.order(3, Source::User, stop(Some(10), None));
+    assert_eq!(asked(&bench), Some(DRAIN_TIME - second));
+    bench.order(4, Source::User, stop(None, Some(second)));
+    assert_eq!(asked(&bench), Some(second));
+    bench.now += second * 2;
+    bench.order(5, Source::User, stop(Some(10), None));
+    assert_eq!(asked(&bench), Some(Duration::ZERO), "it is over");
+    let mut bench = Bench::started();
+    bench.order(1, Source::User, stop(None, None));
+    bench.wish(DesiredState::Destroyed { force: false });
+    assert_eq!(asked(&bench), None);
+    for (signal, timeout) in [(None, Duration::ZERO), (Some(SIGKILL), DRAIN_TIME)] {
+        let mut bench = Bench::started();
+        bench.order(1, Source::User, stop(None, Some(second * 3600)));
+        bench.order(2, Source::User, stop(signal, Some(timeout)));
+        assert_eq!(asked(&bench), Some(Duration::ZERO));
+        assert_eq!(
+            bench.core.deadline(),
+            Some(bench.now + timeout + FLUSH_TIME)
+        );
     }
 }
 
