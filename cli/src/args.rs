@@ -7,8 +7,8 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use tern_catalog::{
-    AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName, PortRanges, SnapshotId, VolumeId,
-    VolumeName,
+    AppName, GoDuration, Hostname, MachineId, OrgSlug, PeerName, PortRanges, SecretName,
+    SnapshotId, VolumeId, VolumeName,
 };
 use tern_host::{AllowedPrefix, SnapshotCache};
 
@@ -53,6 +53,16 @@ pub enum Command {
     Launch(Launch),
     /// Build the app's image, put it on Machines and wait until they are healthy
     Deploy(Deploy),
+    /// Show what was deployed of an app, by whom, and what came of it
+    Releases(AppArg),
+    /// Deploy what an earlier release was, as a new release
+    Rollback(Rollback),
+    /// An app's secrets: its Machines get them as environment, and nobody sees them again
+    #[command(subcommand)]
+    Secrets(Secrets),
+    /// How many Machines an app has, and of what size
+    #[command(subcommand)]
+    Scale(Scale),
     /// Show an app and its Machines
     Status(AppArg),
     /// Show what an app's Machines print
@@ -360,9 +370,117 @@ pub struct Deploy {
     /// Do not ask for Machines that run: only replace their configuration at the next start
     #[arg(long)]
     pub detach: bool,
+    /// Print what would be done to the app's Machines, and do nothing
+    #[arg(long)]
+    pub plan: bool,
     /// Print JSON at the end
     #[arg(long)]
     pub json: bool,
+}
+
+/// `tern rollback`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Rollback {
+    /// The release's number. Default: the last that went well before the one that serves now
+    #[arg(value_parser = release_number)]
+    pub version: Option<u64>,
+    /// Longest wait for a Machine to become healthy [default: 5m]
+    #[arg(long, value_parser = duration)]
+    pub wait_timeout: Option<Duration>,
+    #[command(flatten)]
+    pub app: AppArg,
+}
+
+/// `tern secrets`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Secrets {
+    /// Set secrets, and give them to the app's Machines
+    Set {
+        /// What to set
+        #[arg(required = true, value_name = "NAME=VALUE")]
+        pairs: Vec<String>,
+        /// Give them to Machines only at their next start
+        #[arg(long)]
+        stage: bool,
+        /// Do not wait until Machines are healthy
+        #[arg(long)]
+        detach: bool,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Set secrets from standard input: NAME=VALUE lines, longer values between \"\"\"
+    Import {
+        /// Give them to Machines only at their next start
+        #[arg(long)]
+        stage: bool,
+        /// Do not wait until Machines are healthy
+        #[arg(long)]
+        detach: bool,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// List secrets: names and digests
+    List(AppArg),
+    /// Take secrets away
+    Unset {
+        /// Which
+        #[arg(required = true)]
+        names: Vec<SecretName>,
+        /// Take them from Machines only at their next start
+        #[arg(long)]
+        stage: bool,
+        /// Do not wait until Machines are healthy
+        #[arg(long)]
+        detach: bool,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Give the secrets that are staged to the app's Machines
+    Deploy {
+        /// Do not wait until Machines are healthy
+        #[arg(long)]
+        detach: bool,
+        #[command(flatten)]
+        app: AppArg,
+    },
+}
+
+/// `tern scale`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Scale {
+    /// Show how many Machines there are, and of what size
+    Show(AppArg),
+    /// Make or destroy Machines until there are so many
+    Count {
+        /// How many: 3, or of a process group, worker=3
+        #[arg(required = true, value_name = "[GROUP=]COUNT")]
+        counts: Vec<String>,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Give Machines another size
+    Vm {
+        /// As shared-cpu-2x
+        size: String,
+        /// Memory in MB. Default: the size's own
+        #[arg(long, visible_alias = "vm-memory")]
+        memory: Option<u32>,
+        /// Only Machines of this process group
+        #[arg(short = 'g', long = "process-group")]
+        group: Option<String>,
+        #[command(flatten)]
+        app: AppArg,
+    },
+    /// Give Machines other memory
+    Memory {
+        /// In MB
+        memory: u32,
+        /// Only Machines of this process group
+        #[arg(short = 'g', long = "process-group")]
+        group: Option<String>,
+        #[command(flatten)]
+        app: AppArg,
+    },
 }
 
 /// `tern launch`.
@@ -660,6 +778,14 @@ pub enum Tokens {
 pub enum Config {
     /// Say whether a fly.toml is right, and what in it is not acted on yet
     Validate(AppArg),
+}
+
+/// `12`, or `v12` as it is shown.
+fn release_number(text: &str) -> Result<u64, String> {
+    let digits = text.strip_prefix('v').unwrap_or(text);
+    digits
+        .parse()
+        .map_err(|_| "a release is a number, as in `tern releases`".to_owned())
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

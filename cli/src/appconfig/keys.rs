@@ -26,7 +26,6 @@ pub(super) enum Verdict {
 /// Documented keys that change nothing dangerous when they are left out, without indices; `*` stands for any name.
 const NOT_YET: &[&str] = &[
     "console_command",
-    "deploy.max_unavailable",
     "deploy.seed_command",
     "experimental",
     "host_dedication_id",

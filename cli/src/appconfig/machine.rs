@@ -157,6 +157,11 @@ pub fn machine_config(
     })
 }
 
+/// Whether the file says of what size the group's Machines are.
+pub fn has_vm(config: &AppConfig, group: &str) -> bool {
+    most_specific(&config.vm, group, |v| &v.processes).is_some()
+}
+
 /// What is written for this group, else what is written for all, in whatever order.
 fn most_specific<'a, T>(
     all: &'a [T],

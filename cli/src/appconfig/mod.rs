@@ -105,12 +105,6 @@ impl AppConfig {
                     .into(),
             });
         }
-        if config.deploy.strategy == Some(Strategy::Bluegreen) {
-            warnings.push(Problem {
-                line: keys::line_of(text, table.get_ref(), "deploy.strategy"),
-                text: "bluegreen is done as rolling: each Machine is replaced in its place".into(),
-            });
-        }
         for (path, text_of) in config.check() {
             errors.push(Problem {
                 line: keys::line_of(text, table.get_ref(), &path),

@@ -144,6 +144,8 @@ pub struct Build {
 pub struct Deploy {
     /// How Machines are replaced.
     pub strategy: Option<Strategy>,
+    /// How many Machines are replaced at a time.
+    pub max_unavailable: Option<MaxUnavailable>,
     /// Longest wait for a Machine to become healthy.
     #[serde(default, deserialize_with = "seconds")]
     pub wait_timeout: Option<Duration>,
@@ -161,14 +163,24 @@ pub struct Deploy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Strategy {
-    /// One after the other, each healthy before the next.
+    /// Some at a time, healthy before the next.
     Rolling,
     /// All at once, without waiting.
     Immediate,
-    /// One first, and then the others: what [`Self::Rolling`] does.
+    /// One first, and then the others as by [`Self::Rolling`].
     Canary,
-    /// All anew beside the old ones; done as [`Self::Rolling`], with a warning.
+    /// All anew beside the old ones, which serve until all are healthy.
     Bluegreen,
+}
+
+/// How many Machines are replaced at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(untagged)]
+pub enum MaxUnavailable {
+    /// So many.
+    Count(usize),
+    /// This share of them.
+    Share(f64),
 }
 
 /// `[http_service]`.
@@ -473,6 +485,12 @@ impl AppConfig {
             say(
                 format!("env.{key}"),
                 format!("`{key}`: names that start with FLY_ are the platform's own"),
+            );
+        }
+        if self.deploy.strategy == Some(Strategy::Bluegreen) && !self.mounts.is_empty() {
+            say(
+                "deploy.strategy".into(),
+                "bluegreen has two of each Machine for a while, and a volume is in one alone; write \"rolling\"".into(),
             );
         }
         for (i, file) in self.files.iter().enumerate() {

@@ -8,6 +8,8 @@ mod launch;
 mod logs;
 mod machine;
 mod orgs;
+mod scale;
+mod secrets;
 mod status;
 #[cfg(test)]
 mod testing;
@@ -37,7 +39,7 @@ pub fn run(command: Command, global: &Global) -> Result<ExitCode> {
             // Exit as a shell expects of a program that was interrupted; children end by kill_on_drop.
             _ = tokio::signal::ctrl_c() => Ok(ExitCode::from(130)),
         };
-        deploy::released().await;
+        deploy::cleaned_up().await;
         outcome
     })
 }
@@ -51,7 +53,11 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
     let client = Client::new(Target::find(global)?)?;
     match command {
         Command::Launch(args) => Box::pin(launch::run(&client, args)).await,
-        Command::Deploy(args) => deploy::run(&client, args).await,
+        Command::Deploy(args) => Box::pin(deploy::run(&client, args)).await,
+        Command::Releases(args) => deploy::releases(&client, &args).await,
+        Command::Rollback(args) => Box::pin(deploy::rollback(&client, &args)).await,
+        Command::Secrets(args) => Box::pin(secrets::run(&client, args)).await,
+        Command::Scale(args) => Box::pin(scale::run(&client, args)).await,
         Command::Status(args) => status::run(&client, &args).await,
         Command::Logs(args) => logs::run(&client, &args).await,
         Command::Apps(args) => apps::run(&client, args).await,

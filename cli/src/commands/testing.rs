@@ -1,5 +1,6 @@
 //! The true API on a fresh catalog, with a host whose apps do what their images' names say.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,7 +8,6 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use jiff::Timestamp;
-use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tern_api::{
     ApiConfig, ApiServer, ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery,
@@ -16,7 +16,7 @@ use tern_api::{
 use tern_catalog::{
     Catalog, DesiredState, Host, HostId, Machine, MachineEvent, MachineId, MachineState,
     MachineStatus, Network, NetworkId, Organization, PortRanges, RestartPolicy, SqliteStore, Store,
-    Token, View,
+    Token, View, VolumeState, VolumeStatus,
 };
 use tern_certs::Sealer;
 use tokio_util::sync::CancellationToken;
@@ -30,17 +30,16 @@ const ORG: &str = "personal";
 /// An API and what is behind it; all ends with it.
 pub struct World {
     pub client: Client,
-    pub host: Arc<FakeHost>,
+    pub view: View,
+    pub address: std::net::SocketAddr,
     end: CancellationToken,
     agent: tokio::task::JoinHandle<()>,
     pub files: tempfile::TempDir,
 }
 
-/// What was asked of it, and what its apps do.
+/// What its apps do.
 pub struct FakeHost {
     view: View,
-    /// Images that were to be there, in order.
-    pub prepared: Mutex<Vec<String>>,
 }
 
 impl World {
@@ -88,10 +87,7 @@ impl World {
             .await
             .unwrap();
         let view = View::follow(store).await.unwrap();
-        let host = Arc::new(FakeHost {
-            view: view.clone(),
-            prepared: Mutex::default(),
-        });
+        let host = Arc::new(FakeHost { view: view.clone() });
         let sealer = Sealer::load_or_create(&files.path().join("seal.key")).unwrap();
         let config = ApiConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
@@ -102,21 +98,17 @@ impl World {
             internal_token: "internal".into(),
             sealer: Arc::new(crate::serve::adapters::SecretKey(sealer)),
         };
-        let server = ApiServer::bind(config, catalog.clone(), view.clone(), host.clone())
+        let server = ApiServer::bind(config, catalog.clone(), view.clone(), host)
             .await
             .unwrap();
-        let url = format!("http://{}", server.local_addr().unwrap());
+        let address = server.local_addr().unwrap();
         let end = CancellationToken::new();
         tokio::spawn(server.run(end.clone()));
-        let client = Client::new(Target {
-            url,
-            token: TOKEN.into(),
-        })
-        .unwrap();
         Self {
-            client,
+            client: client_of(address),
+            view: view.clone(),
+            address,
             agent: tokio::spawn(agent(catalog, view)),
-            host,
             end,
             files,
         }
@@ -141,6 +133,15 @@ impl World {
     }
 }
 
+/// A client of the API at this address.
+pub fn client_of(address: std::net::SocketAddr) -> Client {
+    let target = Target {
+        url: format!("http://{address}"),
+        token: TOKEN.into(),
+    };
+    Client::new(target).unwrap()
+}
+
 impl Drop for World {
     fn drop(&mut self) {
         self.end.cancel();
@@ -156,7 +157,26 @@ async fn agent(catalog: Catalog, view: View) {
         for machine in snapshot.machines.values() {
             let seen = snapshot.machine_status.get(&machine.id);
             if seen.map(|s| s.generation) < Some(machine.desired.generation) {
-                obey(&catalog, machine, seen.map(|s| &**s)).await;
+                // Another of the same image serves already.
+                let others = snapshot.machines.values().any(|other| {
+                    !other.cordoned
+                        && other.id != machine.id
+                        && other.config.image == machine.config.image
+                });
+                obey(&catalog, machine, seen.map(|s| &**s), others).await;
+            }
+        }
+        for volume in snapshot.volumes.values() {
+            if !snapshot.volume_status.contains_key(&volume.id) {
+                let made = VolumeStatus {
+                    id: volume.id.clone(),
+                    state: VolumeState::Created,
+                    reason: None,
+                    size_gb: volume.size_gb,
+                    snapshots: BTreeMap::default(),
+                    updated_at: Timestamp::now(),
+                };
+                catalog.put(&made).await.unwrap();
             }
         }
         if changes.changed().await.is_err() {
@@ -165,7 +185,7 @@ async fn agent(catalog: Catalog, view: View) {
     }
 }
 
-async fn obey(catalog: &Catalog, machine: &Machine, before: Option<&MachineStatus>) {
+async fn obey(catalog: &Catalog, machine: &Machine, before: Option<&MachineStatus>, others: bool) {
     static EVENTS: AtomicU64 = AtomicU64::new(1);
     let mut events = before.map(|s| s.events.clone()).unwrap_or_default();
     let mut tell = |kind: &str, status, request| {
@@ -186,8 +206,14 @@ async fn obey(catalog: &Catalog, machine: &Machine, before: Option<&MachineStatu
         .or(
             (image.contains("once") && machine.config.restart.policy == RestartPolicy::No)
                 .then_some(0),
-        );
+        )
+        .or((image.contains("lonely") && others).then_some(1));
+    let mut reason = None;
     let state = match machine.desired.state {
+        DesiredState::Started if image.contains("absent") => {
+            reason = Some(format!("the image {image} cannot be had: manifest unknown"));
+            MachineState::Failed
+        }
         DesiredState::Started | DesiredState::Restarted { .. } => {
             let first = before.is_none_or(|s| s.state == MachineState::Created);
             let kind = if first { "launch" } else { "update" };
@@ -225,7 +251,7 @@ async fn obey(catalog: &Catalog, machine: &Machine, before: Option<&MachineStatu
     let status = MachineStatus {
         id: machine.id.clone(),
         state,
-        reason: None,
+        reason,
         generation: machine.desired.generation,
         instance_id: machine.instance_id.clone(),
         image_digest: None,
@@ -251,7 +277,6 @@ impl HostGateway for FakeHost {
             let text = format!("the image {image} cannot be had: manifest unknown");
             return Err(GatewayError::Failed(text));
         }
-        self.prepared.lock().push(image.to_owned());
         Ok(())
     }
 

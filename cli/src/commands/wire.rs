@@ -19,6 +19,11 @@ pub struct Machine {
     pub version: serde_json::Value,
     #[serde(default)]
     pub private_ip: String,
+    #[serde(default)]
+    pub cordoned: bool,
+    /// Why it is in the state it is in, where that needs telling.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     pub config: MachineConfig,
     #[serde(default)]
     pub events: Vec<Event>,

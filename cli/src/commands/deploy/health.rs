@@ -92,6 +92,7 @@ pub fn stand(machine: &Machine, since: &str) -> Standing {
 fn reason(machine: &Machine) -> String {
     machine
         .last_reason()
+        .or_else(|| machine.reason.clone())
         .unwrap_or_else(|| format!("it is {}", machine.state))
 }
 

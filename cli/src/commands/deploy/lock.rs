@@ -1,47 +1,33 @@
 //! One deploy of an app at a time: whoever deploys holds the app's lease, and shows signs of life while it does.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
 use tern_catalog::AppName;
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
-use tokio_util::task::TaskTracker;
 
+use super::cleanup::Cleanup;
 use crate::client::{Body, Client, empty, full, is_status};
 
 /// What the holder shows.
-const NONCE: &str = "fly-machine-lease-nonce";
+pub const NONCE: &str = "fly-machine-lease-nonce";
 /// How long a deploy that has gone silent keeps others out.
 const TTL: Duration = Duration::from_secs(45);
 /// Between two signs of life; several may be lost.
 const EVERY: Duration = Duration::from_secs(10);
-/// For giving leases back, at the end.
-const RELEASE_TIME: Duration = Duration::from_secs(3);
-
-/// Leases that are being given back; also where a deploy was interrupted.
-static RELEASES: LazyLock<TaskTracker> = LazyLock::new(TaskTracker::new);
 
 /// The lease of an app. Dropped, it is given back.
 pub struct Lock {
     lease: Arc<Lease>,
-    held: oneshot::Sender<()>,
-    release: JoinHandle<()>,
+    release: Cleanup,
 }
 
 struct Lease {
     client: Client,
     path: String,
     nonce: String,
-}
-
-/// Waits, not for long, until leases that were held are given back. They end by themselves too.
-pub async fn released() {
-    RELEASES.close();
-    let _ = tokio::time::timeout(RELEASE_TIME, RELEASES.wait()).await;
 }
 
 impl Lock {
@@ -63,18 +49,17 @@ impl Lock {
             path,
             nonce: nonce.to_owned(),
         });
-        let (held, dropped) = oneshot::channel::<()>();
         let own = Arc::clone(&lease);
-        let release = RELEASES.spawn(async move {
-            let _ = dropped.await;
+        let release = Cleanup::new(async move {
             // It ends by itself where this fails.
             let _ = own.call(Method::DELETE, empty()).await;
         });
-        Ok(Self {
-            lease,
-            held,
-            release,
-        })
+        Ok(Self { lease, release })
+    }
+
+    /// What shows that it is held.
+    pub fn nonce(&self) -> String {
+        self.lease.nonce.clone()
     }
 
     /// Does something while the lease is held, and gives it back. Where it is lost, what is under way is broken off.
@@ -83,8 +68,7 @@ impl Lock {
             outcome = Box::pin(work) => outcome,
             lost = Box::pin(self.lease.keep()) => Err(lost),
         };
-        drop(self.held);
-        let _ = tokio::time::timeout(RELEASE_TIME, self.release).await;
+        self.release.now().await;
         outcome
     }
 }
@@ -117,7 +101,7 @@ impl Lease {
 }
 
 /// `user@host`, for who waits.
-fn who() -> String {
+pub fn who() -> String {
     let user = ["USER", "LOGNAME"]
         .iter()
         .find_map(|name| std::env::var(name).ok().filter(|v| !v.is_empty()));

@@ -2,15 +2,23 @@
 //!
 //! | module | what it knows |
 //! |---|---|
+//! | `plan` | which steps lead from what there is to what is wanted |
+//! | `rollout` | how each is done, and undone |
+//! | `record` | the release that the server keeps of it; what `tern rollback` goes back to |
 //! | `lock` | one deploy of an app at a time |
+//! | `cleanup` | what is done also where a deploy is interrupted |
 //! | `region` | where new Machines are made |
 //! | `release` | the release command |
 //! | `health`, `sockets` | whether a Machine has come up, and where its app listens instead |
 
+mod cleanup;
 mod health;
 mod lock;
+mod plan;
+mod record;
 mod region;
 mod release;
+mod rollout;
 mod sockets;
 
 use std::path::Path;
@@ -20,12 +28,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use http::StatusCode;
 use serde_json::{Value, json};
-use tern_catalog::{AppName, MachineConfig, Mount};
+use tern_catalog::AppName;
 
 use super::wire::Machine;
-use super::{app_named_by, certs, config_path, load, volumes};
-use crate::appconfig::machine::{machine_config, release_config};
-use crate::appconfig::{Loaded, Strategy};
+use super::{app_named_by, certs, config_path, load};
+use crate::appconfig::machine::{has_vm, machine_config, release_config};
+use crate::appconfig::{Loaded, MaxUnavailable, Strategy};
 use crate::args::Deploy;
 use crate::client::{Client, is_status};
 use crate::image::{self, Layout, REGISTRY};
@@ -33,10 +41,16 @@ use crate::output;
 
 /// Longest wait for a Machine to become healthy, where neither flag nor fly.toml says.
 const WAIT: Duration = Duration::from_secs(300);
-/// Size of a volume where fly.toml asks for none, in GB.
-const VOLUME_GB: u32 = 1;
+/// How many of a group's Machines are replaced at a time, where fly.toml does not say: Fly.io's share.
+const AT_ONCE: AtOnce = AtOnce::Share(0.33);
 
-pub use lock::released;
+pub use cleanup::done as cleaned_up;
+pub use record::{releases, rollback};
+pub use rollout::{Found, Source, machines, own_groups};
+
+use plan::{AtOnce, How};
+use record::Record;
+use rollout::{Group, MountWish, Rollout, settled};
 
 pub async fn run(client: &Client, args: Deploy) -> Result<ExitCode> {
     let path = args
@@ -64,14 +78,61 @@ pub async fn run(client: &Client, args: Deploy) -> Result<ExitCode> {
         Err(e) => return Err(e),
     }
     region::settle(client, &mut loaded).await?;
-    let lock = lock::Lock::take(client, &app).await?;
     let deployment = Deployment {
         client,
         app,
         loaded,
         args,
     };
-    lock.during(deployment.run()).await
+    if deployment.args.plan {
+        return deployment.show_plan().await;
+    }
+    let lock = lock::Lock::take(client, &deployment.app).await?;
+    let nonce = lock.nonce();
+    lock.during(deployment.run(&nonce)).await
+}
+
+/// Changes Machines that there are, or how many, under the app's lease. Makes a release of it where it is described.
+pub async fn change(
+    client: &Client,
+    app: &AppName,
+    change: Change,
+    groups: impl FnOnce(&[Found]) -> Result<Vec<Group>>,
+) -> Result<()> {
+    let lock = lock::Lock::take(client, app).await?;
+    let nonce = lock.nonce();
+    let work = async {
+        let found = machines(client, app).await?;
+        let groups = groups(&found)?;
+        let mut rollout = Rollout {
+            client,
+            app: app.clone(),
+            how: How::Rolling(AT_ONCE),
+            patience: (!change.detach).then_some(WAIT),
+            detach: false,
+            secrets: change.secrets,
+            release: None,
+        };
+        let Some(description) = &change.description else {
+            return rollout.run(&found, &groups).await;
+        };
+        let kept = settled(&groups, &found);
+        let record = Record::begin(client, app, &nonce, &kept, description).await?;
+        rollout.release = Some(record.version);
+        record.during(rollout.run(&found, &groups)).await
+    };
+    lock.during(work).await
+}
+
+/// What [`change`] is for.
+#[derive(Debug, Clone, Default)]
+pub struct Change {
+    /// What its release is for; without it none is made.
+    pub description: Option<String>,
+    /// The version of the app's secrets that its Machines are to have.
+    pub secrets: Option<u64>,
+    /// Whether nobody waits until they are well.
+    pub detach: bool,
 }
 
 struct Deployment<'a> {
@@ -82,88 +143,86 @@ struct Deployment<'a> {
 }
 
 impl Deployment<'_> {
-    async fn run(self) -> Result<ExitCode> {
+    async fn run(self, nonce: &str) -> Result<ExitCode> {
         let started = Instant::now();
         let image = self.image().await?;
         step(&format!("Image {image}"));
-        let base = self.loaded.path.parent().unwrap_or(Path::new("."));
-        if let Some(config) = release_config(&self.loaded.config, &image, base)? {
-            release::run(&self, &config).await?;
-        }
-        let machines: Vec<Machine> = self.client.get(&self.machines_path()).await?;
-        let groups = self.loaded.config.groups();
-        for group in &groups {
-            let config = machine_config(&self.loaded.config, group, &image, base)?;
-            let existing: Vec<&Machine> = machines.iter().filter(|m| m.group() == group).collect();
-            if existing.is_empty() {
-                let config = self.with_volume(group, config.clone(), None).await?;
-                self.create(group, &config).await?;
+        let groups = self.groups(&image)?;
+        let record = Record::begin(self.client, &self.app, nonce, &groups, "Deploy").await?;
+        let rollout = Rollout {
+            release: Some(record.version),
+            ..self.rollout()
+        };
+        let work = async {
+            let base = self.loaded.path.parent().unwrap_or(Path::new("."));
+            if let Some(config) = release_config(&self.loaded.config, &image, base)? {
+                release::run(&rollout, &self.loaded.config, &config).await?;
             }
-            for old in existing {
-                let config = self.with_volume(group, config.clone(), Some(old)).await?;
-                self.replace(old, &config).await?;
-            }
-        }
-        for gone in machines
-            .iter()
-            .filter(|m| !groups.iter().any(|g| g == m.group()))
-        {
-            step(&format!(
-                "Destroying Machine {}: there is no process group \"{}\" any more",
-                gone.id,
-                gone.group()
-            ));
-            self.client
-                .delete(&format!("{}/{}?force=true", self.machines_path(), gone.id))
-                .await?;
-        }
+            let found = machines(self.client, &self.app).await?;
+            rollout.run(&found, &groups).await
+        };
+        record.during(Box::pin(work)).await?;
         self.finish(started).await
     }
 
-    /// The configuration with the group's volume: the one that `old` has, else a free one of that name,
-    /// else a new one.
-    async fn with_volume(
-        &self,
-        group: &str,
-        mut config: MachineConfig,
-        old: Option<&Machine>,
-    ) -> Result<MachineConfig> {
-        let Some(mount) = self.loaded.config.mount_of(group) else {
-            return Ok(config);
+    /// `--plan`: what would be done, and nothing is.
+    async fn show_plan(&self) -> Result<ExitCode> {
+        let groups = self.groups("image")?;
+        let found = machines(self.client, &self.app).await?;
+        for step in self.rollout().plan(&found, &groups) {
+            println!("{step}");
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn rollout(&self) -> Rollout<'_> {
+        let deploy = &self.loaded.config.deploy;
+        let at_once = match deploy.max_unavailable {
+            None => AT_ONCE,
+            Some(MaxUnavailable::Share(share)) => AtOnce::Share(share),
+            Some(MaxUnavailable::Count(count)) => AtOnce::Count(count),
         };
-        let all = volumes::list(self.client, &self.app).await?;
-        let mut named = all
-            .into_iter()
-            .filter(|v| v.name == mount.source && v.state == "created");
-        let region = old
-            .map(|m| &m.region)
-            .or(self.loaded.config.primary_region.as_ref());
-        let volume = match old.and_then(|m| m.config.mounts.first()) {
-            Some(mounted) => named.find(|v| v.id == mounted.volume),
-            None => named
-                .find(|v| v.attached_machine_id.is_none() && region.is_none_or(|r| *r == v.region)),
+        // What is left asleep cannot be seen to be well: the old one would go for nothing.
+        let how = match deploy.strategy.unwrap_or(Strategy::Rolling) {
+            _ if self.args.detach => How::Immediate,
+            Strategy::Rolling => How::Rolling(at_once),
+            Strategy::Canary => How::Canary(at_once),
+            Strategy::Bluegreen => How::Bluegreen,
+            Strategy::Immediate => How::Immediate,
         };
-        let volume = match volume {
-            Some(volume) => volume,
-            None => {
-                let size = mount.initial_size.unwrap_or(VOLUME_GB);
-                let body = json!({"name": mount.source, "size_gb": size, "region": region});
-                let made = volumes::create(self.client, &self.app, &body).await?;
-                step(&format!(
-                    "Created volume {} ({}, {size} GB)",
-                    made.id, made.name
-                ));
-                made
-            }
+        let patience = self.args.wait_timeout.or(deploy.wait_timeout);
+        Rollout {
+            client: self.client,
+            app: self.app.clone(),
+            how,
+            patience: (how != How::Immediate).then(|| patience.unwrap_or(WAIT)),
+            detach: self.args.detach,
+            secrets: None,
+            release: None,
+        }
+    }
+
+    /// What fly.toml wants of each process group.
+    fn groups(&self, image: &str) -> Result<Vec<Group>> {
+        let config = &self.loaded.config;
+        let base = self.loaded.path.parent().unwrap_or(Path::new("."));
+        let group = |name: &String| {
+            let machine = machine_config(config, name, image, base)?;
+            Ok(Group {
+                name: name.clone(),
+                source: Source::Config(serde_json::to_value(machine)?),
+                mount: config.mount_of(name).map(|mount| MountWish {
+                    source: mount.source.clone(),
+                    destination: mount.destination.clone(),
+                    size_gb: mount.initial_size,
+                }),
+                region: config.primary_region.clone(),
+                own_guest: !has_vm(config, name),
+                count: None,
+                keep: false,
+            })
         };
-        config.mounts = vec![Mount {
-            volume: volume.id,
-            path: mount.destination.clone(),
-            name: Some(volume.name.to_string()),
-            size_gb: None,
-            encrypted: None,
-        }];
-        Ok(config)
+        config.groups().iter().map(group).collect()
     }
 
     async fn finish(&self, started: Instant) -> Result<ExitCode> {
@@ -230,115 +289,6 @@ impl Deployment<'_> {
         let digest = image::push(self.client, &layout, self.app.as_str(), &tag).await?;
         // The tag is for people; what runs is what the digest says.
         Ok(format!("{REGISTRY}/{}:{tag}@{digest}", self.app))
-    }
-
-    async fn create(&self, group: &str, config: &MachineConfig) -> Result<()> {
-        let body = json!({
-            "config": config,
-            "region": self.loaded.config.primary_region,
-            "skip_launch": self.args.detach,
-        });
-        let machine: Machine = self.client.post(&self.machines_path(), &body).await?;
-        step(&format!("Created Machine {} for \"{group}\"", machine.id));
-        self.healthy(&machine, config, "").await
-    }
-
-    /// Puts a new configuration on a Machine; puts the old one back when it does not become healthy.
-    async fn replace(&self, old: &Machine, config: &MachineConfig) -> Result<()> {
-        step(&format!(
-            "Updating Machine {}, once its host has the image",
-            old.id
-        ));
-        let updated = self.update(old, config).await?;
-        let Err(failure) = self.healthy(&updated, config, &old.newest_event()).await else {
-            return Ok(());
-        };
-        step(&format!(
-            "Machine {} is not healthy; going back to its last configuration",
-            old.id
-        ));
-        let back = async {
-            let before: Machine = self.client.get(&self.path_of(old)).await?;
-            let back = self.update(old, &old.config).await?;
-            self.healthy(&back, &old.config, &before.newest_event())
-                .await
-        };
-        match back.await {
-            Ok(()) => Err(failure.context("the deploy was undone")),
-            Err(again) => Err(failure.context(format!(
-                "the deploy failed, and going back did too ({})",
-                output::chain(&again)
-            ))),
-        }
-    }
-
-    /// Gives a Machine another configuration; an error means that it has still the one before.
-    async fn update(&self, machine: &Machine, config: &MachineConfig) -> Result<Machine> {
-        let body = json!({"config": config, "skip_launch": self.args.detach});
-        self.client.post(&self.path_of(machine), &body).await
-    }
-
-    /// Waits until a Machine that was just given this configuration is well, in what comes after the event
-    /// `since`. Ends at once when it cannot become so.
-    async fn healthy(&self, machine: &Machine, config: &MachineConfig, since: &str) -> Result<()> {
-        for warning in &machine.warnings {
-            eprintln!("Warning: {warning}");
-        }
-        let strategy = self.loaded.config.deploy.strategy;
-        if self.args.detach || strategy == Some(Strategy::Immediate) {
-            return Ok(());
-        }
-        let patience = self
-            .args
-            .wait_timeout
-            .or(self.loaded.config.deploy.wait_timeout)
-            .unwrap_or(WAIT);
-        let path = self.path_of(machine);
-        let outcome = health::wait(self.client, &path, config, since, patience).await;
-        if outcome.is_ok() {
-            step(&format!("Machine {} is healthy", machine.id));
-        } else {
-            self.show_output(machine).await;
-        }
-        outcome
-    }
-
-    /// The last lines of a Machine that failed: what its developer looks for first.
-    async fn show_output(&self, machine: &Machine) {
-        let path = format!(
-            "/v1/apps/{}/logs?follow=false&machine={}",
-            self.app, machine.id
-        );
-        let Ok(request) = self
-            .client
-            .request(http::Method::GET, &path)
-            .body(crate::client::empty())
-        else {
-            return;
-        };
-        let Ok(answer) = self.client.call(request).await else {
-            return;
-        };
-        let Ok(body) = http_body_util::BodyExt::collect(answer.into_body()).await else {
-            return;
-        };
-        let text = String::from_utf8_lossy(&body.to_bytes()).into_owned();
-        // What came before is of the last configuration. Both times are the server's.
-        let since = machine
-            .updated_at
-            .map_or(0, jiff::Timestamp::as_millisecond);
-        let lines: Vec<super::wire::LogLine> = text
-            .lines()
-            .filter_map(|l| serde_json::from_str(l).ok())
-            .filter(|l: &super::wire::LogLine| l.unix_ms >= since)
-            .collect();
-        for line in lines.iter().rev().take(20).rev() {
-            eprintln!("    {}", line.line.escape_debug());
-        }
-    }
-
-    fn path_of(&self, machine: &Machine) -> String {
-        format!("{}/{}", self.machines_path(), machine.id)
     }
 
     fn machines_path(&self) -> String {

@@ -8,36 +8,37 @@ use tern_catalog::MachineConfig;
 use tokio::time::Instant;
 
 use super::health::{POLL, Standing, stand};
-use super::{Deployment, step};
+use super::rollout::Rollout;
+use super::step;
+use crate::appconfig::AppConfig;
+use crate::client::Client;
 use crate::commands::wire::Machine;
 
 /// Longest that it may run, where fly.toml does not say.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Runs it to its end. Its Machine is destroyed whatever comes of it.
-pub async fn run(deployment: &Deployment<'_>, config: &MachineConfig) -> Result<()> {
+/// Runs it to its end. Its Machine is destroyed whatever comes of it, also where the deploy is interrupted.
+pub async fn run(rollout: &Rollout<'_>, app: &AppConfig, config: &MachineConfig) -> Result<()> {
     let command = config.init.cmd.as_deref().unwrap_or_default().join(" ");
     step(&format!("Running the release command `{command}`"));
-    let body = json!({"config": config, "region": deployment.loaded.config.primary_region});
-    let machines = deployment.machines_path();
-    let machine: Machine = deployment.client.post(&machines, &body).await?;
-    let path = format!("{machines}/{}", machine.id);
-    let outcome = ended(deployment, &path).await;
-    deployment.show_output(&machine).await;
-    let destroyed = deployment
-        .client
-        .delete(&format!("{path}?force=true"))
-        .await;
+    let name = rollout.new_name();
+    let body = json!({"config": config, "name": name, "region": app.primary_region});
+    let cleanup = rollout.unless_kept(&name);
+    let machine: Machine = rollout.client.post(&rollout.machines_path(), &body).await?;
+    let path = rollout.path_of(&machine);
+    let patience = app.deploy.release_command_timeout.unwrap_or(PATIENCE);
+    let outcome = ended(rollout.client, &path, patience).await;
+    rollout.show_output(&machine).await;
+    cleanup.forget();
+    let destroyed = rollout.client.delete(&format!("{path}?force=true")).await;
     outcome.context("the release command failed, and nothing was deployed")?;
     destroyed.with_context(|| format!("its Machine {} cannot be destroyed", machine.id))
 }
 
-async fn ended(deployment: &Deployment<'_>, path: &str) -> Result<()> {
-    let patience = deployment.loaded.config.deploy.release_command_timeout;
-    let patience = patience.unwrap_or(PATIENCE);
+async fn ended(client: &Client, path: &str, patience: Duration) -> Result<()> {
     let deadline = Instant::now() + patience;
     loop {
-        let machine: Machine = deployment.client.get(path).await?;
+        let machine: Machine = client.get(path).await?;
         match stand(&machine, "") {
             Standing::Done => return Ok(()),
             Standing::Ended(reason) => bail!("{reason}"),
