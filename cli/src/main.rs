@@ -5,6 +5,7 @@
 
 mod appconfig;
 mod args;
+mod catalog;
 mod client;
 mod commands;
 mod host;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     let outcome = match args.command {
         args::Command::Serve(serve) => serve::run(*serve),
         args::Command::Host(host) => host::run(host),
+        args::Command::Catalog(catalog) => catalog::run(catalog),
         command => commands::run(command, &args.global),
     };
     match outcome {

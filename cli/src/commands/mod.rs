@@ -61,7 +61,11 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Certs(args) => certs::run(&client, args).await,
         Command::Orgs(args) => orgs::orgs(&client, args).await,
         Command::Tokens(args) => orgs::tokens(&client, args).await,
-        Command::Serve(_) | Command::Host(_) | Command::Auth(_) | Command::Config(_) => {
+        Command::Serve(_)
+        | Command::Host(_)
+        | Command::Catalog(_)
+        | Command::Auth(_)
+        | Command::Config(_) => {
             unreachable!("handled before")
         }
     }
