@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tern_catalog::{
     App, AppName, Compare, Desired, DesiredState, Hostname, HostnameRoute, Machine, Op, OrgSlug,
-    Record as _, Snapshot, StoreError, Transaction, Volume,
+    Record as _, Snapshot, StoreError, Transaction, Volume, limits,
 };
 
 use crate::auth::Caller;
@@ -187,6 +187,11 @@ pub async fn destroy(
                 key: tern_catalog::Record::key(&**r),
             }),
     );
+    // The app itself is in the last: what fails before leaves an app that can be destroyed again.
+    while ops.len() > limits::MAX_OPS {
+        let rest = ops.split_off(ops.len() - limits::MAX_OPS);
+        shared.catalog.store().commit(Transaction::of(rest)).await?;
+    }
     let revision = shared.catalog.store().commit(Transaction::of(ops)).await?;
     shared.seen(revision).await;
     // Whoever takes the name next must not find this owner's images under it.

@@ -8,6 +8,7 @@ mod catalog;
 mod certificate;
 mod duration;
 mod etcd;
+mod held_lease;
 mod machine;
 mod machine_config;
 mod names;
@@ -19,6 +20,7 @@ mod release;
 mod secrets;
 mod sqlite;
 mod store;
+pub mod transfer;
 mod view;
 mod volume;
 
@@ -29,6 +31,7 @@ pub use certificate::{
 };
 pub use duration::GoDuration;
 pub use etcd::{EtcdConfig, EtcdStore};
+pub use held_lease::HeldLease;
 pub use machine::{
     CheckState, CheckStatus, Desired, DesiredState, Machine, MachineEvent, MachineState,
     MachineStatus,

@@ -80,6 +80,15 @@ impl SqliteStore {
         })
     }
 
+    /// Marks a file that nobody has open as left for another store, which `to` names. It is refused by
+    /// [`SqliteStore::open`] from then on, also by that of earlier versions; its records stay in it.
+    pub fn mark_moved(path: &Path, to: &str) -> Result<(), StoreError> {
+        let _lock = schema::lock(path)?;
+        let mut connection = schema::connect(path)?;
+        schema::prepare(&connection, path)?;
+        Ok(schema::mark_moved(&mut connection, to)?)
+    }
+
     async fn ask<T>(
         &self,
         job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Job,

@@ -46,6 +46,9 @@ pub enum Command {
     /// Look after the disks of this host, with or without `tern serve`
     #[command(subcommand)]
     Host(Host),
+    /// Look after where this cloud's facts are kept, while no `tern serve` runs
+    #[command(subcommand)]
+    Catalog(Catalog),
     /// Save where the API is and the token to speak with
     #[command(subcommand)]
     Auth(Auth),
@@ -111,6 +114,96 @@ pub enum Host {
     Quarantine(Quarantine),
 }
 
+/// `tern catalog`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Catalog {
+    /// Move all records into another store, which must be empty, and read them back
+    ///
+    /// Stop every `tern serve` first, and back up the data directory. The source keeps its records, marked so that no
+    /// `tern serve` goes on with them; start it on the target from then on.
+    Move {
+        /// Where the catalog is
+        #[arg(long, value_enum)]
+        from: StoreKind,
+        /// Where it is to be
+        #[arg(long, value_enum)]
+        to: StoreKind,
+        #[command(flatten)]
+        at: DataDir,
+        #[command(flatten)]
+        etcd: Etcd,
+    },
+}
+
+/// What a catalog can be kept in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StoreKind {
+    /// The file `catalog.db` in the data directory
+    Sqlite,
+    /// The etcd cluster that --etcd names
+    Etcd,
+}
+
+/// Where etcd is, and how to be let in.
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct Etcd {
+    /// Keep the catalog in this etcd cluster (3.4 or later) instead of a file: its members, as in
+    /// https://a:2379,https://b:2379, tried in this order
+    #[arg(
+        id = "etcd",
+        long = "etcd",
+        env = "TERN_ETCD",
+        value_name = "URLS",
+        value_delimiter = ','
+    )]
+    pub members: Vec<String>,
+    /// The authority that signed the certificates of etcd's members (PEM)
+    #[arg(
+        id = "etcd_ca",
+        long = "etcd-ca",
+        env = "TERN_ETCD_CA",
+        value_name = "FILE",
+        requires = "etcd"
+    )]
+    pub ca: Option<PathBuf>,
+    /// The certificate that etcd knows this host by (PEM)
+    #[arg(
+        id = "etcd_cert",
+        long = "etcd-cert",
+        env = "TERN_ETCD_CERT",
+        value_name = "FILE",
+        requires = "etcd_key"
+    )]
+    pub cert: Option<PathBuf>,
+    /// Its private key (PEM)
+    #[arg(
+        id = "etcd_key",
+        long = "etcd-key",
+        env = "TERN_ETCD_KEY",
+        value_name = "FILE",
+        requires = "etcd_cert"
+    )]
+    pub key: Option<PathBuf>,
+    /// The user to log in to etcd as
+    #[arg(
+        id = "etcd_user",
+        long = "etcd-user",
+        env = "TERN_ETCD_USER",
+        value_name = "NAME",
+        requires = "etcd_password_file"
+    )]
+    pub user: Option<String>,
+    /// The file with that user's password
+    #[arg(
+        id = "etcd_password_file",
+        long = "etcd-password-file",
+        env = "TERN_ETCD_PASSWORD_FILE",
+        value_name = "FILE",
+        requires = "etcd_user"
+    )]
+    pub password_file: Option<PathBuf>,
+}
+
 /// `tern host quarantine`.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Quarantine {
@@ -168,6 +261,8 @@ pub struct Serve {
     /// Where everything is kept
     #[arg(long, env = "TERN_DATA_DIR", default_value = "/var/lib/tern")]
     pub data_dir: PathBuf,
+    #[command(flatten)]
+    pub etcd: Etcd,
     /// This host's number, 1 or more, unique among your hosts
     #[arg(long, default_value_t = 1)]
     pub host_id: u32,
@@ -884,6 +979,34 @@ mod tests {
                 .is_some_and(|e| e.contains("cannot be used with")),
             "{error:?}"
         );
+    }
+
+    #[test]
+    fn etcd_is_named_by_its_members_with_all_that_it_takes() {
+        let serve = |options: &[&str]| {
+            let words = ["tern", "serve"].iter().chain(options);
+            match Args::try_parse_from(words)?.command {
+                Command::Serve(serve) => Ok::<_, clap::Error>(serve.etcd),
+                _ => panic!("not serve"),
+            }
+        };
+        assert!(serve(&[]).unwrap().members.is_empty());
+        let etcd = serve(&[
+            "--etcd=https://a:2379,https://b:2379",
+            "--etcd-ca=ca.pem",
+            "--etcd-cert=c.pem",
+            "--etcd-key=c.key",
+            "--etcd-user=tern",
+            "--etcd-password-file=password",
+        ]);
+        assert_eq!(etcd.unwrap().members, ["https://a:2379", "https://b:2379"]);
+        for half in [
+            &["--etcd-ca=ca.pem"][..],
+            &["--etcd=https://a:2379", "--etcd-cert=c.pem"],
+            &["--etcd=https://a:2379", "--etcd-user=tern"],
+        ] {
+            assert!(serve(half).is_err(), "{half:?}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod appconfig;
 mod args;
+mod catalog;
 mod client;
 mod commands;
 mod doctor;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
         args::Command::Serve(serve) => serve::run(*serve),
         args::Command::Doctor(doctor) => doctor::run(&doctor),
         args::Command::Host(host) => host::run(host),
+        args::Command::Catalog(catalog) => catalog::run(catalog),
         command => commands::run(command, &args.global),
     };
     match outcome {

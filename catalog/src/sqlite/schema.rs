@@ -15,6 +15,9 @@ pub(super) const HISTORY: Revision = 10_000;
 
 /// The layout of the tables; raised with each change of it.
 const VERSION: i64 = 1;
+/// The layout's number of a file that was left for another store. No version of Tern reads it, those that do not
+/// know of moves included.
+const MOVED: i64 = 1_000_000;
 /// Longest a connection waits for the other's lock.
 const BUSY: Duration = Duration::from_secs(10);
 
@@ -94,6 +97,16 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<(), StoreE
         .map_err(|e| wrong(&e))?;
     if tables > 0 {
         let version = meta(connection, "version").map_err(|e| wrong(&e))?;
+        if version == MOVED {
+            let sql = "SELECT target FROM moved";
+            let to: String = connection
+                .query_row(sql, [], |row| row.get(0))
+                .map_err(|e| wrong(&e))?;
+            return Err(StoreError::Invalid(format!(
+                "the catalog in {} was moved to {to}: serve from there",
+                path.display()
+            )));
+        }
         if version != VERSION {
             return Err(wrong(&format!(
                 "it has layout {version}, this version of tern reads layout {VERSION}"
@@ -101,6 +114,15 @@ pub(super) fn prepare(connection: &Connection, path: &Path) -> Result<(), StoreE
         }
     }
     connection.execute_batch(TABLES).map_err(|e| wrong(&e))
+}
+
+/// Marks the file as left for another store: from now on it is refused, and its records stay.
+pub(super) fn mark_moved(connection: &mut Connection, to: &str) -> rusqlite::Result<()> {
+    let marking = connection.transaction()?;
+    marking.execute_batch("CREATE TABLE moved (target TEXT NOT NULL)")?;
+    marking.execute("INSERT INTO moved VALUES (?1)", params![to])?;
+    set_meta(&marking, "version", MOVED.cast_unsigned())?;
+    marking.commit()
 }
 
 /// The revision of the last commit.

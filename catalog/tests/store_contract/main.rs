@@ -10,6 +10,7 @@ mod crash;
 mod failover;
 mod leases;
 mod model;
+mod moves;
 mod watches;
 
 use std::sync::Arc;

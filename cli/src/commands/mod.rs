@@ -70,6 +70,7 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Serve(_)
         | Command::Doctor(_)
         | Command::Host(_)
+        | Command::Catalog(_)
         | Command::Auth(_)
         | Command::Config(_) => {
             unreachable!("handled before")

@@ -18,7 +18,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum as _;
 use tern_api::{ApiConfig, ApiServer, REGISTRY_NAME};
-use tern_catalog::{Catalog, HostId, PortRanges, SqliteStore, Store, View};
+use tern_catalog::{Catalog, HostId, PortRanges, View};
 use tern_certs::{CertsConfig, Issuer, Sealer};
 use tern_dns::{Dns, DnsConfig};
 use tern_edge::{AccessLogConfig, Edge, EdgeConfig, Limits};
@@ -79,7 +79,7 @@ async fn serve(args: Serve) -> Result<()> {
         probe_vhost_net(Path::new(VHOST_NET))?;
     }
 
-    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&args.data_dir.join("catalog.db"))?);
+    let store = crate::catalog::open(&args.data_dir, &args.etcd).await?;
     let catalog = Catalog::new(Arc::clone(&store));
     let view = View::follow(store).await?;
     let key = MeshKey::load_or_create(&args.data_dir.join("keys/wireguard.key"))?;
