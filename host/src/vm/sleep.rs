@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::{Vm, told};
 use crate::dir::{Durability, Seal};
+use crate::disk_space::room_for;
 use crate::machine::core::DRAIN_TIME;
 use crate::machine::hands::SleepFailure;
 use crate::monitor::control;
@@ -31,6 +32,12 @@ impl Vm {
         };
         running.sleeps.store(true, Ordering::Release);
         let write = async {
+            // It runs on rather than take the last bytes. One that has woken before has its room already.
+            if !self.dir.snapshot().exists() {
+                let machine = self.host.machine(&self.id);
+                let mib = machine.map_or(0, |m| u64::from(m.config.guest.memory_mb));
+                room_for(self.dir.path(), mib << 20).map_err(told)?;
+            }
             self.dir.set_suspending(true).map_err(told)?;
             control::pause(&socket).await.map_err(|e| e.to_string())?;
             control::snapshot(&socket)
