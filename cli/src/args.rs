@@ -130,6 +130,28 @@ pub struct DataDir {
     pub data_dir: PathBuf,
 }
 
+/// An address, or `none`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MetricsAddress(pub Option<SocketAddr>);
+
+impl std::str::FromStr for MetricsAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        let address = text.parse().map(|address| Self(Some(address)));
+        address
+            .map_err(|_| "write an address and a port, as in 127.0.0.1:9464, or `none`".to_owned())
+    }
+}
+
+fn fraction(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|n| (0.0..=1.0).contains(n));
+    number.ok_or_else(|| "write a number from 0 to 1".to_owned())
+}
+
 /// `tern serve`.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Serve {
@@ -158,6 +180,17 @@ pub struct Serve {
     /// They are open while an app names them
     #[arg(long, default_value_t, value_name = "RANGES")]
     pub service_ports: PortRanges,
+    /// Where Prometheus finds what this server counts (`/metrics`, documented in docs/metrics.md); `none` serves it nowhere.
+    /// Who can reach it may read it: keep it private
+    #[arg(long, default_value = "127.0.0.1:9464", value_name = "ADDRESS")]
+    pub metrics: MetricsAddress,
+    /// Write a line of JSON for each request to this file, or to `stdout` (fields: docs/edge.md). The file may be moved
+    /// away at any time, by logrotate say
+    #[arg(long, value_name = "PATH")]
+    pub access_log: Option<String>,
+    /// The part of all requests that the access log has, from 0 to 1
+    #[arg(long, default_value_t = 1.0, value_parser = fraction, requires = "access_log")]
+    pub access_log_sample: f64,
     /// Serve no HTTP/3. It takes the same ports of UDP as HTTPS takes of TCP
     #[arg(long)]
     pub no_http3: bool,

@@ -12,6 +12,7 @@ use tern_catalog::{HostId, PortRanges, View};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
+use crate::access::{AccessLog, AccessLogConfig};
 use crate::control::MachineControl;
 use crate::door::{Door, Porter};
 use crate::entrance;
@@ -47,6 +48,8 @@ pub struct EdgeConfig {
     pub threads: usize,
     /// How long clients may take.
     pub limits: Limits,
+    /// Where requests are written down, if they are.
+    pub access_log: Option<AccessLogConfig>,
 }
 
 /// A running edge.
@@ -94,11 +97,16 @@ impl Edge {
             Arc::clone(&metrics),
             config.wake_timeout,
         );
+        let access = config
+            .access_log
+            .map(|log| AccessLog::open(log, Arc::clone(&metrics)))
+            .transpose()?;
         let mut shared = Shared {
             view,
             gate: gate.clone(),
             metrics: Arc::clone(&metrics),
             region: config.region.as_str().into(),
+            access,
             tls: Arc::new(tls::Configs::new(Arc::clone(&resolver)).map_err(io::Error::other)?),
             ports: Arc::new(ArcSwap::default()),
             quic: Arc::new(tls::quic(resolver).map_err(io::Error::other)?),
@@ -185,7 +193,7 @@ impl Edge {
     }
 
     /// What it counts.
-    pub fn metrics(&self) -> &Metrics {
+    pub fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
     }
 

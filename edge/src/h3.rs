@@ -125,7 +125,12 @@ pub async fn accept(
             }
         } else {
             worker.metrics.connections.add();
-            connections.spawn_local(serve(incoming, entrance, Rc::clone(&worker)));
+            let open = worker.metrics.open_connections.count();
+            let serving = serve(incoming, entrance, Rc::clone(&worker));
+            connections.spawn_local(async move {
+                serving.await;
+                drop(open);
+            });
         }
     }
     // Those that are open go on; new ones find nobody.

@@ -15,6 +15,7 @@
 //!
 //! [`View`]: tern_catalog::View
 
+mod access;
 mod config;
 mod control;
 mod door;
@@ -40,7 +41,8 @@ mod tls;
 mod udp;
 mod worker;
 
+pub use access::AccessLogConfig;
 pub use config::{Edge, EdgeConfig};
 pub use control::{Leaving, MachineControl, StartError};
 pub use limits::Limits;
-pub use metrics::Metrics;
+pub use metrics::{AppMetrics, BOUNDS, Counter, Gauge, Histogram, Metrics};

@@ -14,11 +14,12 @@ use tern_catalog::{
 
 use crate::entrance::Entrance;
 use crate::headers::Changes;
+use crate::metrics::{AppMetrics, Metrics};
 use crate::tls;
 
 /// What answers to a host name at an entrance: all that a request needs to know of its service, made once per
 /// revision of the catalog.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub struct Site {
     /// The name, as the catalog writes it.
     pub hostname: Hostname,
@@ -34,6 +35,8 @@ pub struct Site {
     pub idle_timeout: Duration,
     /// Changes to replies.
     pub changes: Changes,
+    /// What is counted of its app.
+    pub metrics: Arc<AppMetrics>,
 }
 
 /// Why a request goes nowhere.
@@ -76,16 +79,18 @@ pub struct Sites {
     /// Where a service says nothing.
     idle_timeout: Duration,
     configs: Arc<tls::Configs>,
+    metrics: Arc<Metrics>,
     revision: Revision,
     known: HashMap<(Entrance, Bytes), Rc<Site>>,
     secure: HashMap<(u16, String), Secure>,
 }
 
 impl Sites {
-    pub fn new(idle_timeout: Duration, configs: Arc<tls::Configs>) -> Self {
+    pub fn new(idle_timeout: Duration, configs: Arc<tls::Configs>, metrics: Arc<Metrics>) -> Self {
         Self {
             idle_timeout,
             configs,
+            metrics,
             revision: Revision::default(),
             known: HashMap::new(),
             secure: HashMap::new(),
@@ -132,7 +137,13 @@ impl Sites {
         }
         let name = std::str::from_utf8(authority).ok().and_then(hostname);
         let name = name.ok_or(NoSite::UnknownHost)?;
-        let site = Rc::new(find(snapshot, &name, entrance, self.idle_timeout)?);
+        let site = Rc::new(find(
+            snapshot,
+            &name,
+            entrance,
+            self.idle_timeout,
+            &self.metrics,
+        )?);
         // A copy of its own: the request's buffer is not to be kept for it.
         let key = (entrance, Bytes::copy_from_slice(authority));
         self.known.insert(key, Rc::clone(&site));
@@ -163,6 +174,7 @@ fn find(
     hostname: &Hostname,
     entrance: Entrance,
     idle_timeout: Duration,
+    metrics: &Metrics,
 ) -> Result<Site, NoSite> {
     let route = snapshot.hostnames.get(hostname);
     let app = &route.ok_or(NoSite::UnknownHost)?.app;
@@ -180,6 +192,7 @@ fn find(
     Ok(Site {
         hostname: hostname.clone(),
         app: app.clone(),
+        metrics: metrics.app(app),
         internal_port: service.internal_port,
         h2_backend: options.is_some_and(|o| o.h2_backend),
         force_https: port.force_https && !entrance.tls,

@@ -22,6 +22,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::access::AccessLog;
 use crate::door::{Door, Opened, Opening, opening};
 use crate::entrance::Entrance;
 use crate::gate::Gate;
@@ -39,6 +40,7 @@ pub struct Shared {
     pub gate: Gate,
     pub metrics: Arc<Metrics>,
     pub region: Arc<str>,
+    pub access: Option<AccessLog>,
     pub tls: Arc<tls::Configs>,
     /// What services claim of the public ports.
     pub ports: Arc<ArcSwap<PublicPorts>>,
@@ -58,6 +60,7 @@ pub struct Worker {
     pub gate: Gate,
     pub metrics: Arc<Metrics>,
     pub region: Arc<str>,
+    pub access: Option<AccessLog>,
     pub limits: Limits,
     pub ending: CancellationToken,
     pub ended: CancellationToken,
@@ -131,9 +134,14 @@ async fn serve(
     let worker = Rc::new(Worker {
         view: shared.view,
         gate: shared.gate,
-        metrics: shared.metrics,
         region: shared.region,
-        sites: RefCell::new(Sites::new(shared.limits.idle, shared.tls)),
+        sites: RefCell::new(Sites::new(
+            shared.limits.idle,
+            shared.tls,
+            Arc::clone(&shared.metrics),
+        )),
+        metrics: shared.metrics,
+        access: shared.access,
         limits: shared.limits,
         ending: shared.ending,
         ended: shared.ended,
@@ -220,10 +228,11 @@ async fn accept(
         match accepted {
             (Ok(place), Ok((stream, client))) => {
                 worker.metrics.connections.add();
+                let open = worker.metrics.open_connections.count();
                 let serving = Rc::clone(&worker).connection(stream, client, port);
                 connections.spawn_local(async move {
                     serving.await;
-                    drop(place);
+                    drop((place, open));
                 });
             }
             (Err(_), _) => return,

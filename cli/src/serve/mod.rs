@@ -6,6 +6,7 @@
 
 pub(crate) mod adapters;
 mod bootstrap;
+mod metrics;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -20,7 +21,7 @@ use tern_api::{ApiConfig, ApiServer, REGISTRY_NAME};
 use tern_catalog::{Catalog, HostId, PortRanges, SqliteStore, Store, View};
 use tern_certs::{CertsConfig, Issuer, Sealer};
 use tern_dns::{Dns, DnsConfig};
-use tern_edge::{Edge, EdgeConfig, Limits};
+use tern_edge::{AccessLogConfig, Edge, EdgeConfig, Limits};
 use tern_host::{Agent, HostConfig, RateLimits, Registry};
 use tern_mesh::{Mesh, MeshConfig, MeshKey};
 use tokio::signal::unix::{SignalKind, signal};
@@ -61,6 +62,15 @@ async fn serve(args: Serve) -> Result<()> {
         args.host_id > 0,
         "--host-id starts at 1; 0 is the hosts' network"
     );
+    // Early: an address that is taken is told before anything has begun.
+    let measured = match args.metrics.0 {
+        Some(address) => Some(
+            metrics::listen(address)
+                .await
+                .context("--metrics (give it another address, or `none`)")?,
+        ),
+        None => None,
+    };
     let files = Files::find(&args)?;
     make_private_dir(&args.data_dir)?;
     probe(&files.vmm, args.cpu_template).await?;
@@ -121,10 +131,12 @@ async fn serve(args: Serve) -> Result<()> {
         threads: EdgeConfig::threads_of_this_host(),
         http3: !args.no_http3,
         limits: Limits::default(),
+        access_log: access_log(&args),
     };
     let edge = Edge::start(edge, view.clone(), issuer.resolver(), adapter.clone())
         .await
         .context("the edge")?;
+    let measured_view = view.clone();
     let api = ApiConfig {
         listen: args.api,
         registry_dir: args.data_dir.join("registry"),
@@ -139,6 +151,14 @@ async fn serve(args: Serve) -> Result<()> {
         .with_context(|| format!("the API on {}", args.api))?;
     let end = CancellationToken::new();
     let api = tokio::spawn(api.run(end.clone()));
+    if let Some(listener) = measured {
+        let sources = metrics::Sources {
+            edge: Arc::clone(edge.metrics()),
+            agent: agent.handle().metrics(),
+            view: measured_view,
+        };
+        tokio::spawn(metrics::serve(listener, sources, end.clone()));
+    }
     tracing::info!(api = %args.api, data = %args.data_dir.display(), "serving");
 
     let ended = tokio::select! {
@@ -272,11 +292,25 @@ fn service_addresses(args: &Serve) -> Vec<IpAddr> {
     all
 }
 
+/// Where requests are written down.
+fn access_log(args: &Serve) -> Option<AccessLogConfig> {
+    let path = match args.access_log.as_deref()? {
+        "stdout" => None,
+        path => Some(PathBuf::from(path)),
+    };
+    Some(AccessLogConfig {
+        path,
+        sample: args.access_log_sample,
+    })
+}
+
 /// The ports that services may have: never those that this server itself listens on. A service of that port would
 /// keep it from its next start.
 fn service_ports(args: &Serve) -> PortRanges {
     let public = args.http.iter().chain(&args.https);
-    let own = public.chain([&args.api, &args.wireguard]);
+    let own = public
+        .chain([&args.api, &args.wireguard])
+        .chain(&args.metrics.0);
     let own: Vec<u16> = own.map(SocketAddr::port).collect();
     args.service_ports.clone().without(&own)
 }

@@ -69,6 +69,7 @@ pub fn run() -> Result<()> {
             wake_timeout: Duration::from_secs(20),
             threads: 1,
             http3: true,
+            access_log: None,
             limits: Limits::default(),
         };
         let _edge = Edge::start(config, view, resolver, Arc::new(Runs))

@@ -341,6 +341,7 @@ impl Gate {
         });
         match &outcome {
             Ok(at) => {
+                inner.metrics.wake_durations.add(begun.elapsed());
                 tracing::debug!(machine = %id, %at, millis = begun.elapsed().as_millis(), "woken")
             }
             Err(error) => {

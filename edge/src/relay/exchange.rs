@@ -4,14 +4,16 @@ use std::future::poll_fn;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::Version;
-use tern_catalog::{ChallengeKind, ServiceProtocol};
+use jiff::{SignedDuration, Timestamp};
+use tern_catalog::{ChallengeKind, MachineId, ServiceProtocol};
 
 use super::pool::{self, Key};
 use super::pump::{Failure, Pump};
 use super::sides::{App, Client, Gone, Lost};
+use crate::access::{self, AccessLog};
 use crate::entrance::{self, Entrance};
 use crate::gate::Admission;
 use crate::headers::Facts;
@@ -68,28 +70,39 @@ pub async fn exchange<C: Client>(
         version: head.version,
         alt_svc: worker.alt_svc(connection.entrance, head.version),
     };
-    let (ended, status) = match route(worker, connection.entrance, head) {
+    let begun = Instant::now();
+    let mut tally = Tally::default();
+    let site = route(worker, connection.entrance, head);
+    let (ended, status) = match &site {
         Ok(site) => {
             let mut request = Attempts {
                 worker,
                 client,
                 timer,
                 head,
-                site: &site,
+                site,
                 facts: &facts,
+                tally: &mut tally,
                 connects: 0,
                 replayed: false,
             };
-            request.run().await
+            let ended = request.run().await;
+            let metrics = &site.metrics;
+            metrics.ended(ended.1, tally.received, tally.sent, begun.elapsed());
+            ended
         }
         Err(page) => {
             worker.metrics.refused.add();
             timer.set(PAGE);
             let status = page.status;
             let request = Some((head, request_id.as_str()));
-            (page.send(client, timer, request).await, status)
+            (page.clone().send(client, timer, request).await, status)
         }
     };
+    if let Some(log) = worker.access.as_ref().filter(|log| log.takes()) {
+        let site = site.as_ref().ok().map(|site| &**site);
+        tally.write(log, head, site, &facts, begun.elapsed(), (ended, status));
+    }
     tracing::debug!(
         method = %head.method,
         target = %String::from_utf8_lossy(&head.target),
@@ -99,6 +112,64 @@ pub async fn exchange<C: Client>(
         "request"
     );
     ended
+}
+
+/// What is told of a request when it is over.
+#[derive(Debug, Default)]
+struct Tally {
+    /// The Machine that had it last.
+    machine: Option<MachineId>,
+    /// For places at Machines.
+    waited: Duration,
+    /// From when the app was sent the request to its head.
+    app: Option<Duration>,
+    /// Bytes of content, both ways.
+    received: u64,
+    sent: u64,
+}
+
+impl Tally {
+    fn write(
+        &self,
+        log: &AccessLog,
+        head: &RequestHead,
+        site: Option<&Site>,
+        facts: &Facts<'_>,
+        took: Duration,
+        (ended, status): (Ended, u16),
+    ) {
+        let millis = |d: Duration| (d.as_secs_f64() * 1e6).round() / 1e3;
+        let first = |name| head.fields.all(name).next();
+        let agent = first("user-agent").map(access::shortened);
+        let begun = Timestamp::now() - SignedDuration::try_from(took).unwrap_or_default();
+        log.give(&access::Line {
+            time: format!("{begun:.3}"),
+            request_id: facts.request_id,
+            client: facts.client,
+            host: &access::shortened(&head.authority),
+            app: site.map(|site| site.app.as_str()),
+            machine: self.machine.as_ref().map(MachineId::as_str),
+            method: head.method.as_str(),
+            path: &access::shortened(&head.target),
+            protocol: match head.version {
+                Version::HTTP_10 => "HTTP/1.0",
+                Version::HTTP_11 => "HTTP/1.1",
+                Version::HTTP_2 => "HTTP/2",
+                _ => "HTTP/3",
+            },
+            port: facts.entrance.port,
+            tls: facts.entrance.tls,
+            status,
+            received: self.received,
+            sent: self.sent,
+            duration_ms: millis(took),
+            waited_ms: millis(self.waited),
+            app_ms: self.app.map(millis),
+            whole: ended == Ended::Whole,
+            user_agent: agent.as_deref(),
+            trace_id: first("traceparent").and_then(access::trace_id),
+        });
+    }
 }
 
 /// Where a request goes, or what it is answered instead.
@@ -143,6 +214,7 @@ struct Attempts<'a, C> {
     head: &'a RequestHead,
     site: &'a Site,
     facts: &'a Facts<'a>,
+    tally: &'a mut Tally,
     connects: u32,
     /// It was lost with a Machine once, and sent again.
     replayed: bool,
@@ -173,10 +245,16 @@ impl<C: Client> Attempts<'_, C> {
     }
 
     async fn once(&mut self) -> Tried {
-        let admission = match self.admit().await {
+        let begun = Instant::now();
+        let admitted = self.admit().await;
+        self.tally.waited += begun.elapsed();
+        let admission = match admitted {
             Ok(admission) => admission,
             Err(tried) => return tried,
         };
+        if self.worker.access.is_some() {
+            self.tally.machine = Some(admission.machine.clone());
+        }
         let key = Key {
             address: admission.address,
             epoch: admission.epoch,
@@ -272,9 +350,14 @@ impl<C: Client> Attempts<'_, C> {
             self.facts,
             &self.worker.metrics,
         );
+        let begun = Instant::now();
         let timer = &mut *self.timer;
         let outcome = poll_fn(|cx| pump.poll(cx, timer)).await;
         let status = pump.status();
+        let (up, down, answered) = pump.moved();
+        self.tally.received += up;
+        self.tally.sent += down;
+        self.tally.app = answered.map(|at| at - begun);
         (outcome, status, app)
     }
 

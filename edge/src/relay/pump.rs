@@ -2,6 +2,7 @@
 //! has no room for.
 
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use super::sides::{App, Client, Gone, Lost, Reply, ReplyFields};
 use crate::headers::Facts;
@@ -26,6 +27,11 @@ pub struct Pump<'a, C> {
     interim: u32,
     /// The status that the client was given; 0 before.
     status: u16,
+    /// Bytes of content that the app and the client were given.
+    up_bytes: u64,
+    down_bytes: u64,
+    /// When the app's final head was there.
+    answered: Option<Instant>,
     /// Something moved since this was last asked.
     moved: bool,
 }
@@ -82,6 +88,9 @@ impl<'a, C: Client> Pump<'a, C> {
             down: Down::Head,
             interim: 0,
             status: 0,
+            up_bytes: 0,
+            down_bytes: 0,
+            answered: None,
             moved: true,
         }
     }
@@ -89,6 +98,11 @@ impl<'a, C: Client> Pump<'a, C> {
     /// The status that the client was given; 0 if none.
     pub fn status(&self) -> u16 {
         self.status
+    }
+
+    /// Bytes of content that the app and the client were given, and when the app's head was there.
+    pub fn moved(&self) -> (u64, u64, Option<Instant>) {
+        (self.up_bytes, self.down_bytes, self.answered)
     }
 
     /// Runs until the reply is with the client, and in a tunnel until both directions have ended.
@@ -136,6 +150,7 @@ impl<'a, C: Client> Pump<'a, C> {
                     let given = match self.client.poll_content(cx) {
                         Poll::Ready(Ok(Piece::Data(data, last))) => {
                             self.up = if last { Up::Flush } else { Up::Content };
+                            self.up_bytes += data.len() as u64;
                             self.app.give(data, last)
                         }
                         Poll::Ready(Ok(Piece::End(trailers))) => {
@@ -188,6 +203,7 @@ impl<'a, C: Client> Pump<'a, C> {
                     ready!(self.client.poll_room(cx)).map_err(Failure::Client)?;
                     match self.app.poll_content(cx) {
                         Poll::Ready(Ok(Piece::Data(data, last))) => {
+                            self.down_bytes += data.len() as u64;
                             self.client.give(data, last).map_err(Failure::Client)?;
                             if last {
                                 self.down = Down::Flush;
@@ -248,6 +264,7 @@ impl<'a, C: Client> Pump<'a, C> {
             )));
         }
         self.metrics.proxied.add();
+        self.answered = Some(Instant::now());
         self.client.begin(&reply).map_err(Failure::Client)?;
         self.status = head.status;
         self.down = if reply.ends_here() {

@@ -233,3 +233,49 @@ async fn requests_under_way_are_finished_when_it_ends() {
     assert!(TcpStream::connect(http).await.is_err());
     drop(agent);
 }
+
+#[tokio::test]
+async fn each_request_is_written_down_and_counted_for_its_app() {
+    let world = World::new("", NEVER).await;
+    let trace = "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let data = ["--http2", "-A", "me", "-H", trace, "--data-binary", "12345"];
+    let reply = world.text("/echo?a=b", &data).await;
+    assert!(reply.contains("12345"), "{reply}");
+    raw(
+        &world,
+        b"GET /none HTTP/1.1\r\nHost: nobody.test\r\nConnection: close\r\n\r\n",
+    )
+    .await;
+    let lines = world.access_log(2).await;
+    let line = &lines[0];
+    for (field, value) in [
+        ("app", "shop"),
+        ("host", &format!("{HOST}:{}", world.https.port())),
+        ("method", "POST"),
+        ("path", "/echo?a=b"),
+        ("protocol", "HTTP/2"),
+        ("client", "127.0.0.1"),
+        ("user_agent", "me"),
+        ("trace_id", "4bf92f3577b34da6a3ce929d0e0e4736"),
+    ] {
+        assert_eq!(line[field], value, "{field}: {line}");
+    }
+    for (field, value) in [("status", 200), ("port", 443), ("received", 5), ("sent", 5)] {
+        assert_eq!(line[field], value, "{field}: {line}");
+    }
+    assert_eq!((&line["tls"], &line["whole"]), (&true.into(), &true.into()));
+    assert_eq!(line["request_id"].as_str().unwrap().len(), 26);
+    assert_eq!(line["machine"].as_str().unwrap().len(), 14);
+    // It waited for the Machine's start, and was answered after that.
+    let millis = |field: &str| line[field].as_f64().unwrap();
+    assert!(millis("waited_ms") >= 150.0 && millis("duration_ms") >= millis("waited_ms"));
+    let last = lines.last().unwrap();
+    assert_eq!((&last["status"], last.get("app")), (&404.into(), None));
+    // Counted where it went to an app.
+    let apps = world.edge.metrics().apps(|_| true);
+    let (app, counts) = &apps[0];
+    assert_eq!((apps.len(), app.as_str()), (1, "shop"));
+    assert_eq!(counts.classes()[2], ("2xx", lines.len() as u64 - 1));
+    assert_eq!(counts.received.get(), 5);
+    assert_eq!(world.edge.metrics().wake_durations.get().1, 1);
+}

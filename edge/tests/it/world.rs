@@ -25,7 +25,7 @@ use tern_catalog::{
     Catalog, Desired, DesiredState, HostId, HostnameRoute, Machine, MachineConfig, MachineId,
     MachineNumber, MachineState, MachineStatus, NetworkId, SqliteStore, Store, View,
 };
-use tern_edge::{Edge, EdgeConfig, Leaving, Limits, MachineControl, StartError};
+use tern_edge::{AccessLogConfig, Edge, EdgeConfig, Leaving, Limits, MachineControl, StartError};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{mpsc, oneshot};
 
@@ -163,6 +163,10 @@ impl World {
             wake_timeout: WAKE_TIMEOUT,
             threads: 2,
             http3: true,
+            access_log: Some(AccessLogConfig {
+                path: Some(files.path().join("access.log")),
+                sample: 1.0,
+            }),
             limits: Limits::default(),
         };
         let resolver = Arc::new(OneCertificate(certificate));
@@ -214,6 +218,20 @@ impl World {
     /// The file with the certificate, which is its own authority.
     pub fn certificate(&self) -> std::path::PathBuf {
         self.files.path().join("ca.pem")
+    }
+
+    /// The access log's lines, once there are so many.
+    pub async fn access_log(&self, count: usize) -> Vec<serde_json::Value> {
+        let path = self.files.path().join("access.log");
+        loop {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let whole = text.split_inclusive('\n').filter(|l| l.ends_with('\n'));
+            let all: Vec<_> = whole.map(|l| serde_json::from_str(l).unwrap()).collect();
+            if all.len() >= count {
+                return all;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// The hash of the certificate's public key, as browsers pin it.

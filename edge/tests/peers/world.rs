@@ -123,6 +123,7 @@ impl World {
             // One, so that all clients share its connections to the app.
             http3: false,
             threads: 1,
+            access_log: None,
             limits: options.limits,
         };
         let edge = Edge::start(config, view, Arc::new(resolver), agent.clone())
