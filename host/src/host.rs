@@ -14,6 +14,7 @@ use crate::cgroup::Groups;
 use crate::config::HostConfig;
 use crate::departures::Departures;
 use crate::disk::Blank;
+use crate::disk_space::room_for;
 use crate::machine::core::BootFailure;
 use crate::metrics::Metrics;
 use crate::network::Network;
@@ -78,6 +79,9 @@ impl Host {
             return Ok(image);
         }
         let source = self.source(name, known).map_err(|e| failed(&e, true))?;
+        room_for(&self.config.data_dir, 0).map_err(|error| {
+            BootFailure::passing(format!("the image {name} cannot be had: {error}"))
+        })?;
         let named = name.to_owned();
         let progress = move |progress| match progress {
             Progress::Resolved {

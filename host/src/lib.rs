@@ -19,6 +19,7 @@
 //! | `capacity` | whether this host has room for one more that runs |
 //! | `cgroup`, `oom`, `block_device`, `page_cache` | what it may take of the host |
 //! | `activity`, `departures` | when it was last of use to anybody; that it is about to sleep |
+//! | `disk_space` | whether there is room for new work |
 //! | `quarantine` | Machines on the disk that the catalog does not know |
 //! | `checks`, `logs`, `last_words`, `metrics` | what is seen of it |
 
@@ -33,6 +34,7 @@ mod config;
 mod departures;
 mod dir;
 mod disk;
+mod disk_space;
 mod guest;
 mod host;
 mod images;

@@ -57,6 +57,7 @@ impl Place {
             vcpus: 1,
             memory_mib: 1,
             cpu_template: Default::default(),
+            nested: false,
             kernel: at("kernel"),
             initramfs: Vec::new(),
             cmdline: String::new(),

@@ -52,6 +52,7 @@ pub(crate) struct Start<'a> {
 impl Monitor {
     /// Starts one.
     pub(crate) fn spawn(start: Start<'_>) -> io::Result<Self> {
+        make_way(start.log)?;
         let log = File::options().create(true).append(true).open(start.log)?;
         let mut command = Command::new(start.binary);
         command.arg("run").arg("--config").arg(start.config);
@@ -156,6 +157,19 @@ impl Monitor {
     }
 }
 
+/// Puts a log that has grown long aside, in place of the one before it.
+fn make_way(log: &Path) -> io::Result<()> {
+    if std::fs::metadata(log).is_ok_and(|log| log.is_file() && log.len() > LONG_LOG) {
+        let mut before = log.as_os_str().to_owned();
+        before.push(".1");
+        std::fs::rename(log, before)?;
+    }
+    Ok(())
+}
+
+/// A monitor says some lines in its life.
+const LONG_LOG: u64 = 1 << 20;
+
 /// Starts `command` as the first process of a new PID namespace.
 ///
 /// From a thread of its own, which then ends: the namespace of a thread's children cannot be taken back.
@@ -239,6 +253,22 @@ mod tests {
         child.wait().unwrap();
         monitor.kill();
         assert!(Monitor::adopt(&pid_file).unwrap().is_none(), "stale file");
+    }
+
+    #[test]
+    fn a_long_log_makes_way_for_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let (log, before) = (dir.path().join("vmm.log"), dir.path().join("vmm.log.1"));
+        make_way(&log).unwrap();
+        std::fs::write(&log, "short").unwrap();
+        make_way(&log).unwrap();
+        assert!(log.exists() && !before.exists());
+        for text in [b'a', b'b'] {
+            std::fs::write(&log, vec![text; LONG_LOG as usize + 1]).unwrap();
+            make_way(&log).unwrap();
+            assert!(!log.exists());
+            assert_eq!(std::fs::read(&before).unwrap()[0], text);
+        }
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::{Vm, told};
 use crate::dir::{Durability, Seal};
+use crate::disk_space::room_for;
 use crate::machine::core::DRAIN_TIME;
 use crate::machine::hands::SleepFailure;
 use crate::monitor::control;
@@ -19,6 +20,13 @@ impl Vm {
         };
         let instance_id = self.memo.lock().instance_id.clone();
         let instance_id = instance_id.ok_or_else(|| alive("its config is not known".to_owned()))?;
+        // Before anything of it is touched: it runs on rather than take the disk's last bytes. One that has woken
+        // before has its room already.
+        if !self.dir.snapshot().exists() {
+            let machine = self.host.machine(&self.id);
+            let mib = machine.map_or(0, |m| u64::from(m.config.guest.memory_mb));
+            room_for(self.dir.path(), mib << 20).map_err(|e| alive(told(e)))?;
+        }
         let socket = self.dir.control();
         // Who calls from now on waits for the wake.
         self.reachable.send_replace(false);
@@ -29,9 +37,9 @@ impl Vm {
                 return Err(SleepFailure { reason: self.end(running, signal).reason, alive: false });
             }
         };
+        self.dir.set_suspending(true).map_err(|e| alive(told(e)))?;
         running.sleeps.store(true, Ordering::Release);
         let write = async {
-            self.dir.set_suspending(true).map_err(told)?;
             control::pause(&socket).await.map_err(|e| e.to_string())?;
             control::snapshot(&socket)
                 .await

@@ -31,6 +31,7 @@ use tokio::sync::{Notify, OwnedMutexGuard};
 
 use crate::dir::absent_is_fine;
 use crate::disk;
+use crate::disk_space::room_for;
 
 pub(crate) use keeper::Keeper;
 
@@ -158,6 +159,7 @@ impl Volumes {
             .mode(0o700)
             .create(home.join("snapshots"))
             .map_err(at)?;
+        room_for(&home, 0).map_err(at)?;
         put_in_place(&path, |unfinished| match &volume.source {
             None => disk::make_ext4(unfinished, volume.bytes(), "volume").map_err(at),
             Some(VolumeSource {
@@ -241,7 +243,10 @@ fn put_in_place(
 /// A copy of a disk that nobody writes to meanwhile, on the host's disk when this returns.
 fn copy(from: &Path, to: &Path) -> Result<(), VolumeError> {
     let source = open_alone(from)?;
-    disk::copy_whole(&source, to).map_err(|source| VolumeError::Io {
+    // Where blocks are shared a copy takes next to nothing.
+    let room = room_for(to.parent().unwrap_or(to), 0);
+    let copied = room.and_then(|()| disk::copy_whole(&source, to));
+    copied.map_err(|source| VolumeError::Io {
         path: to.to_owned(),
         source,
     })

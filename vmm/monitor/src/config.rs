@@ -29,6 +29,10 @@ pub struct VmConfig {
     /// What the guest sees of the host's processors; a resumed one sees what it saw before.
     #[serde(default, skip_serializing_if = "CpuTemplate::is_host")]
     pub cpu_template: CpuTemplate,
+    /// Whether the guest may have guests of its own, where its template and its host let it. It cannot be suspended
+    /// while it has any, and what it reaches is KVM's riskiest code.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub nested: bool,
     /// An ELF `vmlinux` or a bzImage.
     pub kernel: PathBuf,
     /// Archives handed to the kernel one after the other, as one initramfs.

@@ -269,7 +269,10 @@ impl Machine {
             .map_err(device_error("virtio device"))?;
         let bus = connect(&vm, serial, transports)?;
         let fds = create_vcpus(&vm, config.vcpus)?;
-        let shown = config.cpu_template.apply(vm.supported_cpuid())?;
+        let mut shown = config.cpu_template.apply(vm.supported_cpuid())?;
+        if !config.nested {
+            template::hide_nesting(&mut shown);
+        }
         for (id, fd) in fds.iter().enumerate() {
             set_up_vcpu(
                 &shown,

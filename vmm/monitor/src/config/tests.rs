@@ -56,6 +56,14 @@ fn vhost_is_for_a_card_without_limits() {
 }
 
 #[test]
+fn nesting_is_asked_for() {
+    let mut value = sample();
+    assert!(!parse(&value).unwrap().nested);
+    value["nested"] = json!(true);
+    assert!(parse(&value).unwrap().nested);
+}
+
+#[test]
 fn a_template_is_one_of_those_there_are() {
     let with = |name: &str| {
         let mut value = sample();

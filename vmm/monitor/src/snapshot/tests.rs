@@ -14,6 +14,7 @@ fn snapshot() -> (TempDir, VmConfig) {
         vcpus: 1,
         memory_mib: 32,
         cpu_template: Default::default(),
+        nested: false,
         kernel: at("kernel"),
         initramfs: Vec::new(),
         cmdline: String::new(),

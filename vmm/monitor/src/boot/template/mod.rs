@@ -161,6 +161,23 @@ const LINEAR_BITS: u32 = 48;
 /// Bytes of an XSAVE area's fixed part, x87 and SSE: 512 and a header (SDM, volume 1, 13.4).
 const XSAVE_FIXED_BYTES: u32 = 512 + 64;
 
+/// Hides from a guest that it could have guests of its own (VMX; SVM and its leaf). One that was shown it before it
+/// was suspended goes on with it: a resumed guest sees what it saw.
+pub fn hide_nesting(shown: &mut CpuId) {
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    for entry in shown.as_mut_slice() {
+        match entry.function {
+            1 => entry.ecx &= !VMX,
+            0x8000_0001 => entry.ecx &= !SVM,
+            0x8000_000a => {
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+            }
+            _ => {}
+        }
+    }
+}
+
 impl CpuTemplate {
     /// Whether it hides nothing.
     pub fn is_host(&self) -> bool {

@@ -169,3 +169,29 @@ fn no_bit_is_in_the_table_twice() {
         }
     }
 }
+
+#[test]
+fn a_guest_is_not_shown_that_it_could_have_guests_and_nothing_else_is_hidden() {
+    let entry = |function, ecx| kvm_cpuid_entry2 {
+        function,
+        ecx,
+        eax: 1,
+        edx: u32::MAX,
+        ..Default::default()
+    };
+    let all = [
+        entry(1, u32::MAX),
+        entry(7, u32::MAX),
+        entry(0x8000_0001, u32::MAX),
+        entry(0x8000_000a, 0),
+    ];
+    let mut shown = CpuId::from_entries(&all).unwrap();
+    hide_nesting(&mut shown);
+    let [one, seven, extended, svm] = shown.as_slice() else {
+        panic!()
+    };
+    assert_eq!(one.ecx, !(1 << 5));
+    assert_eq!(*seven, all[1]);
+    assert_eq!((extended.ecx, extended.edx), (!(1 << 2), u32::MAX));
+    assert_eq!((svm.eax, svm.edx), (0, 0));
+}
