@@ -162,7 +162,7 @@ fn find_in_app(snapshot: &Snapshot, asker: Asker, app: &App, below: &[&str]) -> 
         }
     };
     match below {
-        [] | ["global"] => addresses(&mut machines()),
+        [] | ["global"] => addresses(&mut machines().filter(is_offered)),
         ["vm" | "process" | "_metadata" | "of"] | ["kv", "_metadata"] | ["nearest", "of"] => {
             Found::Empty
         }
@@ -178,26 +178,35 @@ fn find_in_app(snapshot: &Snapshot, asker: Asker, app: &App, below: &[&str]) -> 
         }
         [id, "vm"] => those(&|m| m.id.as_str() == *id),
         [group, "process"] => those(&|m| {
-            (m.config.metadata.get(PROCESS_GROUP)).is_some_and(|g| g.eq_ignore_ascii_case(group))
+            !m.cordoned
+                && (m.config.metadata.get(PROCESS_GROUP))
+                    .is_some_and(|g| g.eq_ignore_ascii_case(group))
         }),
         [pair @ .., "kv", "_metadata"] => {
             // Keys and values may hold dots: only together they are sure to be the same.
             let pair = pair.join(".");
             those(&|m| {
                 let mut metadata = m.config.metadata.iter();
-                metadata.any(|(key, value)| format!("{value}.{key}").eq_ignore_ascii_case(&pair))
+                !m.cordoned
+                    && metadata
+                        .any(|(key, value)| format!("{value}.{key}").eq_ignore_ascii_case(&pair))
             })
         }
         [top, "nearest", "of"] => match top.strip_prefix("top").map(str::parse::<usize>) {
             Some(Ok(count @ 1..)) => {
-                let answering = answering(&mut machines());
+                let answering = answering(&mut machines().filter(is_offered));
                 Found::Addresses(nearest(snapshot, asker, answering, count))
             }
             _ => Found::Nothing,
         },
-        [region] => those(&|m| m.region.eq_ignore_ascii_case(region)),
+        [region] => those(&|m| !m.cordoned && m.region.eq_ignore_ascii_case(region)),
         _ => Found::Nothing,
     }
+}
+
+/// Whether it may be found by names of more than itself: one that is cordoned gets nothing new.
+fn is_offered((machine, _): &(&Arc<Machine>, Option<&Arc<MachineStatus>>)) -> bool {
+    !machine.cordoned
 }
 
 /// The started ones of these Machines; where there is none, those that a call wakes.

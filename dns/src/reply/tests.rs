@@ -492,3 +492,24 @@ proptest! {
         }
     }
 }
+
+#[tokio::test]
+async fn a_cordoned_machine_is_found_by_its_own_name_alone() {
+    let world = World::furnished().await;
+    let now = |s: &Snapshot, name: &str| look(s, &format!("{name}.internal."), RecordType::AAAA);
+    let s = world.view.snapshot();
+    let own = now(&s, &format!("{}.vm.web", id(10))).unwrap();
+    let shared = ["web", "global.web", "ams.web", "top9.nearest.of.web"];
+    let before = shared.map(|name| now(&s, name).unwrap().contains(&own[0]));
+    assert!(before[0] && before[1], "{before:?}");
+    let mut machine = (*s.machines[&id(10)]).clone();
+    machine.cordoned = true;
+    let revision = world.catalog.put(&machine).await.unwrap();
+    let seen = |s: &Snapshot| (s.revision >= revision).then_some(());
+    world.view.wait_for(seen).await;
+    let s = world.view.snapshot();
+    assert_eq!(now(&s, &format!("{}.vm.web", id(10))).unwrap(), own);
+    for name in shared {
+        assert!(!now(&s, name).unwrap().contains(&own[0]), "{name}");
+    }
+}
