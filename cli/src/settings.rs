@@ -37,19 +37,36 @@ pub struct Target {
 impl Target {
     /// Finds out from flags, saved settings and this server's admin token, in this order.
     pub fn find(global: &Global) -> Result<Self> {
-        let saved = Settings::load(&Settings::path()?)?;
-        let url = global
-            .api_url
+        Self::choose(global, Settings::load(&Settings::path()?)?, admin_token)
+    }
+
+    /// A token is sent to no address but the one it is for: a saved one to that which was saved with it, this
+    /// server's own to this machine.
+    fn choose(
+        global: &Global,
+        saved: Settings,
+        admin_token: impl FnOnce() -> Option<String>,
+    ) -> Result<Self> {
+        let known = saved.api_url.as_deref().unwrap_or(DEFAULT_URL).to_owned();
+        let url = global.api_url.clone().unwrap_or_else(|| known.clone());
+        let origin = origin(&url)?;
+        let its_own = self::origin(&known).is_ok_and(|known| known == origin);
+        let saved_for_another = saved.token.is_some() && !its_own;
+        let token = global
+            .token
             .clone()
-            .or(saved.api_url)
-            .unwrap_or_else(|| DEFAULT_URL.to_owned());
-        check_url(&url)?;
-        let token = match global.token.clone().or(saved.token).or_else(admin_token) {
-            Some(token) => token,
-            None => bail!(
-                "no token for {url}: give --token or TERN_API_TOKEN, or save one with `tern auth login`. \
+            .or(saved.token.filter(|_| its_own))
+            .or_else(|| is_this_machine(&origin.1).then(admin_token)?);
+        let Some(token) = token else {
+            let not_sent = if saved_for_another {
+                format!(" (the saved one is for {known} and goes nowhere else)")
+            } else {
+                String::new()
+            };
+            bail!(
+                "no token for {url}{not_sent}: give --token or TERN_API_TOKEN, or save one with `tern auth login`. \
                  The server's first token is in {DEFAULT_DATA_DIR}/{ADMIN_TOKEN_FILE} there"
-            ),
+            );
         };
         Ok(Self {
             url: url.trim_end_matches('/').to_owned(),
@@ -107,15 +124,21 @@ pub fn write_secret(path: &Path, content: &[u8]) -> std::io::Result<()> {
     std::fs::rename(&temporary, path)
 }
 
-/// What would otherwise fail at the first call, with words that name neither the setting nor its form.
-fn check_url(url: &str) -> Result<()> {
+/// Scheme, host and port of an API's address. One that has none would fail at the first call, with words that name
+/// neither the setting nor its form.
+fn origin(url: &str) -> Result<(String, String, u16)> {
     let parsed: Option<http::Uri> = url.parse().ok();
-    let good = parsed.as_ref().is_some_and(|uri| {
-        matches!(uri.scheme_str(), Some("http" | "https"))
-            && uri.host().is_some_and(|host| !host.is_empty())
+    let origin = parsed.and_then(|uri| {
+        let scheme = uri
+            .scheme_str()
+            .filter(|s| matches!(*s, "http" | "https"))?;
+        let host = uri.host().filter(|host| !host.is_empty())?;
+        let usual = if scheme == "https" { 443 } else { 80 };
+        let port = uri.port_u16().unwrap_or(usual);
+        Some((scheme.to_owned(), host.to_ascii_lowercase(), port))
     });
-    if good {
-        return Ok(());
+    if let Some(origin) = origin {
+        return Ok(origin);
     }
     let form = if url.contains("://") {
         DEFAULT_URL.to_owned()
@@ -126,6 +149,13 @@ fn check_url(url: &str) -> Result<()> {
         "\"{url}\" is not where an API can be (TERN_API_URL, --api-url, or what `tern auth login` saved); write it \
          with its scheme, as in {form}"
     )
+}
+
+/// Whether a host of an address can only be this machine.
+fn is_this_machine(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    let address: Option<std::net::IpAddr> = bare.parse().ok();
+    host == "localhost" || address.is_some_and(|ip| ip.to_canonical().is_loopback())
 }
 
 fn admin_token() -> Option<String> {
@@ -140,9 +170,9 @@ mod tests {
     #[test]
     fn an_address_without_its_scheme_is_told_with_the_variable_and_the_form() {
         for good in [DEFAULT_URL, "https://tern.example", "http://[::1]:4280/"] {
-            assert!(check_url(good).is_ok(), "{good}");
+            assert!(origin(good).is_ok(), "{good}");
         }
-        let error = check_url("127.0.0.1:14280").unwrap_err().to_string();
+        let error = origin("127.0.0.1:14280").unwrap_err().to_string();
         assert!(
             error.contains("TERN_API_URL") && error.contains("http://127.0.0.1:14280"),
             "{error}"
@@ -155,7 +185,53 @@ mod tests {
             "tern.example/api",
             "http:// x",
         ] {
-            assert!(check_url(bad).is_err(), "{bad}");
+            assert!(origin(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_token_is_sent_to_no_address_but_its_own() {
+        let saved = |url: Option<&str>| Settings {
+            api_url: url.map(str::to_owned),
+            token: Some("saved".to_owned()),
+        };
+        let sent = |url: Option<&str>, token: Option<&str>, saved| {
+            let global = Global {
+                api_url: url.map(str::to_owned),
+                token: token.map(str::to_owned),
+            };
+            let target = Target::choose(&global, saved, || Some("admin".to_owned()));
+            target.map(|target| target.token).map_err(|e| e.to_string())
+        };
+        let ours = Some("https://tern.example");
+        let of = |token: &str| Ok(token.to_owned());
+        assert_eq!(sent(None, None, saved(ours)), of("saved"));
+        assert_eq!(
+            sent(Some("https://TERN.example:443/"), None, saved(ours)),
+            of("saved")
+        );
+        for elsewhere in [
+            "https://evil.example",
+            "http://tern.example",
+            "https://tern.example:8443",
+            "https://tern.example@evil.example",
+            "http://127.0.0.1.evil.example:4280",
+        ] {
+            let error = sent(Some(elsewhere), None, saved(ours)).unwrap_err();
+            assert!(error.contains("is for https://tern.example"), "{error}");
+            assert_eq!(
+                sent(Some(elsewhere), Some("given"), saved(ours)),
+                of("given")
+            );
+            assert!(sent(Some(elsewhere), None, Settings::default()).is_err());
+        }
+        for here in [
+            "http://127.0.0.1:4280",
+            "http://[::1]:1",
+            "http://localhost",
+        ] {
+            assert_eq!(sent(Some(here), None, Settings::default()), of("admin"));
+        }
+        assert_eq!(sent(None, None, Settings::default()), of("admin"));
     }
 }

@@ -32,32 +32,33 @@ pub enum Choice {
     Nobody,
 }
 
-/// Chooses: the least loaded Machine that runs and is under its soft limit; else one that sleeps and may
-/// be started, one that others already wait for first; else the least loaded under its hard limit.
+/// Chooses: the least loaded Machine that runs and is under its soft limit; else one that sleeps and may be started, as
+/// long as it is under its own, one that others already wait for first; else the least loaded under its hard limit,
+/// whether it runs or wakes.
 pub fn choose(candidates: &[Candidate]) -> Choice {
-    let open = |c: &&Candidate| c.hard.is_none_or(|hard| c.in_flight < hard);
-    let awake = || candidates.iter().filter(|c| c.awake).filter(open);
-    let least = |c: &&Candidate| (c.in_flight, c.id.clone());
-    if let Some(best) = awake().filter(|c| c.in_flight < c.soft).min_by_key(least) {
-        return Choice::Admit(best.id.clone());
-    }
-    let asleep = candidates
-        .iter()
-        .filter(|c| !c.awake && c.autostart)
-        .filter(open);
-    // The fullest that still has room: a burst starts as few Machines as it needs.
-    let fullest = |c: &&Candidate| {
-        (
-            c.in_flight < c.soft,
-            c.in_flight,
-            std::cmp::Reverse(c.id.clone()),
-        )
+    let open =
+        |c: &&Candidate| (c.awake || c.autostart) && c.hard.is_none_or(|hard| c.in_flight < hard);
+    let all = || candidates.iter().filter(open);
+    let chosen = |c: &Candidate| {
+        if c.awake {
+            Choice::Admit(c.id.clone())
+        } else {
+            Choice::Wake(c.id.clone())
+        }
     };
-    if let Some(best) = asleep.max_by_key(fullest) {
-        return Choice::Wake(best.id.clone());
+    let with_room = || all().filter(|c| c.in_flight < c.soft);
+    let running = with_room().filter(|c| c.awake);
+    if let Some(best) = running.min_by_key(|c| (c.in_flight, c.id.clone())) {
+        return chosen(best);
     }
-    if let Some(best) = awake().min_by_key(least) {
-        return Choice::Admit(best.id.clone());
+    // The fullest that still has room: a burst starts as few Machines as it needs.
+    let asleep = with_room().filter(|c| !c.awake);
+    if let Some(best) = asleep.max_by_key(|c| (c.in_flight, std::cmp::Reverse(c.id.clone()))) {
+        return chosen(best);
+    }
+    // A storm is spread over all of them.
+    if let Some(best) = all().min_by_key(|c| (c.in_flight, !c.awake, c.id.clone())) {
+        return chosen(best);
     }
     if candidates.iter().any(|c| c.awake || c.autostart) {
         Choice::Wait
@@ -123,6 +124,32 @@ mod tests {
         assert_eq!(choose(&[machine(1, true, 4), asleep.clone()]), Choice::Wait);
         assert_eq!(choose(&[asleep]), Choice::Nobody);
         assert_eq!(choose(&[]), Choice::Nobody);
+    }
+
+    #[test]
+    fn a_storm_on_sleeping_machines_wakes_what_soft_limits_call_for_and_is_spread_evenly() {
+        let mut all: Vec<Candidate> = (1..=5).map(|n| machine(n, false, 0)).collect();
+        for candidate in &mut all {
+            (candidate.soft, candidate.hard) = (20, None);
+        }
+        for request in 0..10_000 {
+            let Choice::Wake(id) = choose(&all) else {
+                panic!("all may be started");
+            };
+            let one = all.iter_mut().find(|c| c.id == id).unwrap();
+            one.in_flight += 1;
+            let woken = all.iter().filter(|c| c.in_flight > 0).count();
+            assert_eq!(woken, (request / 20 + 1).min(5));
+        }
+        assert!(all.iter().all(|c| c.in_flight == 2000), "{all:?}");
+    }
+
+    #[test]
+    fn a_running_machine_with_room_is_not_passed_over_for_one_that_others_wait_for() {
+        let all = [machine(1, true, 3), machine(2, false, 3)];
+        assert_eq!(choose(&all), Choice::Admit(id(1)));
+        let all = [machine(1, true, 3), machine(2, false, 2)];
+        assert_eq!(choose(&all), Choice::Wake(id(2)));
     }
 
     proptest! {

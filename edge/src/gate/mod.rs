@@ -171,7 +171,13 @@ impl Gate {
                         Err(_) => {
                             let text =
                                 format!("it took longer than {} s", self.0.wake_timeout.as_secs());
-                            return Err(Refused::NotStarted(StartError { text }));
+                            failed.push(admission.machine.clone());
+                            // One that runs may have room meanwhile.
+                            let snapshot = self.0.view.snapshot();
+                            return match self.take(&snapshot, app, port, protocol, &failed) {
+                                Taken::Admitted(admission) => Ok(admission),
+                                _ => Err(Refused::NotStarted(StartError { text })),
+                            };
                         }
                     }
                     failed.push(admission.machine.clone());
