@@ -1,7 +1,7 @@
 //! Moving a catalog from one store to another: all records at one revision, read back and compared.
 //!
-//! While records are copied the target holds [`MOVING`]; a target with it is no catalog yet. A source that is
-//! left holds [`MOVED`], or, as a file, the mark of [`crate::SqliteStore::mark_moved`].
+//! While records are copied the target holds `MOVING`; a target with it is no catalog yet. A source that is
+//! left holds `MOVED`, or, as a file, the mark of [`crate::SqliteStore::mark_moved`].
 
 use sha2::{Digest as _, Sha256};
 use thiserror::Error;

@@ -102,8 +102,11 @@ struct Made {
 
 /// What a way back undoes.
 enum Done {
-    Swapped { new: Machine, old: Option<Found> },
-    Updated(Found),
+    Swapped {
+        new: Box<Machine>,
+        old: Option<Box<Found>>,
+    },
+    Updated(Box<Found>),
 }
 
 impl Found {
@@ -290,8 +293,8 @@ impl Rollout<'_> {
                     let old = place.replaces.as_deref().and_then(by_id).cloned();
                     let machine = self.take_over(new).await?;
                     done.push(Done::Swapped {
-                        new: machine.clone(),
-                        old: old.clone(),
+                        new: Box::new(machine.clone()),
+                        old: old.clone().map(Box::new),
                     });
                     self.relieve(&machine, old.as_ref()).await;
                 }
@@ -306,7 +309,7 @@ impl Rollout<'_> {
                     "Updating Machine {id}, once its host has the image"
                 ));
                 let updated = self.update(&old.machine, &config).await?;
-                done.push(Done::Updated(old.clone()));
+                done.push(Done::Updated(Box::new(old.clone())));
                 let since = old.machine.newest_event();
                 self.healthy(&updated, &config, &since).await?;
             }
