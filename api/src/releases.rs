@@ -163,6 +163,11 @@ pub async fn end(
 ) -> Result<Json<Value>, ApiError> {
     caller.app(&shared.view.snapshot(), &at.app)?;
     let lease = must_hold(&shared, &at.app, &headers).await?;
+    if !matches!(end.status, ReleaseStatus::Succeeded | ReleaseStatus::Failed) {
+        return Err(ApiError::invalid(
+            "status: a release ends as succeeded or failed",
+        ));
+    }
     let change = |release: &mut Release| {
         if release.lease != lease || release.status != ReleaseStatus::Running {
             return Err(ApiError::conflict(format!(

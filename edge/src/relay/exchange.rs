@@ -308,11 +308,20 @@ impl<C: Client> Attempts<'_, C> {
         );
         tokio::pin!(admitted);
         let client = &mut *self.client;
+        let mut waited = false;
         let admitted = poll_fn(|cx| {
+            // Whoever has gone while it waited does not reach the app. Who need not wait is not asked: it costs a read.
+            if waited && client.poll_gone(cx).is_ready() {
+                return Poll::Ready(None);
+            }
             if let Poll::Ready(admitted) = admitted.as_mut().poll(cx) {
                 return Poll::Ready(Some(admitted));
             }
-            client.poll_gone(cx).map(|_| None)
+            if !waited {
+                waited = true;
+                return client.poll_gone(cx).map(|_| None);
+            }
+            Poll::Pending
         });
         match admitted.await {
             Some(Ok(admission)) => Ok(admission),

@@ -23,6 +23,7 @@ impl Vm {
     pub(super) async fn find(&self, last: Option<MachineState>) -> std::io::Result<Found> {
         let Some(monitor) = Monitor::adopt(&self.dir.pid_file())? else {
             self.suspend_is_over();
+            self.forget_bundle().await;
             let seal = self.dir.seal(&self.host.boot_id)?;
             if seal.is_some() {
                 self.host.metrics.adopted.add(1);

@@ -105,7 +105,7 @@ impl Vm {
         let running = self.spawn(epoch, false).map_err(passing)?;
         marks.mark("spawned");
         let limit = self.host.config.boot_timeout;
-        let outcome = tokio::select! {
+        tokio::select! {
             outcome = running.app_started() => match outcome {
                 Ok(()) => {
                     marks.mark("app_started");
@@ -126,14 +126,17 @@ impl Vm {
                 "the app did not start within {} s; console: {}",
                 limit.as_secs(), MachineDir::tail(&self.dir.serial_log())
             ))),
-        };
-        // The monitor has read it, and it holds the app's secrets in the clear. The next cold start writes it anew.
+        }
+    }
+
+    /// Removes what a guest was started with, once its monitor has read it or is not there: it holds the app's secrets in
+    /// the clear. The next cold start writes it anew.
+    pub(super) async fn forget_bundle(&self) {
         let archive = self.dir.run_cpio();
         let removed = self.on_disk(move || absent_is_fine(std::fs::remove_file(archive)));
         if let Err(error) = removed.await {
             tracing::warn!(machine = %self.id, error, "what it was started with stays on the disk");
         }
-        outcome
     }
 
     async fn image(&self, machine: &Machine) -> Result<tern_image::Image, BootFailure> {

@@ -220,6 +220,8 @@ impl Vm {
             }
             *self.share.lock() = None;
         }
+        // Whatever has come of it.
+        self.forget_bundle().await;
         outcome
     }
 }

@@ -107,7 +107,12 @@ pub async fn change(
         let mut rollout = Rollout {
             client,
             app: app.clone(),
-            how: How::Rolling(AT_ONCE),
+            // Nobody waits until a successor is well: the old one would go for nothing.
+            how: if change.detach {
+                How::Immediate
+            } else {
+                How::Rolling(AT_ONCE)
+            },
             patience: (!change.detach).then_some(WAIT),
             detach: false,
             secrets: change.secrets,

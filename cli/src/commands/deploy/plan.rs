@@ -26,6 +26,8 @@ pub struct Wants {
     pub count: Option<usize>,
     /// Whether its Machines hold a volume.
     pub volume: bool,
+    /// Whether each Machine keeps the volume that it has, whatever the others hold.
+    pub own_volumes: bool,
     /// Whether those that there are stay as they are.
     pub keep: bool,
 }
@@ -108,7 +110,8 @@ pub fn plan(has: &[Has], wants: &[Wants], how: How) -> Vec<Step> {
         let count = want.count.unwrap_or(there.len().max(1));
         let (stay, surplus) = there.split_at(count.min(there.len()));
         last.extend(surplus.iter().map(|m| remove(m, Why::TooMany)));
-        let in_place = |m: &Has| (m.volume && want.volume) || how == How::Immediate;
+        let in_place =
+            |m: &Has| (m.volume && (want.volume || want.own_volumes)) || how == How::Immediate;
         let mut places = Vec::new();
         for n in 0..count {
             match stay.get(n) {
@@ -224,6 +227,7 @@ mod tests {
             group: group.into(),
             count: None,
             volume: false,
+            own_volumes: false,
             keep: false,
         }
     }
@@ -298,12 +302,18 @@ mod tests {
     }
 
     fn some_wants() -> impl Strategy<Value = Vec<Wants>> {
-        let one = (prop::option::of(0..5_usize), any::<bool>(), any::<bool>());
+        let one = (
+            prop::option::of(0..5_usize),
+            any::<(bool, bool)>(),
+            any::<bool>(),
+        );
         prop::collection::vec(one, 0..3).prop_map(|all| {
-            let want = |(n, (count, volume, keep)): (usize, (Option<usize>, bool, bool))| Wants {
+            type One = (Option<usize>, (bool, bool), bool);
+            let want = |(n, (count, (volume, own_volumes), keep)): (usize, One)| Wants {
                 group: format!("g{n}"),
                 count,
                 volume,
+                own_volumes,
                 keep,
             };
             all.into_iter().enumerate().map(want).collect()
@@ -352,6 +362,9 @@ mod tests {
                             prop_assert!(made.remove(&place), "takes over before it is well");
                             serving.insert(format!("{}/{}", place.group, place.n), place.group.clone());
                             if let Some(old) = place.replaces {
+                                let held = has.iter().any(|m| m.id == old && m.volume);
+                                let own = wants.iter().any(|w| w.group == place.group && w.own_volumes);
+                                prop_assert!(!(held && own), "its volume is left behind");
                                 prop_assert_eq!(serving.remove(&old), Some(place.group));
                                 prop_assert!(touched.insert(old));
                             }

@@ -11,7 +11,7 @@ use super::health::{POLL, Standing, stand};
 use super::rollout::Rollout;
 use super::step;
 use crate::appconfig::AppConfig;
-use crate::client::Client;
+use crate::client::{ApiError, Client};
 use crate::commands::wire::Machine;
 
 /// Longest that it may run, where fly.toml does not say.
@@ -29,8 +29,13 @@ pub async fn run(rollout: &Rollout<'_>, app: &AppConfig, config: &MachineConfig)
     let patience = app.deploy.release_command_timeout.unwrap_or(PATIENCE);
     let outcome = ended(rollout.client, &path, patience).await;
     rollout.show_output(&machine).await;
-    cleanup.forget();
     let destroyed = rollout.client.delete(&format!("{path}?force=true")).await;
+    // Where that failed it is tried again.
+    if destroyed.is_ok() {
+        cleanup.forget();
+    } else {
+        cleanup.now().await;
+    }
     outcome.context("the release command failed, and nothing was deployed")?;
     destroyed.with_context(|| format!("its Machine {} cannot be destroyed", machine.id))
 }
@@ -38,11 +43,15 @@ pub async fn run(rollout: &Rollout<'_>, app: &AppConfig, config: &MachineConfig)
 async fn ended(client: &Client, path: &str, patience: Duration) -> Result<()> {
     let deadline = Instant::now() + patience;
     loop {
-        let machine: Machine = client.get(path).await?;
-        match stand(&machine, "") {
-            Standing::Done => return Ok(()),
-            Standing::Ended(reason) => bail!("{reason}"),
-            Standing::Coming | Standing::Starting | Standing::Running | Standing::Asleep => {}
+        match client.get::<Machine>(path).await {
+            Ok(machine) => match stand(&machine, "") {
+                Standing::Done => return Ok(()),
+                Standing::Ended(reason) => bail!("{reason}"),
+                Standing::Coming | Standing::Starting | Standing::Running | Standing::Asleep => {}
+            },
+            // A server that restarts, a network that is gone for a moment: the command goes on.
+            Err(error) if !error.is::<ApiError>() => {}
+            Err(error) => return Err(error),
         }
         if Instant::now() >= deadline {
             bail!(

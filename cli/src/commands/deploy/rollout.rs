@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use tern_catalog::{AppName, MachineConfig, VolumeName};
+use tern_catalog::{AppName, MachineConfig, VolumeId, VolumeName};
 
 use super::cleanup::Cleanup;
 use super::plan::{Has, How, Place, Step, Wants, plan};
@@ -19,7 +19,7 @@ use super::{health, step};
 use crate::appconfig::DEFAULT_GROUP;
 use crate::appconfig::machine::{GROUP_KEY, RELEASE_GROUP};
 use crate::client::{ApiError, Client, is_status};
-use crate::commands::volumes;
+use crate::commands::volumes::{self, Volume};
 use crate::commands::wire::{LogLine, Machine};
 use crate::output;
 
@@ -106,7 +106,11 @@ enum Done {
         new: Box<Machine>,
         old: Option<Box<Found>>,
     },
-    Updated(Box<Found>),
+    Updated {
+        old: Box<Found>,
+        /// The version that it was given, where that is known.
+        new: Option<String>,
+    },
 }
 
 impl Found {
@@ -142,21 +146,24 @@ pub async fn machines(client: &Client, app: &AppName) -> Result<Vec<Found>> {
 pub fn own_groups(found: &[Found], with: &Map<String, Value>) -> Vec<Group> {
     let mut groups: BTreeMap<&str, Group> = BTreeMap::new();
     for one in found {
-        groups.entry(one.group()).or_insert_with(|| Group {
+        let group = groups.entry(one.group()).or_insert_with(|| Group {
             name: one.group().to_owned(),
             source: Source::Own(with.clone()),
-            mount: one.machine.config.mounts.first().and_then(|mount| {
-                let source = mount.name.as_deref()?.parse().ok()?;
-                Some(MountWish {
-                    source,
-                    destination: mount.path.clone(),
-                    size_gb: None,
-                })
-            }),
+            mount: None,
             region: Some(one.machine.region.clone()).filter(|region| !region.is_empty()),
             own_guest: false,
             count: None,
             keep: false,
+        });
+        // For more of them; those that there are keep what they hold.
+        let mount = one.machine.config.mounts.first();
+        group.mount = group.mount.take().or_else(|| {
+            let mount = mount?;
+            Some(MountWish {
+                source: mount.name.as_deref()?.parse().ok()?,
+                destination: mount.path.clone(),
+                size_gb: None,
+            })
         });
     }
     groups.into_values().collect()
@@ -167,12 +174,61 @@ pub fn settled(groups: &[Group], found: &[Found]) -> Vec<Group> {
     let settle = |group: &Group| {
         let first = found.iter().find(|m| m.group() == group.name);
         let config = template(group, first);
+        let own_guest = match &group.source {
+            Source::Own(with) => !with.contains_key("guest"),
+            Source::Config(_) => group.own_guest,
+        };
         Group {
             source: Source::Config(config),
+            own_guest,
             ..group.clone()
         }
     };
     groups.iter().map(settle).collect()
+}
+
+/// The volume that a Machine holds, if it is what is wanted of it. It is never left for another without a word: its data
+/// may be all there is.
+fn kept(
+    machine: &Machine,
+    mount: &MountWish,
+    id: &VolumeId,
+    volume: Option<Volume>,
+) -> Result<Volume> {
+    let Some(volume) = volume else {
+        anyhow::bail!(
+            "Machine {} holds volume {id}, which cannot be found; look at `tern volumes list`",
+            machine.id
+        );
+    };
+    if volume.name != mount.source {
+        anyhow::bail!(
+            "Machine {} holds volume {id} (\"{}\"), and fly.toml wants one named \"{}\". Name it as it is; or destroy the \
+             Machine, which leaves the volume, and deploy again for one with a new volume",
+            machine.id,
+            volume.name,
+            mount.source
+        );
+    }
+    if volume.state != "created" {
+        anyhow::bail!(
+            "volume {id} of Machine {} is {}; look at `tern volumes show {id}` before anything is changed",
+            machine.id,
+            volume.state
+        );
+    }
+    Ok(volume)
+}
+
+/// A configuration with the volume that a Machine holds.
+fn with_mounts_of(old: &Found, mut config: Value) -> Value {
+    if let Some(config) = config.as_object_mut() {
+        match old.config.get("mounts") {
+            Some(mounts) => config.insert("mounts".to_owned(), mounts.clone()),
+            None => config.remove("mounts"),
+        };
+    }
+    config
 }
 
 /// A group's configuration for the Machine that takes the place of `old`, but for its volume.
@@ -205,13 +261,15 @@ impl Rollout<'_> {
     pub fn plan(&self, found: &[Found], groups: &[Group]) -> Vec<Step> {
         let serving = found.iter().filter(|m| !m.machine.cordoned);
         let replaced: Vec<&str> = serving.filter_map(|m| m.metadata(REPLACES)).collect();
+        // One whose other is gone has taken its place, and somebody else has cordoned it since.
+        let waits = |old: &str| old == "-" || found.iter().any(|m| m.machine.id == old);
         let has: Vec<Has> = found
             .iter()
             .map(|m| Has {
                 id: m.machine.id.clone(),
                 group: m.group().to_owned(),
                 volume: !m.machine.config.mounts.is_empty(),
-                leftover: (m.machine.cordoned && m.metadata(REPLACES).is_some())
+                leftover: (m.machine.cordoned && m.metadata(REPLACES).is_some_and(waits))
                     || replaced.contains(&m.machine.id.as_str()),
             })
             .collect();
@@ -221,6 +279,7 @@ impl Rollout<'_> {
                 group: group.name.clone(),
                 count: group.count,
                 volume: group.mount.is_some(),
+                own_volumes: matches!(group.source, Source::Own(_)),
                 keep: group.keep,
             })
             .collect();
@@ -302,14 +361,25 @@ impl Rollout<'_> {
             Step::Update { group: name, id } => {
                 let group = group(&name).context("a group that nobody wants")?;
                 let old = by_id(&id).context("a Machine that nobody knows")?;
-                let config = self
-                    .mounted(group, template(group, Some(old)), Some(old))
-                    .await?;
+                let config = match &group.source {
+                    Source::Own(_) => with_mounts_of(old, template(group, Some(old))),
+                    Source::Config(_) => {
+                        let config = template(group, Some(old));
+                        self.mounted(group, config, Some(old)).await?
+                    }
+                };
                 step(&format!(
                     "Updating Machine {id}, once its host has the image"
                 ));
+                // Before it is asked for: where no answer comes it may be done all the same.
+                done.push(Done::Updated {
+                    old: Box::new(old.clone()),
+                    new: None,
+                });
                 let updated = self.update(&old.machine, &config).await?;
-                done.push(Done::Updated(Box::new(old.clone())));
+                if let Some(Done::Updated { new, .. }) = done.last_mut() {
+                    *new = Some(updated.instance_id.clone());
+                }
                 let since = old.machine.newest_event();
                 self.healthy(&updated, &config, &since).await?;
             }
@@ -341,7 +411,8 @@ impl Rollout<'_> {
                     };
                     let told: Value = self.client.get(&self.path_of(&new)).await?;
                     let new = Found::read(told)?;
-                    let config = template(&group, Some(&old));
+                    // Its volume, if it had one, is free since it has gone.
+                    let config = with_mounts_of(&old, template(&group, Some(&old)));
                     let back = self.make(&config, &group, Some(&new)).await?;
                     if let Err(failure) = self.healthy(&back.machine, &config, "").await {
                         back.cleanup.now().await;
@@ -350,8 +421,19 @@ impl Rollout<'_> {
                     let back = self.take_over(back).await?;
                     self.relieve(&back, Some(&new)).await;
                 }
-                Done::Updated(old) => {
+                Done::Updated { old, new } => {
                     let before: Machine = self.client.get(&self.path_of(&old.machine)).await?;
+                    // It was not done.
+                    if before.instance_id == old.machine.instance_id {
+                        continue;
+                    }
+                    // Somebody else has changed it since: that is not ours to undo.
+                    if new.is_some_and(|new| new != before.instance_id) {
+                        anyhow::bail!(
+                            "Machine {} was changed by somebody else meanwhile, and is left as it is",
+                            before.id
+                        );
+                    }
                     let back = self.update(&before, &old.config).await?;
                     self.healthy(&back, &old.config, &before.newest_event())
                         .await?;
@@ -438,9 +520,14 @@ impl Rollout<'_> {
                 return;
             }
         }
-        // Where this fails it does no harm: nobody is left whose place it could take.
+        // Where this fails all the same it does no harm: nobody is left whose place it could take.
         let path = format!("{}/metadata/{REPLACES}", self.path_of(new));
-        let _ = self.client.delete(&path).await;
+        for _ in 0..ATTEMPTS {
+            match self.client.delete(&path).await {
+                Err(error) if !error.is::<ApiError>() => tokio::time::sleep(health::POLL).await,
+                _ => return,
+            }
+        }
     }
 
     /// Ends a Machine: it gets no more requests, those under way end, then its app does.
@@ -476,8 +563,8 @@ impl Rollout<'_> {
         self.client.post::<Value>(path, &json!({})).await.map(drop)
     }
 
-    /// Gives a Machine another configuration. An error means that it has the one before; where the answer was lost, it is
-    /// found out.
+    /// Gives a Machine another configuration. Where an answer was lost, whether it has it is found out; an error that is
+    /// not the server's own leaves that open.
     async fn update(&self, machine: &Machine, config: &Value) -> Result<Machine> {
         let mut config = config.clone();
         self.mark(&mut config);
@@ -525,14 +612,18 @@ impl Rollout<'_> {
             return Ok(config);
         };
         let all = volumes::list(self.client, &self.app).await?;
-        let mut named = all
-            .into_iter()
-            .filter(|v| v.name == mount.source && v.state == "created");
         let region = old.map(|old| &old.machine.region).or(group.region.as_ref());
-        let volume = match old.and_then(|old| old.machine.config.mounts.first()) {
-            Some(mounted) => named.find(|v| v.id == mounted.volume),
-            None => named
-                .find(|v| v.attached_machine_id.is_none() && region.is_none_or(|r| *r == v.region)),
+        let volume = match old.and_then(|old| Some((old, old.machine.config.mounts.first()?))) {
+            Some((old, mounted)) => {
+                let volume = all.into_iter().find(|v| v.id == mounted.volume);
+                Some(kept(&old.machine, mount, &mounted.volume, volume)?)
+            }
+            None => all.into_iter().find(|v| {
+                v.name == mount.source
+                    && v.state == "created"
+                    && v.attached_machine_id.is_none()
+                    && region.is_none_or(|r| *r == v.region)
+            }),
         };
         let volume = match volume {
             Some(volume) => volume,

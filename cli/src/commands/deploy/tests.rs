@@ -219,6 +219,82 @@ async fn a_machine_with_a_volume_is_updated_in_its_place_and_put_back() {
     assert_eq!(now["state"], "started");
 }
 
+/// The volumes that Machines of the app hold.
+async fn held(world: &World) -> Vec<String> {
+    let machines = get(world, "machines").await;
+    let machines = machines.as_array().unwrap().iter();
+    let mounts = machines.map(|m| m["config"]["mounts"][0]["volume"].as_str());
+    let mut all: Vec<String> = mounts.map(|v| v.unwrap_or("none").to_owned()).collect();
+    all.sort();
+    all
+}
+
+#[tokio::test]
+async fn a_machine_keeps_its_volume_whatever_is_changed_of_it() {
+    let world = World::new().await;
+    let dir = world.app("shop", VOLUME).await;
+    deploy(&world, &dir, "good:1").await.unwrap();
+    let before = world.machine("shop").await;
+    // As a Machine is written that was made by the API: the volume alone.
+    let mut config = before["config"].clone();
+    config["mounts"][0].as_object_mut().unwrap().remove("name");
+    let path = format!("/v1/apps/shop/machines/{}", before["id"].as_str().unwrap());
+    let body = json!({"config": config});
+    let updated = world.client.post::<Value>(&path, &body);
+    updated.await.unwrap();
+    let volume = held(&world).await;
+    for detach in [false, true] {
+        let set = crate::args::Secrets::Set {
+            pairs: vec![format!("KEY={detach}")],
+            stage: false,
+            detach,
+            app: crate::args::AppArg {
+                app: Some("shop".parse().unwrap()),
+                config: dir.clone(),
+                json: false,
+            },
+        };
+        let set = crate::commands::secrets::run(&world.client, set);
+        set.await.unwrap();
+        assert_eq!(world.machine("shop").await["id"], before["id"]);
+        assert_eq!(held(&world).await, volume);
+    }
+}
+
+#[tokio::test]
+async fn what_an_undone_deploy_has_taken_volumes_from_gets_them_back() {
+    let world = World::new().await;
+    let dir = world.app("shop", VOLUME).await;
+    deploy(&world, &dir, "good:1").await.unwrap();
+    scale(&world, 2).await.unwrap();
+    let volumes = held(&world).await;
+    assert!(
+        volumes.len() == 2 && !volumes.contains(&"none".to_owned()),
+        "{volumes:?}"
+    );
+    std::fs::write(dir.join("fly.toml"), format!("app = \"shop\"\n{HTTP}")).unwrap();
+    let failed = deploy(&world, &dir, "lonely").await.unwrap_err();
+    assert!(failed.contains("the deploy was undone"), "{failed}");
+    assert_eq!(held(&world).await, volumes);
+    assert_eq!(images(&world).await, ["example.com/good:1"; 2]);
+}
+
+#[tokio::test]
+async fn a_volume_of_another_name_is_not_taken_for_the_one_there_is() {
+    let world = World::new().await;
+    let dir = world.app("shop", VOLUME).await;
+    deploy(&world, &dir, "good:1").await.unwrap();
+    let before = lone(&world).await;
+    let file = dir.join("fly.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let renamed = text.replace("source = \"data\"", "source = \"other\"");
+    assert_ne!(renamed, text);
+    std::fs::write(&file, renamed).unwrap();
+    let failed = deploy(&world, &dir, "good:2").await.unwrap_err();
+    assert!(failed.contains("wants one named \"other\""), "{failed}");
+    assert_eq!(lone(&world).await, before);
+}
+
 #[tokio::test]
 async fn a_deploy_that_fails_on_its_way_is_undone_as_a_whole() {
     let world = World::new().await;
