@@ -288,11 +288,11 @@ impl From<Failure> for StoreError {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::Store(error) => error,
-            Failure::Refused(_, text) if text.contains("database space exceeded") => {
-                Self::Unavailable(format!(
-                    "{text}; compact and defragment etcd, then disarm its alarm"
-                ))
-            }
+            // etcd applies a write that was under way when its space ended, and then says this of it (its
+            // `quotaApplierV3`): it may be done.
+            Failure::Refused(_, text) if text.contains("database space exceeded") => Self::Unknown(
+                format!("{text}; compact and defragment etcd, then disarm its alarm"),
+            ),
             Failure::Refused(3, text) => Self::Invalid(text),
             Failure::Refused(_, text) => Self::Unavailable(text),
         }
@@ -337,6 +337,14 @@ mod tests {
             verdict(8, "etcdserver: mvcc: database space exceeded"),
             Verdict::Answer
         );
+    }
+
+    #[test]
+    fn a_write_that_etcd_had_no_space_for_may_be_done() {
+        let text = "etcdserver: mvcc: database space exceeded".to_owned();
+        let error = StoreError::from(Failure::Refused(8, text));
+        assert!(matches!(error, StoreError::Unknown(_)), "{error}");
+        assert!(error.to_string().contains("defragment"), "{error}");
     }
 
     #[test]

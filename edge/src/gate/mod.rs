@@ -51,7 +51,7 @@ struct Inner {
     /// Told whenever a request ends.
     ended: Notify,
     /// The same by app, for those that wait for room.
-    rooms: Mutex<HashMap<AppName, Arc<Notify>>>,
+    rooms: Mutex<HashMap<AppName, Arc<Room>>>,
     /// Requests that wait for room.
     waiting: AtomicU32,
 }
@@ -101,8 +101,17 @@ pub enum Refused {
     NotStarted(StartError),
 }
 
-/// Requests that may wait for room at once; more are refused at once.
-const MAX_WAITING: u32 = 10_000;
+/// Requests that may wait for room at once, of all apps and of one: more are refused at once. One app's storm leaves room
+/// for others'.
+const MAX_WAITING: u32 = 40_000;
+const MAX_WAITING_OF_APP: u32 = 10_000;
+
+/// Where those wait that found an app full.
+#[derive(Default)]
+struct Room {
+    made: Arc<Notify>,
+    waiting: AtomicU32,
+}
 
 impl Gate {
     /// A gate that admits to the Machines of this view. Starts run on the caller's runtime.
@@ -141,11 +150,13 @@ impl Gate {
             let mut taken = self.take(&self.0.view.snapshot(), app, port, protocol, &failed);
             let mut waiting = None;
             if matches!(taken, Taken::Full) {
-                let Some(place) = Waiting::join(&self.0.waiting) else {
+                let room = self.room(app);
+                let made = Arc::clone(&room.made);
+                let Some(place) = Waiting::join(&self.0.waiting, room) else {
                     self.0.metrics.at_capacity.add();
                     return Err(Refused::AtCapacity);
                 };
-                let mut room = Box::pin(self.room(app).notified_owned());
+                let mut room = Box::pin(made.notified_owned());
                 // Registered before looking again, so that room made in between is not missed.
                 room.as_mut().enable();
                 let mut changes = self.0.view.changes();
@@ -203,7 +214,7 @@ impl Gate {
     }
 
     /// Where those wait that found an app full.
-    fn room(&self, app: &AppName) -> Arc<Notify> {
+    fn room(&self, app: &AppName) -> Arc<Room> {
         let mut rooms = self.0.rooms.lock();
         Arc::clone(rooms.entry(app.clone()).or_default())
     }
@@ -511,18 +522,25 @@ impl Gate {
 }
 
 /// A place among those that wait, given up when dropped.
-struct Waiting<'a>(&'a AtomicU32);
+struct Waiting<'a> {
+    all: &'a AtomicU32,
+    room: Arc<Room>,
+}
 
 impl<'a> Waiting<'a> {
-    fn join(count: &'a AtomicU32) -> Option<Self> {
-        let place = Self(count);
-        (count.fetch_add(1, Ordering::SeqCst) < MAX_WAITING).then_some(place)
+    fn join(all: &'a AtomicU32, room: Arc<Room>) -> Option<Self> {
+        let of_app = room.waiting.fetch_add(1, Ordering::SeqCst);
+        let of_all = all.fetch_add(1, Ordering::SeqCst);
+        // Counted in any case, and given back when dropped.
+        let place = Self { all, room };
+        (of_app < MAX_WAITING_OF_APP && of_all < MAX_WAITING).then_some(place)
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
+        self.all.fetch_sub(1, Ordering::SeqCst);
+        self.room.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -607,7 +625,7 @@ impl Drop for Admission {
             && let Some(room) = self.gate.0.rooms.lock().get(&self.app)
         {
             // All of the app: one that waits for another of its ports must not swallow the only call.
-            room.notify_waiters();
+            room.made.notify_waiters();
         }
     }
 }
