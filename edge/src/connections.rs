@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -17,6 +18,8 @@ pub struct Places {
     all: Arc<Semaphore>,
     of_one_client: u32,
     clients: Mutex<HashMap<Client, u32>>,
+    /// Connections that wait for a place: as long as there are any, no other stays idle.
+    waiting: AtomicUsize,
 }
 
 /// One connection's room.
@@ -39,6 +42,7 @@ pub struct Connections {
     clock: Cell<u64>,
     next: Cell<u64>,
     known: RefCell<HashMap<u64, Rc<State>>>,
+    places: Arc<Places>,
     ending: CancellationToken,
 }
 
@@ -61,6 +65,7 @@ impl Places {
             all: Arc::new(Semaphore::new(all.min(Semaphore::MAX_PERMITS))),
             of_one_client: of_one_client.try_into().unwrap_or(u32::MAX),
             clients: Mutex::default(),
+            waiting: AtomicUsize::new(0),
         }
     }
 
@@ -82,6 +87,8 @@ impl Places {
         let one = match Arc::clone(&self.all).try_acquire_owned() {
             Ok(one) => one,
             Err(_) => {
+                // Before others are looked at: one that becomes idle from now on sees it.
+                let _waits = Waits::new(&self.waiting);
                 full();
                 Arc::clone(&self.all).acquire_owned().await.ok()?
             }
@@ -102,6 +109,22 @@ impl Places {
                 clients.remove(&client);
             }
         }
+    }
+}
+
+/// One that waits for a place, counted until it is dropped.
+struct Waits<'a>(&'a AtomicUsize);
+
+impl<'a> Waits<'a> {
+    fn new(waiting: &'a AtomicUsize) -> Self {
+        waiting.fetch_add(1, Ordering::SeqCst);
+        Self(waiting)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -136,11 +159,12 @@ impl Client {
 }
 
 impl Connections {
-    pub fn new(ending: &CancellationToken) -> Self {
+    pub fn new(ending: &CancellationToken, places: Arc<Places>) -> Self {
         Self {
             clock: Cell::new(0),
             next: Cell::new(0),
             known: RefCell::default(),
+            places,
             ending: ending.child_token(),
         }
     }
@@ -183,6 +207,9 @@ impl Open {
         let now = self.thread.clock.get() + 1;
         self.thread.clock.set(now);
         self.state.idle_since.set(now);
+        if self.thread.places.waiting.load(Ordering::SeqCst) > 0 {
+            self.state.ending.cancel();
+        }
     }
 
     /// Something is under way.
@@ -242,9 +269,32 @@ mod tests {
         assert!(places.clients.lock().is_empty());
     }
 
+    #[tokio::test]
+    async fn who_becomes_idle_while_others_wait_makes_room() {
+        let places = Arc::new(Places::new(1, 9));
+        let client = "192.0.2.1".parse().unwrap();
+        let thread = Connections::new(&CancellationToken::new(), Arc::clone(&places));
+        let thread = Rc::new(thread);
+        let first = places.take(client, || panic!("there is room")).await;
+        let busy = thread.open();
+        let second = places.take(client, || assert_eq!(thread.shed(), 0));
+        tokio::pin!(second);
+        assert!(futures::poll!(second.as_mut()).is_pending());
+        assert!(!busy.ending().is_cancelled());
+        busy.is_idle();
+        assert!(busy.ending().is_cancelled());
+        drop((busy, first));
+        assert!(second.await.is_some());
+        // Nobody waits any more.
+        let next = thread.open();
+        next.is_idle();
+        assert!(!next.ending().is_cancelled());
+    }
+
     #[test]
     fn the_longest_idle_goes_first_and_no_busy_one() {
-        let thread = Rc::new(Connections::new(&CancellationToken::new()));
+        let places = Arc::new(Places::new(9, 9));
+        let thread = Rc::new(Connections::new(&CancellationToken::new(), places));
         let all: Vec<Open> = (0..4).map(|_| thread.open()).collect();
         assert_eq!(thread.shed(), 0);
         for n in [2, 0, 1, 3] {

@@ -137,7 +137,7 @@ async fn serve(
     shared: Shared,
 ) -> io::Result<()> {
     let ending = shared.ending;
-    let connections = Rc::new(Connections::new(&ending));
+    let connections = Rc::new(Connections::new(&ending, Arc::clone(&shared.places)));
     let worker = Rc::new(Worker {
         view: shared.view,
         gate: shared.gate,

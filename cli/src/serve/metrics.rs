@@ -364,7 +364,7 @@ mod tests {
         let more = tern_host::Metrics::default().all();
         let all = all.chain(more.iter().map(|(name, ..)| (*name, &agent)));
         for (name, source) in all {
-            assert!(source.contains(&format!("{name}.add")), "{name}");
+            assert!(source.contains(&format!(".{name}.add")), "{name}");
         }
     }
 }
