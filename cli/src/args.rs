@@ -357,8 +357,8 @@ pub struct Serve {
     /// Machines that do not use all of theirs; where they all do, the kernel kills some.
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = factor)]
     pub memory_overcommit: f64,
-    /// The same for processors, of which a shared one counts as a sixteenth
-    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = factor)]
+    /// The same for processors, of which a shared one counts as a sixteenth. Where all are busy, each Machine has its share
+    #[arg(long, value_name = "FACTOR", default_value_t = 4.0, value_parser = factor)]
     pub cpu_overcommit: f64,
     /// Have this host's kernel move the frames of Machines (vhost-net) rather than a thread of each monitor
     ///

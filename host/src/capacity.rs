@@ -26,10 +26,11 @@ pub struct Overcommit {
 }
 
 impl Default for Overcommit {
+    /// Memory that is not there ends Machines; processors that are busy make them slower, by their weights.
     fn default() -> Self {
         Self {
             memory: 1.0,
-            cpus: 1.0,
+            cpus: 4.0,
         }
     }
 }
@@ -109,7 +110,9 @@ impl Capacity {
 
     /// Takes what a Machine needs to run, if that is there.
     pub(crate) fn take(self: &Arc<Self>, guest: &Guest) -> Result<Share, Lack> {
-        let of = needs(guest);
+        let mut of = needs(guest);
+        // One that wants more processors than there are has them all, and runs.
+        of.cpu_sixteenths = of.cpu_sixteenths.min(self.all.cpu_sixteenths);
         let mut taken = self.taken.lock();
         let free = |all: u64, taken: u64| all.saturating_sub(taken);
         let free_memory = free(self.all.memory_mib, taken.memory_mib);
@@ -207,6 +210,11 @@ const KEPT_MIB: u64 = 256;
 mod tests {
     use super::*;
 
+    const EXACT: Overcommit = Overcommit {
+        memory: 1.0,
+        cpus: 1.0,
+    };
+
     fn guest(kind: &str, cpus: u8, memory_mb: u32) -> Guest {
         Guest {
             cpu_kind: kind.to_owned(),
@@ -217,7 +225,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused_with_what_it_lacks() {
-        let capacity = Capacity::new(1024, 2, Overcommit::default());
+        let capacity = Capacity::new(1024, 2, EXACT);
         assert_eq!(capacity.room().all.memory_mib, 768);
         let one = capacity.take(&guest("shared", 1, 256)).unwrap();
         let two = capacity.take(&guest("shared", 8, 256)).unwrap();
@@ -234,7 +242,7 @@ mod tests {
 
     #[test]
     fn processors_that_are_shared_are_sixteen_to_one() {
-        let capacity = Capacity::new(1 << 20, 2, Overcommit::default());
+        let capacity = Capacity::new(1 << 20, 2, EXACT);
         let own = capacity.take(&guest("performance", 1, 256)).unwrap();
         let shared: Vec<_> = (0..16)
             .map(|_| capacity.take(&guest("shared", 1, 256)).unwrap())
@@ -256,6 +264,15 @@ mod tests {
         let capacity = Capacity::new(2048, 2, more);
         assert_eq!(capacity.room().all.memory_mib, 2688);
         capacity.take(&guest("performance", 8, 256)).unwrap();
+    }
+
+    #[test]
+    fn one_that_wants_more_processors_than_there_are_runs_on_those() {
+        let capacity = Capacity::new(1 << 20, 2, EXACT);
+        let large = capacity.take(&guest("performance", 8, 256)).unwrap();
+        assert!(capacity.take(&guest("shared", 1, 256)).is_err());
+        drop(large);
+        assert_eq!(capacity.room().taken, Resources::default());
     }
 
     #[test]

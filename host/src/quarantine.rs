@@ -110,8 +110,10 @@ pub async fn purge(data_dir: &Path, id: &MachineId) -> io::Result<()> {
             return Err(io::Error::new(error.kind(), why));
         }
     }
-    // What an earlier one has left there first.
-    finish(&machines, id.as_str()).await?;
+    // What an earlier one has left there first. Where there is nothing, what runs is ended below, by its new place.
+    if gone(&machines, id.as_str()).exists() {
+        finish(&machines, id.as_str()).await?;
+    }
     // No agent takes it up from here on, and the next one goes on with this.
     absent_is_fine(fs::rename(&path, gone(&machines, id.as_str())))?;
     finish(&machines, id.as_str()).await

@@ -92,6 +92,12 @@ pub(super) fn gather(data_dir: &Path) -> Facts {
         line.split_whitespace()
             .any(|flag| flag == "vmx" || flag == "svm")
     });
+    // Not in the PATH of a Debian user.
+    let nft = ["/usr/sbin/nft", "/sbin/nft"];
+    let nft = nft
+        .into_iter()
+        .find(|path| Path::new(path).exists())
+        .unwrap_or("nft");
     let switch = |path: &str| read(path).map(|text| text == "1");
     Facts {
         root: nix::unistd::geteuid().is_root(),
@@ -100,8 +106,8 @@ pub(super) fn gather(data_dir: &Path) -> Facts {
         virtualization,
         tun: device("/dev/net/tun"),
         controllers: read("/sys/fs/cgroup/cgroup.controllers"),
-        nft: said("nft", &["--version"]),
-        tables: said("nft", &["list", "tables"]),
+        nft: said(nft, &["--version"]),
+        tables: said(nft, &["list", "tables"]),
         nftables_service: Path::new("/etc/systemd/system/sysinit.target.wants/nftables.service")
             .exists()
             || Path::new("/etc/systemd/system/multi-user.target.wants/nftables.service").exists(),

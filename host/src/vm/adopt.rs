@@ -55,6 +55,8 @@ impl Vm {
             Ok(()) => {
                 tracing::info!(machine = %self.id, pid = running.monitor.pid(), "adopted a monitor");
                 self.host.metrics.adopted.add(1);
+                // It answers, so it has read what it was started with.
+                self.forget_bundle().await;
                 *self.running.lock() = Some(running);
                 Ok(Found::Running { epoch: ADOPTED })
             }

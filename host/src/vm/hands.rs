@@ -29,7 +29,10 @@ impl Hands for Vm {
         let outcome = self.unless_killed(epoch, start, || {
             BootFailure::lasting("the start was broken off".to_owned())
         });
-        outcome.await.map_err(|failure| BootFailure {
+        let outcome = outcome.await;
+        // Whatever has come of it.
+        self.forget_bundle().await;
+        outcome.map_err(|failure| BootFailure {
             disk_ready: disk_ready.load(Ordering::Relaxed),
             ..failure
         })
@@ -220,8 +223,6 @@ impl Vm {
             }
             *self.share.lock() = None;
         }
-        // Whatever has come of it.
-        self.forget_bundle().await;
         outcome
     }
 }
