@@ -49,7 +49,7 @@ pub use port::{
     Handler, HttpOptions, Port, PortKind, ProxyProtoOptions, ProxyProtocol, ResponseOptions,
     TlsOptions,
 };
-pub use public_ports::{Exclusive, MAX_EXCLUSIVE_PORTS, PortClaim, PortRanges, PublicPorts};
+pub use public_ports::{Exclusive, MAX_PORTS_OF_APP, PortClaim, PortRanges, PublicPorts};
 pub use record::Record;
 pub use release::{Release, ReleaseStatus};
 pub use secrets::{AppSecret, AppSecrets};
