@@ -16,8 +16,8 @@ use parking_lot::Mutex;
 use serde_json::Value;
 use tern_catalog::{
     Catalog, DesiredState, Host, HostId, Machine, MachineId, MachineState, MachineStatus, Network,
-    NetworkId, Organization, PortRanges, SealedKey, SnapshotStatus, SqliteStore, Store, Token,
-    View, Volume, VolumeState, VolumeStatus,
+    NetworkId, OrgSlug, Organization, PortRanges, Scope, SealedKey, SnapshotStatus, SqliteStore,
+    Store, Token, View, Volume, VolumeState, VolumeStatus,
 };
 use tower::ServiceExt as _;
 
@@ -79,12 +79,7 @@ impl World {
         }
         for (token, org) in [(ADMIN, None), (RIVAL, Some("rivals"))] {
             let organization = org.map(|o: &str| o.parse().unwrap());
-            let record = Token {
-                hash: token_hash(token),
-                name: token.into(),
-                organization,
-                created_at: Timestamp::now(),
-            };
+            let record = token_of(token, organization, Scope::Full);
             catalog.create(&record).await.unwrap();
         }
         let host = Host {
@@ -178,6 +173,20 @@ impl World {
         let body = serde_json::json!({"config": {"image": "example.com/x:1"}});
         let answer = self.post(&format!("/v1/apps/{app}/machines"), body).await;
         answer.json()["id"].as_str().unwrap().to_owned()
+    }
+}
+
+/// The record of a token that never ends.
+pub fn token_of(token: &str, organization: Option<OrgSlug>, scope: Scope) -> Token {
+    Token {
+        hash: token_hash(token),
+        name: token.into(),
+        organization,
+        scope,
+        created_at: Timestamp::now(),
+        expires_at: None,
+        parent: None,
+        tail: String::new(),
     }
 }
 
