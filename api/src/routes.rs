@@ -9,8 +9,8 @@ use http::{HeaderName, HeaderValue, StatusCode};
 
 use crate::server::Shared;
 use crate::{
-    apps, certificates, lease, logs, machines, orgs, peers, platform, registry, releases, secrets,
-    tokens, volumes,
+    apps, certificates, hosts, lease, logs, machines, orgs, peers, platform, registry, releases,
+    secrets, tokens, volumes,
 };
 
 /// Largest body of a call: a configuration with files in it. Images go to the registry, which streams.
@@ -118,6 +118,10 @@ pub fn router(shared: Shared) -> Router {
             get(peers::list).post(peers::create),
         )
         .route("/orgs/{org}/wireguard_peers/{name}", delete(peers::remove))
+        .route("/hosts", get(hosts::list))
+        .route("/hosts/{id}", get(hosts::get).delete(hosts::remove))
+        .route("/hosts/{id}/cordon", post(hosts::cordon))
+        .route("/hosts/{id}/uncordon", post(hosts::uncordon))
         .route("/tokens", get(tokens::list).post(tokens::create))
         .route("/tokens/{id}", delete(tokens::revoke))
         // As Fly.io's: a method that a path does not have is a path that is not there.
