@@ -13,6 +13,7 @@ mod certificates;
 mod error;
 mod extract;
 mod gateway;
+mod hosts;
 mod lease;
 mod logs;
 mod machines;

@@ -46,6 +46,9 @@ pub enum Command {
     /// Look after the disks of this host, with or without `tern serve`
     #[command(subcommand)]
     Host(Host),
+    /// The servers of this cloud: see them, keep new Machines off them, take them out
+    #[command(subcommand)]
+    Hosts(Hosts),
     /// Look after where this cloud's facts are kept, while no `tern serve` runs
     #[command(subcommand)]
     Catalog(Catalog),
@@ -125,6 +128,40 @@ pub enum Host {
     /// Machines on this host's disk that its catalog does not know
     #[command(subcommand)]
     Quarantine(Quarantine),
+}
+
+/// `tern hosts`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Hosts {
+    /// List servers: whether they are there, and what they have
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a server and what is on it
+    Show {
+        /// Its number, from `tern hosts list`
+        id: u32,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put no new Machines on a server; those that are there go on
+    Cordon {
+        /// Its number
+        id: u32,
+    },
+    /// Put new Machines on a server again
+    Uncordon {
+        /// Its number
+        id: u32,
+    },
+    /// Forget a server that is cordoned, stopped and empty; its number is not used again
+    Remove {
+        /// Its number
+        id: u32,
+    },
 }
 
 /// `tern catalog`.
@@ -300,9 +337,6 @@ pub struct Serve {
     pub data_dir: PathBuf,
     #[command(flatten)]
     pub etcd: Etcd,
-    /// This host's number, 1 or more, unique among your hosts
-    #[arg(long, default_value_t = 1)]
-    pub host_id: u32,
     /// This host's region
     #[arg(long, env = "TERN_REGION", default_value = "local")]
     pub region: String,

@@ -14,9 +14,9 @@ use tern_api::{
     MachineMemory, StartTrace, token_hash,
 };
 use tern_catalog::{
-    Catalog, DesiredState, Host, HostId, Machine, MachineEvent, MachineId, MachineState,
-    MachineStatus, Network, NetworkId, Organization, PortRanges, RestartPolicy, Scope, SqliteStore,
-    Store, Token, View, VolumeState, VolumeStatus,
+    Catalog, DesiredState, Host, HostAlive, HostId, HostStatus, Machine, MachineEvent, MachineId,
+    MachineState, MachineStatus, Network, NetworkId, Organization, PortRanges, Resources,
+    RestartPolicy, Scope, SqliteStore, Store, Token, View, VolumeState, VolumeStatus,
 };
 use tern_certs::Sealer;
 use tokio_util::sync::CancellationToken;
@@ -87,6 +87,29 @@ impl World {
                 public_key: "key".into(),
                 endpoint: "192.0.2.1:51820".parse().unwrap(),
                 started_at: now,
+            })
+            .await
+            .unwrap();
+        let all = Resources {
+            memory_mib: 1 << 16,
+            cpu_sixteenths: 1024,
+        };
+        catalog
+            .create(&HostStatus {
+                id: HostId(1),
+                version: "0".into(),
+                all,
+                taken: Resources::default(),
+                seen_at: now,
+            })
+            .await
+            .unwrap();
+        catalog
+            .create(&HostAlive {
+                id: HostId(1),
+                session: "s".into(),
+                boot: "b".into(),
+                since: now,
             })
             .await
             .unwrap();

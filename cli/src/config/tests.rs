@@ -81,7 +81,7 @@ fn every_kind_of_value_is_taken() {
         machine_disk_bandwidth = 1048576
         wake_timeout = \"30s\"
         memory_overcommit = 1.5
-        host_id = 7
+        max_connections = 7
         no_http3 = true
         log_json = false
         cpu_template = \"x86-64-v2\"
@@ -97,7 +97,7 @@ fn every_kind_of_value_is_taken() {
     assert_eq!(serve.wake_timeout, Duration::from_secs(30));
     assert!((serve.memory_overcommit - 1.5).abs() < f64::EPSILON);
     assert_eq!(
-        (serve.host_id, serve.no_http3, serve.log_json),
+        (serve.max_connections, serve.no_http3, serve.log_json),
         (7, true, false)
     );
     assert_eq!(serve.cpu_template, CpuTemplate::X86_64V2);
@@ -108,7 +108,7 @@ fn every_kind_of_value_is_taken() {
 #[test]
 fn every_problem_is_told_with_its_line_and_what_to_write() {
     let file = "\
-host_id = 1
+max_connections = 1
 regoin = \"fra\"
 autostop-after = \"1m\"
 wake_timeout = \"30 parsecs\"
@@ -158,9 +158,9 @@ members = 3
 
 #[test]
 fn a_flag_goes_before_the_file() {
-    let file = "region = \"file\"\nhttp = [\"127.0.0.1:81\"]\nhost_id = 2\nno_http3 = true";
+    let file = "region = \"file\"\nhttp = [\"127.0.0.1:81\"]\nmax_connections = 2\nno_http3 = true";
     let serve = serve_with(file, &["--region", "flag", "--http", "127.0.0.1:82"]).unwrap();
-    assert_eq!((serve.region.as_str(), serve.host_id), ("flag", 2));
+    assert_eq!((serve.region.as_str(), serve.max_connections), ("flag", 2));
     // Not added to the file's list: instead of it.
     assert_eq!(serve.http, ["127.0.0.1:82".parse().unwrap()]);
     assert!(serve.no_http3);
@@ -239,7 +239,7 @@ fn a_file_that_is_named_must_be_there_and_the_default_need_not() {
 fn commands_about_the_same_server_read_the_same_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tern.toml");
-    std::fs::write(&path, "data_dir = \"/srv/tern\"\nhost_id = 3\n").unwrap();
+    std::fs::write(&path, "data_dir = \"/srv/tern\"\nmax_connections = 3\n").unwrap();
     let parse = |line: &str| {
         let argv = line.split(' ').map(OsString::from).collect();
         parse_with(argv, &path).unwrap().command
