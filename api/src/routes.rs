@@ -33,6 +33,7 @@ pub fn router(shared: Shared) -> Router {
         .route("/suspend", post(machines::suspend))
         .route("/signal", post(machines::signal))
         .route("/exec", post(machines::exec))
+        .route("/exec/stream", post(machines::exec_stream))
         .route("/memory", get(machines::memory).put(machines::limit_memory))
         .route("/boot-trace", get(machines::boot_trace))
         .route("/ports/{port}", get(machines::port))
