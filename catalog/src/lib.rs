@@ -58,5 +58,5 @@ pub use store::{
     Change, Compare, Entry, LeaseId, Listing, Op, PROGRESS_EVERY, Revision, Store, StoreError,
     Transaction, Watch, WatchBatch, WatchEvent, limits,
 };
-pub use view::{Snapshot, View};
+pub use view::{Snapshot, Unreadable, View};
 pub use volume::{SnapshotStatus, Volume, VolumeSource, VolumeState, VolumeStatus};
