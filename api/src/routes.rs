@@ -186,6 +186,7 @@ fn machine_routes() -> Vec<Route> {
         post(machine!("/suspend"), App(Deploy), machines::suspend),
         post(machine!("/signal"), App(Deploy), machines::signal),
         post(machine!("/exec"), App(Exec), machines::exec),
+        post(machine!("/exec/stream"), App(Exec), machines::exec_stream),
         get(machine!("/memory"), App(Read), machines::memory),
         put(machine!("/memory"), App(Deploy), machines::limit_memory),
         get(machine!("/boot-trace"), App(Read), machines::boot_trace),

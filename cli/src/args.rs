@@ -753,16 +753,19 @@ pub enum Machine {
         #[arg(short, long)]
         force: bool,
     },
-    /// Run a command in a Machine
+    /// Run a command in a Machine: its output comes byte for byte, its exit code is this one's
     Exec {
         #[command(flatten)]
         machine: MachineArg,
+        /// Give it what this command reads, until that ends
+        #[arg(short = 'i', long)]
+        stdin: bool,
         /// The command and its arguments
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
-        /// Longest time it may take
-        #[arg(long, default_value = "60s", value_parser = duration)]
-        timeout: Duration,
+        /// Longest time it may take [default: a day]
+        #[arg(long, value_parser = duration)]
+        timeout: Option<Duration>,
     },
 }
 

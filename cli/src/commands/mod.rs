@@ -4,6 +4,7 @@ mod apps;
 mod auth;
 mod certs;
 mod deploy;
+mod exec;
 mod hosts;
 mod launch;
 mod logs;
