@@ -377,6 +377,9 @@ pub struct Serve {
     /// Serve no HTTP/3. It takes the same ports of UDP as HTTPS takes of TCP
     #[arg(long)]
     pub no_http3: bool,
+    /// Do not wake a suspended Machine when a client's TLS handshake names its app, but only when its request comes
+    #[arg(long)]
+    pub no_early_wake: bool,
     /// Where WireGuard listens (UDP)
     #[arg(long, default_value = "[::]:51820")]
     pub wireguard: SocketAddr,

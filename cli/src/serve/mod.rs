@@ -148,6 +148,7 @@ async fn serve(args: Serve) -> Result<()> {
         wake_timeout: args.wake_timeout,
         threads: EdgeConfig::threads_of_this_host(),
         http3: !args.no_http3,
+        early_wake: !args.no_early_wake,
         limits: Limits {
             connections: edge_connections(&args, descriptors),
             connections_of_client: args.max_client_connections,
