@@ -13,6 +13,7 @@ mod secrets;
 mod status;
 #[cfg(test)]
 mod testing;
+mod tokens;
 mod volumes;
 mod wire;
 mod wireguard;
@@ -66,7 +67,7 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Wireguard(args) => wireguard::run(&client, args).await,
         Command::Certs(args) => certs::run(&client, args).await,
         Command::Orgs(args) => orgs::orgs(&client, args).await,
-        Command::Tokens(args) => orgs::tokens(&client, args).await,
+        Command::Tokens(args) => tokens::run(&client, args).await,
         Command::Serve(_)
         | Command::Doctor(_)
         | Command::Host(_)
