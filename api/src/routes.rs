@@ -23,8 +23,8 @@ use crate::rights::Right::{App, Known, Organization, OrganizationInBody, Own, Pl
 use crate::rights::{Denied, OrganizationRight, Right};
 use crate::server::Shared;
 use crate::{
-    apps, certificates, lease, logs, machines, orgs, peers, platform, registry, releases, secrets,
-    tokens, volumes,
+    apps, certificates, hosts, lease, logs, machines, orgs, peers, platform, registry, releases,
+    secrets, tokens, volumes,
 };
 
 /// Largest body of a call: a configuration with files in it, or a manifest, of which the registry's specification asks
@@ -84,6 +84,11 @@ pub fn table() -> Vec<Route> {
             Organization(OrganizationRight::Write),
             peers::remove,
         ),
+        get("/v1/hosts", Platform, hosts::list),
+        get("/v1/hosts/{id}", Platform, hosts::get),
+        delete("/v1/hosts/{id}", Platform, hosts::remove),
+        post("/v1/hosts/{id}/cordon", Platform, hosts::cordon),
+        post("/v1/hosts/{id}/uncordon", Platform, hosts::uncordon),
         // Which tokens: `tokens.rs` asks what the caller's own covers.
         get("/v1/tokens", Own, tokens::list),
         get("/v1/tokens/current", Own, tokens::current_one),
@@ -187,6 +192,7 @@ fn machine_routes() -> Vec<Route> {
         post(machine!("/suspend"), App(Deploy), machines::suspend),
         post(machine!("/signal"), App(Deploy), machines::signal),
         post(machine!("/exec"), App(Exec), machines::exec),
+        post(machine!("/exec/stream"), App(Exec), machines::exec_stream),
         get(machine!("/memory"), App(Read), machines::memory),
         put(machine!("/memory"), App(Deploy), machines::limit_memory),
         get(machine!("/boot-trace"), App(Read), machines::boot_trace),
