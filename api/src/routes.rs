@@ -91,6 +91,7 @@ pub fn table() -> Vec<Route> {
         post("/v1/hosts/{id}/uncordon", Platform, hosts::uncordon),
         // Which tokens: `tokens.rs` asks what the caller's own covers.
         get("/v1/tokens", Own, tokens::list),
+        get("/v1/tokens/current", Own, tokens::current_one),
         post("/v1/tokens", Own, tokens::create),
         delete("/v1/tokens/{id}", Own, tokens::revoke),
     ]);
@@ -146,6 +147,11 @@ fn app_routes() -> Vec<Route> {
         get("/v1/apps/{app}/secrets/{name}", App(Read), secrets::get),
         post("/v1/apps/{app}/secrets/{name}", App(Deploy), secrets::set),
         delete("/v1/apps/{app}/secrets/{name}", App(Deploy), secrets::unset),
+        post(
+            "/v1/apps/{app}/deploy_token",
+            App(Deploy),
+            tokens::create_to_deploy,
+        ),
         // From here on: what Fly.io keeps outside its Machines API.
         get("/v1/apps/{app}/logs", App(Read), logs::stream),
         get("/v1/apps/{app}/lease", App(Read), lease::get),
