@@ -11,6 +11,8 @@
 //! long, and nothing retries behind our back.
 
 mod connection;
+#[cfg(test)]
+mod fake;
 mod members;
 mod messages;
 mod watch;
@@ -285,19 +287,4 @@ fn txn(transaction: &Transaction) -> TxnRequest {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_prefix_is_a_range_of_exactly_its_keys() {
-        let keys = Keys::under("a/");
-        let inside = |key: &str| (&keys.first..&keys.end).contains(&&etcd_key(key));
-        assert!(inside("a/") && inside("a/b") && inside("a/\u{10ffff}"));
-        assert!(!inside("a") && !inside("a0") && !inside("b"));
-        let all = Keys::under("");
-        assert_eq!(
-            (&all.first[..], &all.end[..]),
-            (&b"tern/"[..], &b"tern0"[..])
-        );
-    }
-}
+mod tests;
