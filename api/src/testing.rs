@@ -15,9 +15,10 @@ use jiff::Timestamp;
 use parking_lot::Mutex;
 use serde_json::Value;
 use tern_catalog::{
-    Catalog, DesiredState, Host, HostId, Machine, MachineId, MachineState, MachineStatus, Network,
-    NetworkId, Organization, PortRanges, SealedKey, SnapshotStatus, SqliteStore, Store, Token,
-    View, Volume, VolumeState, VolumeStatus,
+    Catalog, DesiredState, Host, HostAlive, HostId, HostStatus, Machine, MachineId, MachineState,
+    MachineStatus, Network, NetworkId, OrgSlug, Organization, PortRanges, Resources, Revision,
+    Scope, SealedKey, SnapshotStatus, SqliteStore, Store, Token, View, Volume, VolumeState,
+    VolumeStatus,
 };
 use tower::ServiceExt as _;
 
@@ -79,23 +80,10 @@ impl World {
         }
         for (token, org) in [(ADMIN, None), (RIVAL, Some("rivals"))] {
             let organization = org.map(|o: &str| o.parse().unwrap());
-            let record = Token {
-                hash: token_hash(token),
-                name: token.into(),
-                organization,
-                created_at: Timestamp::now(),
-            };
+            let record = token_of(token, organization, Scope::Full);
             catalog.create(&record).await.unwrap();
         }
-        let host = Host {
-            id: HostId(1),
-            name: "one".into(),
-            region: "local".into(),
-            public_key: "key".into(),
-            endpoint: "192.0.2.1:51820".parse().unwrap(),
-            started_at: Timestamp::now(),
-        };
-        catalog.create(&host).await.unwrap();
+        host(&catalog, 1, "one", "local", 1 << 16).await;
         let view = View::follow(store).await.unwrap();
         let agent = tokio::spawn(agent(catalog.clone(), view.clone()));
         let gateway = Arc::new(FakeGateway::default());
@@ -173,11 +161,31 @@ impl World {
         assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
     }
 
+    /// One more host, that is alive and has so much memory.
+    pub async fn host(&self, id: u32, region: &str, memory_mib: u64) {
+        let revision = host(&self.catalog, id, &format!("h{id}"), region, memory_mib).await;
+        self.shared.seen(revision).await;
+    }
+
     /// A Machine of an image that is not ours.
     pub async fn machine(&self, app: &str) -> String {
         let body = serde_json::json!({"config": {"image": "example.com/x:1"}});
         let answer = self.post(&format!("/v1/apps/{app}/machines"), body).await;
         answer.json()["id"].as_str().unwrap().to_owned()
+    }
+}
+
+/// The record of a token that never ends.
+pub fn token_of(token: &str, organization: Option<OrgSlug>, scope: Scope) -> Token {
+    Token {
+        hash: token_hash(token),
+        name: token.into(),
+        organization,
+        scope,
+        created_at: Timestamp::now(),
+        expires_at: None,
+        parent: None,
+        tail: String::new(),
     }
 }
 
@@ -223,6 +231,38 @@ impl crate::secrets::SecretSealer for FakeSealer {
         all.extend_from_slice(value);
         token_hash(&String::from_utf8_lossy(&all))[..16].to_owned()
     }
+}
+
+async fn host(catalog: &Catalog, id: u32, name: &str, region: &str, memory_mib: u64) -> Revision {
+    let (id, now) = (HostId(id), Timestamp::now());
+    let host = Host {
+        id,
+        name: name.into(),
+        region: region.into(),
+        public_key: format!("key {id}"),
+        endpoint: "192.0.2.1:51820".parse().unwrap(),
+        started_at: now,
+    };
+    catalog.create(&host).await.unwrap();
+    let all = Resources {
+        memory_mib,
+        cpu_sixteenths: 1024,
+    };
+    let status = HostStatus {
+        id,
+        version: "0".into(),
+        all,
+        taken: Resources::default(),
+        seen_at: now,
+    };
+    catalog.create(&status).await.unwrap();
+    let alive = HostAlive {
+        id,
+        session: "s".into(),
+        boot: "b".into(),
+        since: now,
+    };
+    catalog.create(&alive).await.unwrap()
 }
 
 /// What a host's agent does, as far as the catalog shows it.

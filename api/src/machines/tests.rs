@@ -105,17 +105,7 @@ async fn the_only_region_stands_for_any() {
         .json();
     assert_eq!(made["region"], "local", "{made}");
     assert!(made["warnings"].to_string().contains("ams"), "{made}");
-    let mut second = world
-        .catalog
-        .get::<tern_catalog::Host>("1")
-        .await
-        .unwrap()
-        .unwrap()
-        .0;
-    second.id = tern_catalog::HostId(2);
-    second.region = "fra".into();
-    let revision = world.catalog.create(&second).await.unwrap();
-    world.shared.seen(revision).await;
+    world.host(2, "fra", 4096).await;
     let refused = world.post("/v1/apps/shop/machines", body).await;
     assert_eq!(refused.json()["status"], "insufficient_capacity");
     assert!(
@@ -200,7 +190,7 @@ async fn a_public_port_that_is_another_apps_or_not_open_is_refused() {
         (json!([{"port": 22}]), "port 22 is not open to services"),
         (
             json!([{"start_port": 3000, "end_port": 3300}]),
-            "301 ports would be this app's alone",
+            "more than 256 public ports",
         ),
     ] {
         let refused = world.post("/v1/apps/other/machines", with(ports)).await;

@@ -14,9 +14,9 @@ use tern_api::{
     MachineMemory, StartTrace, token_hash,
 };
 use tern_catalog::{
-    Catalog, DesiredState, Host, HostId, Machine, MachineEvent, MachineId, MachineState,
-    MachineStatus, Network, NetworkId, Organization, PortRanges, RestartPolicy, SqliteStore, Store,
-    Token, View, VolumeState, VolumeStatus,
+    Catalog, DesiredState, Host, HostAlive, HostId, HostStatus, Machine, MachineEvent, MachineId,
+    MachineState, MachineStatus, Network, NetworkId, Organization, PortRanges, Resources,
+    RestartPolicy, Scope, SqliteStore, Store, Token, View, VolumeState, VolumeStatus,
 };
 use tern_certs::Sealer;
 use tokio_util::sync::CancellationToken;
@@ -71,7 +71,11 @@ impl World {
                 hash: token_hash(TOKEN),
                 name: "test".into(),
                 organization: None,
+                scope: Scope::Full,
                 created_at: now,
+                expires_at: None,
+                parent: None,
+                tail: String::new(),
             })
             .await
             .unwrap();
@@ -83,6 +87,29 @@ impl World {
                 public_key: "key".into(),
                 endpoint: "192.0.2.1:51820".parse().unwrap(),
                 started_at: now,
+            })
+            .await
+            .unwrap();
+        let all = Resources {
+            memory_mib: 1 << 16,
+            cpu_sixteenths: 1024,
+        };
+        catalog
+            .create(&HostStatus {
+                id: HostId(1),
+                version: "0".into(),
+                all,
+                taken: Resources::default(),
+                seen_at: now,
+            })
+            .await
+            .unwrap();
+        catalog
+            .create(&HostAlive {
+                id: HostId(1),
+                session: "s".into(),
+                boot: "b".into(),
+                since: now,
             })
             .await
             .unwrap();
@@ -133,11 +160,16 @@ impl World {
     }
 }
 
-/// A client of the API at this address.
+/// A client of the API at this address, which may do everything.
 pub fn client_of(address: std::net::SocketAddr) -> Client {
+    client_with(address, TOKEN)
+}
+
+/// A client of the API at this address, with this token.
+pub fn client_with(address: std::net::SocketAddr, token: &str) -> Client {
     let target = Target {
         url: format!("http://{address}"),
-        token: TOKEN.into(),
+        token: token.into(),
     };
     Client::new(target).unwrap()
 }

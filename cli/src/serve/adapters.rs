@@ -108,9 +108,9 @@ impl MachineControl for HostAdapter {
 
 #[async_trait]
 impl HostGateway for HostAdapter {
-    async fn prepare(&self, _: &MachineId, image: &str) -> Result<(), GatewayError> {
+    async fn prepare(&self, id: &MachineId, image: &str) -> Result<(), GatewayError> {
         // Every Machine is on this host as yet.
-        self.agent.prepare(image).await.map_err(gateway_error)
+        self.agent.prepare(id, image).await.map_err(gateway_error)
     }
 
     async fn accepts(&self, id: &MachineId, port: u16) -> Result<bool, GatewayError> {
