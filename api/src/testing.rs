@@ -18,9 +18,9 @@ use parking_lot::Mutex;
 use serde_json::Value;
 use tern_catalog::{
     Catalog, DesiredState, Entry, Host, HostId, LeaseId, Listing, Machine, MachineId, MachineState,
-    MachineStatus, Network, NetworkId, Organization, PortRanges, Revision, SealedKey,
-    SnapshotStatus, SqliteStore, Store, StoreError, Token, Transaction, View, Volume, VolumeState,
-    VolumeStatus, Watch,
+    MachineStatus, Network, NetworkId, OrgSlug, Organization, PortRanges, Revision, Scope,
+    SealedKey, SnapshotStatus, SqliteStore, Store, StoreError, Token, Transaction, View, Volume,
+    VolumeState, VolumeStatus, Watch,
 };
 use tern_guest::ExitStatus;
 use tower::ServiceExt as _;
@@ -129,12 +129,7 @@ impl World {
         }
         for (token, org) in [(ADMIN, None), (RIVAL, Some("rivals"))] {
             let organization = org.map(|o: &str| o.parse().unwrap());
-            let record = Token {
-                hash: token_hash(token),
-                name: token.into(),
-                organization,
-                created_at: Timestamp::now(),
-            };
+            let record = token_of(token, organization, Scope::Full);
             catalog.create(&record).await.unwrap();
         }
         let host = Host {
@@ -238,6 +233,20 @@ impl World {
         let body = serde_json::json!({"config": {"image": "example.com/x:1"}});
         let answer = self.post(&format!("/v1/apps/{app}/machines"), body).await;
         answer.json()["id"].as_str().unwrap().to_owned()
+    }
+}
+
+/// The record of a token that never ends.
+pub fn token_of(token: &str, organization: Option<OrgSlug>, scope: Scope) -> Token {
+    Token {
+        hash: token_hash(token),
+        name: token.into(),
+        organization,
+        scope,
+        created_at: Timestamp::now(),
+        expires_at: None,
+        parent: None,
+        tail: String::new(),
     }
 }
 

@@ -16,8 +16,8 @@ use tern_api::{
 };
 use tern_catalog::{
     Catalog, DesiredState, Host, HostId, Machine, MachineEvent, MachineId, MachineState,
-    MachineStatus, Network, NetworkId, Organization, PortRanges, RestartPolicy, SqliteStore, Store,
-    Token, View, VolumeState, VolumeStatus,
+    MachineStatus, Network, NetworkId, Organization, PortRanges, RestartPolicy, Scope, SqliteStore,
+    Store, Token, View, VolumeState, VolumeStatus,
 };
 use tern_certs::Sealer;
 use tern_guest::ExitStatus;
@@ -73,7 +73,11 @@ impl World {
                 hash: token_hash(TOKEN),
                 name: "test".into(),
                 organization: None,
+                scope: Scope::Full,
                 created_at: now,
+                expires_at: None,
+                parent: None,
+                tail: String::new(),
             })
             .await
             .unwrap();
@@ -135,11 +139,16 @@ impl World {
     }
 }
 
-/// A client of the API at this address.
+/// A client of the API at this address, which may do everything.
 pub fn client_of(address: std::net::SocketAddr) -> Client {
+    client_with(address, TOKEN)
+}
+
+/// A client of the API at this address, with this token.
+pub fn client_with(address: std::net::SocketAddr, token: &str) -> Client {
     let target = Target {
         url: format!("http://{address}"),
-        token: TOKEN.into(),
+        token: token.into(),
     };
     Client::new(target).unwrap()
 }
