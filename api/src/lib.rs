@@ -12,8 +12,10 @@ mod auth;
 mod certificates;
 mod error;
 mod extract;
+mod forward;
 mod gateway;
 mod hosts;
+mod invites;
 mod lease;
 mod logs;
 mod machines;
@@ -40,6 +42,7 @@ pub use gateway::{
     ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, MachineMemory,
     StartPhase, StartTrace,
 };
+pub use invites::{Invitation, Inviter};
 pub use registry::REGISTRY_NAME;
 pub use secrets::SecretSealer;
 pub use server::{ApiConfig, ApiServer};

@@ -9,8 +9,8 @@ use http::{HeaderName, HeaderValue, StatusCode};
 
 use crate::server::Shared;
 use crate::{
-    apps, certificates, hosts, lease, logs, machines, orgs, peers, platform, registry, releases,
-    secrets, tokens, volumes,
+    apps, certificates, forward, hosts, invites, lease, logs, machines, orgs, peers, platform,
+    registry, releases, secrets, tokens, volumes,
 };
 
 /// Largest body of a call: a configuration with files in it. Images go to the registry, which streams.
@@ -119,6 +119,7 @@ pub fn router(shared: Shared) -> Router {
         )
         .route("/orgs/{org}/wireguard_peers/{name}", delete(peers::remove))
         .route("/hosts", get(hosts::list))
+        .route("/hosts/invites", post(invites::create))
         .route("/hosts/{id}", get(hosts::get).delete(hosts::remove))
         .route("/hosts/{id}/cordon", post(hosts::cordon))
         .route("/hosts/{id}/uncordon", post(hosts::uncordon))
@@ -132,6 +133,10 @@ pub fn router(shared: Shared) -> Router {
         .merge(registry::router())
         .route("/healthz", get(platform::health))
         .fallback(nothing_here)
+        .layer(middleware::from_fn_with_state(
+            shared.clone(),
+            forward::to_host,
+        ))
         .layer(middleware::from_fn(tell))
         .with_state(shared)
 }
