@@ -11,14 +11,13 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
-use http::header::{AUTHORIZATION, CONNECTION, HOST};
+use http::header::{CONNECTION, HOST};
 use http::{HeaderName, HeaderValue, Method, Uri};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use tern_catalog::{HostId, Machine, MachineId};
 
-use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::server::Shared;
 
@@ -55,19 +54,11 @@ impl Forwarder {
     }
 }
 
-/// Sends a Machine's call on where its host must answer it, and is another.
+/// Sends a Machine's call on where its host must answer it, and is another. Asked only once the call is allowed.
 pub async fn to_host(State(shared): State<Shared>, request: Request, next: Next) -> Response {
     let Some(machine) = elsewhere(&shared, &request) else {
         return next.run(request).await;
     };
-    let header = request.headers().get(AUTHORIZATION);
-    let header = header.and_then(|h| h.to_str().ok());
-    let snapshot = shared.view.snapshot();
-    let caller = Caller::find(&snapshot, &shared.config.internal_token, header);
-    // Strangers are refused here, and cost no other host anything.
-    if let Err(error) = caller.and_then(|c| c.app(&snapshot, &machine.app).map(drop)) {
-        return error.into_response();
-    }
     if request.headers().contains_key(&FORWARDED) {
         return ApiError::unreachable(format!(
             "machine {} is on host {}, and the call was sent to host {}; try again",

@@ -25,6 +25,7 @@ mod peers;
 mod platform;
 mod registry;
 mod releases;
+mod rights;
 mod routes;
 mod secrets;
 mod server;

@@ -6,7 +6,6 @@ use axum::extract::State;
 use http::StatusCode;
 use serde_json::{Value, json};
 
-use crate::auth::Caller;
 use crate::extract::Json;
 use crate::server::Shared;
 
@@ -22,7 +21,7 @@ pub async fn health(State(shared): State<Shared>) -> (StatusCode, &'static str) 
 }
 
 /// `GET /v1/platform/regions`.
-pub async fn regions(State(shared): State<Shared>, _: Caller) -> Json<Value> {
+pub async fn regions(State(shared): State<Shared>) -> Json<Value> {
     let snapshot = shared.view.snapshot();
     let codes: BTreeSet<&str> = snapshot.hosts.values().map(|h| h.region.as_str()).collect();
     let regions: Vec<Value> = codes

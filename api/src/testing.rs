@@ -16,8 +16,9 @@ use parking_lot::Mutex;
 use serde_json::Value;
 use tern_catalog::{
     Catalog, DesiredState, Host, HostAlive, HostId, HostStatus, Machine, MachineId, MachineState,
-    MachineStatus, Network, NetworkId, Organization, PortRanges, Resources, Revision, SealedKey,
-    SnapshotStatus, SqliteStore, Store, Token, View, Volume, VolumeState, VolumeStatus,
+    MachineStatus, Network, NetworkId, OrgSlug, Organization, PortRanges, Resources, Revision,
+    Scope, SealedKey, SnapshotStatus, SqliteStore, Store, Token, View, Volume, VolumeState,
+    VolumeStatus,
 };
 use tower::ServiceExt as _;
 
@@ -81,12 +82,7 @@ impl World {
         }
         for (token, org) in [(ADMIN, None), (RIVAL, Some("rivals"))] {
             let organization = org.map(|o: &str| o.parse().unwrap());
-            let record = Token {
-                hash: token_hash(token),
-                name: token.into(),
-                organization,
-                created_at: Timestamp::now(),
-            };
+            let record = token_of(token, organization, Scope::Full);
             catalog.create(&record).await.unwrap();
         }
         host(&catalog, 1, "one", "local", 1 << 16).await;
@@ -225,6 +221,20 @@ impl World {
 impl FakeGateway {
     pub fn commands(&self) -> u32 {
         self.commands.load(Ordering::Relaxed)
+    }
+}
+
+/// The record of a token that never ends.
+pub fn token_of(token: &str, organization: Option<OrgSlug>, scope: Scope) -> Token {
+    Token {
+        hash: token_hash(token),
+        name: token.into(),
+        organization,
+        scope,
+        created_at: Timestamp::now(),
+        expires_at: None,
+        parent: None,
+        tail: String::new(),
     }
 }
 

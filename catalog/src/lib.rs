@@ -22,6 +22,7 @@ mod resources;
 mod secrets;
 mod sqlite;
 mod store;
+mod token;
 pub mod transfer;
 mod view;
 mod volume;
@@ -47,12 +48,12 @@ pub use names::{
     AppName, Hostname, MachineId, NameError, OrgSlug, PeerName, SecretName, SnapshotId, VolumeId,
     VolumeName,
 };
-pub use nouns::{App, HostnameRoute, Network, Organization, Peer, Token};
+pub use nouns::{App, HostnameRoute, Network, Organization, Peer};
 pub use port::{
     Handler, HttpOptions, Port, PortKind, ProxyProtoOptions, ProxyProtocol, ResponseOptions,
     TlsOptions,
 };
-pub use public_ports::{Exclusive, MAX_EXCLUSIVE_PORTS, PortClaim, PortRanges, PublicPorts};
+pub use public_ports::{Exclusive, MAX_PORTS_OF_APP, PortClaim, PortRanges, PublicPorts};
 pub use record::Record;
 pub use release::{Release, ReleaseStatus};
 pub use resources::{Resources, SIXTEENTHS};
@@ -62,5 +63,6 @@ pub use store::{
     Change, Compare, Entry, LeaseId, Listing, Op, PROGRESS_EVERY, Revision, Store, StoreError,
     Transaction, Watch, WatchBatch, WatchEvent, limits,
 };
+pub use token::{Scope, Token, TokenApps};
 pub use view::{Snapshot, View};
 pub use volume::{SnapshotStatus, Volume, VolumeSource, VolumeState, VolumeStatus};

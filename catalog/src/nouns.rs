@@ -1,4 +1,4 @@
-//! Organizations and what they own, peers and tokens.
+//! Organizations and what they own, and peers.
 
 use std::net::Ipv6Addr;
 
@@ -77,19 +77,6 @@ pub struct Peer {
     pub created_at: Timestamp,
 }
 
-/// A bearer token; only its hash is kept.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Token {
-    /// SHA-256 of the token, hexadecimal.
-    pub hash: String,
-    /// Its name, for people.
-    pub name: String,
-    /// The organization it speaks for; `None` may do everything.
-    pub organization: Option<OrgSlug>,
-    /// When it was made.
-    pub created_at: Timestamp,
-}
-
 impl Record for Organization {
     const PREFIX: &'static str = "organizations/";
     fn id(&self) -> String {
@@ -122,12 +109,5 @@ impl Record for Peer {
     const PREFIX: &'static str = "peers/";
     fn id(&self) -> String {
         format!("{}/{}", self.network, self.name)
-    }
-}
-
-impl Record for Token {
-    const PREFIX: &'static str = "tokens/";
-    fn id(&self) -> String {
-        self.hash.clone()
     }
 }

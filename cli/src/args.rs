@@ -99,6 +99,19 @@ pub enum Command {
     /// Look at a `fly.toml`
     #[command(subcommand)]
     Config(Config),
+    /// Print what has a shell complete this program's commands and flags
+    ///
+    /// For bash: `tern completion bash > ~/.local/share/bash-completion/completions/tern`. An installed Tern has brought them.
+    Completion {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual's pages into a directory
+    #[command(hide = true)]
+    ManPages {
+        /// Where to
+        directory: PathBuf,
+    },
 }
 
 /// `tern doctor`.
@@ -273,9 +286,25 @@ pub enum Quarantine {
     },
 }
 
+/// The file with what is given neither as a flag nor in the environment (see [`crate::config`]).
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct ConfigFile {
+    /// The server's configuration: what is given neither here nor in the environment is read from it. Default:
+    /// /etc/tern/tern.toml, if there is one
+    #[arg(
+        id = "config_file",
+        long = "config",
+        env = "TERN_CONFIG",
+        value_name = "FILE"
+    )]
+    pub path: Option<PathBuf>,
+}
+
 /// The data directory of a host.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct DataDir {
+    #[command(flatten)]
+    pub config: ConfigFile,
     /// What `tern serve` was given as --data-dir
     #[arg(long, env = "TERN_DATA_DIR", default_value = "/var/lib/tern")]
     pub data_dir: PathBuf,
@@ -303,9 +332,17 @@ fn fraction(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "write a number from 0 to 1".to_owned())
 }
 
-/// `tern serve`.
+/// `tern serve`. Each flag is a key of the configuration file too, by its id.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Serve {
+    #[command(flatten)]
+    pub config: ConfigFile,
+    /// Print a configuration file with every key, its default and what it does, and do nothing else
+    #[arg(long)]
+    pub print_config: bool,
+    /// Say whether flags and configuration file are right, and do nothing else
+    #[arg(long, conflicts_with = "print_config")]
+    pub check_config: bool,
     /// Where everything is kept
     #[arg(long, env = "TERN_DATA_DIR", default_value = "/var/lib/tern")]
     pub data_dir: PathBuf,
@@ -452,13 +489,13 @@ pub struct Serve {
     /// it; what Machines could use beyond is hidden from them. A host that lacks some of it is refused.
     #[arg(long, env = "TERN_CPU_TEMPLATE", value_enum, default_value_t)]
     pub cpu_template: CpuTemplate,
-    /// The guests' kernel (uncompressed ELF or bzImage). Default: `guest/vmlinux` beside this program
+    /// The guests' kernel (uncompressed ELF or bzImage). Default: `guest/vmlinux` in ../lib/tern of this program, or beside it
     #[arg(long, env = "TERN_GUEST_KERNEL")]
     pub kernel: Option<PathBuf>,
-    /// The guests' initramfs. Default: `guest/initramfs.cpio` beside this program
+    /// The guests' initramfs. Default: `guest/initramfs.cpio` in ../lib/tern of this program, or beside it
     #[arg(long, env = "TERN_GUEST_INITRAMFS")]
     pub initramfs: Option<PathBuf>,
-    /// The monitor. Default: `tern-vmm` beside this program
+    /// The monitor. Default: `tern-vmm` in ../lib/tern of this program, or beside it
     #[arg(long, env = "TERN_VMM")]
     pub vmm: Option<PathBuf>,
     /// Write the log as JSON

@@ -190,7 +190,7 @@ async fn a_public_port_that_is_another_apps_or_not_open_is_refused() {
         (json!([{"port": 22}]), "port 22 is not open to services"),
         (
             json!([{"start_port": 3000, "end_port": 3300}]),
-            "301 ports would be this app's alone",
+            "more than 256 public ports",
         ),
     ] {
         let refused = world.post("/v1/apps/other/machines", with(ports)).await;

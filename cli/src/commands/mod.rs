@@ -74,7 +74,9 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
         | Command::Host(_)
         | Command::Catalog(_)
         | Command::Auth(_)
-        | Command::Config(_) => {
+        | Command::Config(_)
+        | Command::Completion { .. }
+        | Command::ManPages { .. } => {
             unreachable!("handled before")
         }
     }

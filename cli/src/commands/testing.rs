@@ -16,7 +16,7 @@ use tern_api::{
 use tern_catalog::{
     Catalog, DesiredState, Host, HostAlive, HostId, HostStatus, Machine, MachineEvent, MachineId,
     MachineState, MachineStatus, Network, NetworkId, Organization, PortRanges, Resources,
-    RestartPolicy, SqliteStore, Store, Token, View, VolumeState, VolumeStatus,
+    RestartPolicy, Scope, SqliteStore, Store, Token, View, VolumeState, VolumeStatus,
 };
 use tern_certs::Sealer;
 use tokio_util::sync::CancellationToken;
@@ -85,7 +85,11 @@ impl World {
                 hash: token_hash(TOKEN),
                 name: "test".into(),
                 organization: None,
+                scope: Scope::Full,
                 created_at: now,
+                expires_at: None,
+                parent: None,
+                tail: String::new(),
             })
             .await
             .unwrap();
@@ -173,11 +177,16 @@ impl World {
     }
 }
 
-/// A client of the API at this address.
+/// A client of the API at this address, which may do everything.
 pub fn client_of(address: std::net::SocketAddr) -> Client {
+    client_with(address, TOKEN)
+}
+
+/// A client of the API at this address, with this token.
+pub fn client_with(address: std::net::SocketAddr, token: &str) -> Client {
     let target = Target {
         url: format!("http://{address}"),
-        token: TOKEN.into(),
+        token: token.into(),
     };
     Client::new(target).unwrap()
 }

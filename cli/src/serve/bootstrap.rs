@@ -5,7 +5,9 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
-use tern_catalog::{Catalog, CatalogError, Network, NetworkId, OrgSlug, Organization, Token};
+use tern_catalog::{
+    Catalog, CatalogError, Network, NetworkId, OrgSlug, Organization, Scope, Token,
+};
 
 use crate::settings::{ADMIN_TOKEN_FILE, write_secret};
 
@@ -13,6 +15,8 @@ use crate::settings::{ADMIN_TOKEN_FILE, write_secret};
 const FIRST_ORG: &str = "personal";
 /// Its network. 0 is the hosts'.
 const FIRST_NETWORK: NetworkId = NetworkId(1);
+/// Last characters of a token that are kept, to know it by.
+const TOKEN_TAIL: usize = 4;
 /// Bytes of randomness in a token.
 const TOKEN_BYTES: usize = 32;
 
@@ -49,7 +53,11 @@ async fn admin_token(catalog: &Catalog, path: &Path, now: Timestamp) -> Result<(
         hash: token_hash(&token),
         name: "admin".to_owned(),
         organization: None,
+        scope: Scope::Full,
         created_at: now,
+        expires_at: None,
+        parent: None,
+        tail: token.chars().skip(token.len() - TOKEN_TAIL).collect(),
     };
     // The file first: a token that nobody can read would stay good for ever.
     write_secret(path, token.as_bytes())

@@ -121,6 +121,12 @@ fn exposition(sources: &Sources) -> String {
         "",
         &sources.edge.wake_durations,
     );
+    text.head(
+        "tern_edge_wait_duration_seconds",
+        "Of requests that found no place at once: until they had one, or were refused.",
+        "histogram",
+    );
+    text.histogram("tern_edge_wait_duration_seconds", "", &sources.edge.waits);
     let snapshot = sources.view.snapshot();
     apps(
         &mut text,

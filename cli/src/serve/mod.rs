@@ -44,6 +44,14 @@ const VHOST_NET: &str = "/dev/vhost-net";
 
 /// Runs the server until a signal ends it.
 pub fn run(args: Serve) -> Result<ExitCode> {
+    if args.print_config {
+        print!("{}", crate::config::print());
+        return Ok(ExitCode::SUCCESS);
+    }
+    if args.check_config {
+        println!("flags and configuration are right");
+        return Ok(ExitCode::SUCCESS);
+    }
     log(args.log_json);
     ensure!(
         nix_root(),
