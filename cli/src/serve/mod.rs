@@ -7,6 +7,7 @@
 pub(crate) mod adapters;
 mod bootstrap;
 mod identity;
+mod join;
 mod metrics;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
@@ -31,6 +32,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::{CpuTemplate, Serve};
 use adapters::{HostAdapter, SecretKey};
+pub use join::Ticket;
 
 /// Longest that requests under way may take once the server is told to end.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -65,7 +67,7 @@ pub fn run(args: Serve) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn serve(args: Serve) -> Result<()> {
+async fn serve(mut args: Serve) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let descriptors = raise_descriptors()?;
@@ -86,14 +88,15 @@ async fn serve(args: Serve) -> Result<()> {
     }
 
     let _lock = lock(&args.data_dir)?;
+    let key = MeshKey::load_or_create(&args.data_dir.join("keys/wireguard.key"))?;
+    let region = settle_cloud(&mut args, &key).await?;
     let store = crate::catalog::open(&args.data_dir, &args.etcd).await?;
     let own_catalog = args.etcd.members.is_empty();
     let catalog = Catalog::new(Arc::clone(&store));
-    let key = MeshKey::load_or_create(&args.data_dir.join("keys/wireguard.key"))?;
     let seal_key = args.data_dir.join("keys/seal.key");
     let sealer = Sealer::load_or_create(&seal_key)?;
     let asker = identity::Asker {
-        host: this_host(&args, &key),
+        host: this_host(&args, &region, &key),
         data_dir: &args.data_dir,
         sealer: &sealer,
         own_catalog,
@@ -142,7 +145,7 @@ async fn serve(args: Serve) -> Result<()> {
         https: args.https.clone(),
         service_addresses: service_addresses(&args),
         service_ports: service_ports.clone(),
-        region: args.region.clone(),
+        region: region.clone(),
         host,
         autostop_after: args.autostop_after,
         wake_timeout: args.wake_timeout,
@@ -161,10 +164,24 @@ async fn serve(args: Serve) -> Result<()> {
         .context("the edge")?;
     let measured_view = view.clone();
     let present = (catalog.clone(), view.clone());
+    let door = join::DoorConfig {
+        host,
+        data_dir: args.data_dir.clone(),
+        etcd: args.etcd.clone(),
+        region: region.clone(),
+        listen: args.join_listen,
+        announced: SocketAddr::new(endpoint(&args).ip(), args.join_listen.port()),
+    };
+    let door = join::Door::new(catalog.clone(), door)
+        .await
+        .context("the door for new servers")?;
     let api = ApiConfig {
         listen: args.api,
+        host,
+        shared: !own_catalog,
+        inviter: Arc::new(join::Invites(door)),
         registry_dir: args.data_dir.join("registry"),
-        region: args.region.clone(),
+        region,
         domain: args.domain.clone(),
         service_ports,
         internal_token,
@@ -363,7 +380,7 @@ fn access_log(args: &Serve) -> Option<AccessLogConfig> {
 fn service_ports(args: &Serve) -> PortRanges {
     let public = args.http.iter().chain(&args.https);
     let own = public
-        .chain([&args.api, &args.wireguard])
+        .chain([&args.api, &args.wireguard, &args.join_listen])
         .chain(&args.metrics.0);
     let own: Vec<u16> = own.map(SocketAddr::port).collect();
     args.service_ports.clone().without(&own)
@@ -394,17 +411,40 @@ fn endpoint(args: &Serve) -> SocketAddr {
 }
 
 /// This server, as the catalog should know it; its number is not known yet.
-fn this_host(args: &Serve, key: &MeshKey) -> Host {
+fn this_host(args: &Serve, region: &str, key: &MeshKey) -> Host {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = Some(name.trim()).filter(|name| !name.is_empty());
     Host {
         id: HostId(0),
         name: name.unwrap_or("host").to_owned(),
-        region: args.region.clone(),
+        region: region.to_owned(),
         public_key: key.public_key().to_string(),
         endpoint: endpoint(args),
         started_at: jiff::Timestamp::now(),
     }
+}
+
+/// Joins a cloud where that is asked for, takes etcd from an earlier time where no flag says, and tells the region.
+async fn settle_cloud(args: &mut Serve, key: &MeshKey) -> Result<String> {
+    let mut joined = join::remembered(&args.data_dir)?;
+    if let Some(ticket) = &args.join {
+        match joined {
+            Some(_) => {
+                tracing::info!("this data directory has joined before: --join is left aside")
+            }
+            None => {
+                let public_key = key.public_key().to_string();
+                join::join(&args.data_dir, ticket, &public_key).await?;
+                joined = join::remembered(&args.data_dir)?;
+            }
+        }
+    }
+    let (etcd, region) = joined.unzip();
+    if let Some(etcd) = etcd.filter(|_| args.etcd.members.is_empty()) {
+        args.etcd = etcd;
+    }
+    let region = args.region.clone().or(region);
+    Ok(region.unwrap_or_else(|| "local".to_owned()))
 }
 
 /// One server a data directory. Whoever has the lock knows that its host's former life here has ended.
