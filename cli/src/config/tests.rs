@@ -240,6 +240,8 @@ fn commands_about_the_same_server_read_the_same_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tern.toml");
     std::fs::write(&path, "data_dir = \"/srv/tern\"\nhost_id = 3\n").unwrap();
+    let said = data_dir_of(&load(&path).unwrap());
+    assert_eq!(said.as_deref(), Some("/srv/tern"));
     let parse = |line: &str| {
         let argv = line.split(' ').map(OsString::from).collect();
         parse_with(argv, &path).unwrap().command
