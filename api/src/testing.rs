@@ -328,7 +328,7 @@ impl crate::Inviter for FakeInviter {
     async fn invite(
         &self,
         region: Option<String>,
-        time: std::time::Duration,
+        time: Duration,
     ) -> Result<crate::Invitation, String> {
         let region = region.ok_or("no region")?;
         Ok(crate::Invitation {

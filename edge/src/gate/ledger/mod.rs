@@ -207,13 +207,13 @@ impl<W> Ledger<W> {
         if self.survey(port, now.at).hope {
             return None;
         }
-        let mut able = self.offers(port).filter(|(_, member, offer)| {
+        let found = self.offers(port).find(|(_, member, offer)| {
             let rests = member.rests_until(now.at);
             member.may_start(offer)
                 && member.state() == Some(MachineState::Suspended)
                 && rests.is_some_and(|at| at <= now.at)
         });
-        let slot = able.next().map(|(slot, ..)| slot)?;
+        let slot = found.map(|(slot, ..)| slot)?;
         let start = self.start(slot, port, now.at)?;
         let machine = Arc::clone(&start.machine);
         if let Some(member) = self.member(start.slot) {
