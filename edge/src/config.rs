@@ -196,6 +196,7 @@ impl Edge {
             config.host,
             config.autostop_after,
             shared.ending,
+            shared.ended,
         ));
         Ok(edge)
     }
