@@ -284,7 +284,7 @@ impl World {
         };
         let grant = &self.places[&who];
         let (slot, epoch, port) = (grant.slot, grant.epoch, grant.port);
-        let (address, machine) = (grant.address, grant.machine.clone());
+        let address = grant.address;
         if self.random.random() {
             self.ledger.reached(slot, epoch, port, address);
             return;
@@ -297,7 +297,11 @@ impl World {
         self.ledger
             .doubt(slot, epoch, port, refused, self.now, &mut acts);
         if proven && before {
-            assert!(self.ledger.load(&machine).0, "demoted by one failure");
+            let after = self.ledger.members[slot.0].as_ref();
+            assert!(
+                after.is_some_and(Member::is_awake),
+                "demoted by one failure"
+            );
         }
         self.perform(acts);
     }
