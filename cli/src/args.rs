@@ -12,6 +12,8 @@ use tern_catalog::{
 };
 use tern_host::{AllowedPrefix, SnapshotCache};
 
+use crate::serve::Ticket;
+
 /// Run apps on your own servers: KVM Machines behind HTTPS, asleep while nobody calls.
 ///
 /// Describe an app in a `fly.toml` beside its Dockerfile, run `tern launch` once and `tern deploy`
@@ -146,6 +148,15 @@ pub enum Hosts {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Print what lets one more server into this cloud: a command line that is good once, and for a while
+    Invite {
+        /// The region of the new server. Default: this one's
+        #[arg(long)]
+        region: Option<String>,
+        /// How long it is good, a day at most
+        #[arg(long, default_value = "1h", value_parser = duration)]
+        ttl: Duration,
     },
     /// Put no new Machines on a server; those that are there go on
     Cordon {
@@ -337,9 +348,22 @@ pub struct Serve {
     pub data_dir: PathBuf,
     #[command(flatten)]
     pub etcd: Etcd,
-    /// This host's region
-    #[arg(long, env = "TERN_REGION", default_value = "local")]
-    pub region: String,
+    /// Join the cloud of another server, by what `tern hosts invite` printed there: etcd, keys and region come from it.
+    /// Good once; a data directory that has joined needs it no more, and leaves it aside
+    #[arg(
+        long,
+        env = "TERN_JOIN",
+        hide_env_values = true,
+        value_name = "INVITE",
+        conflicts_with = "etcd"
+    )]
+    pub join: Option<Ticket>,
+    /// Where servers that join are let in, while there is an invite that may be used
+    #[arg(long, default_value = "[::]:4281", value_name = "ADDRESS")]
+    pub join_listen: SocketAddr,
+    /// This host's region. Default: what its invite said, else `local`
+    #[arg(long, env = "TERN_REGION")]
+    pub region: Option<String>,
     /// Apps get the host name APP.DOMAIN; point *.DOMAIN at this server
     #[arg(long, env = "TERN_DOMAIN")]
     pub domain: Option<String>,
@@ -377,6 +401,9 @@ pub struct Serve {
     /// Serve no HTTP/3. It takes the same ports of UDP as HTTPS takes of TCP
     #[arg(long)]
     pub no_http3: bool,
+    /// Do not wake a suspended Machine when a client's TLS handshake names its app, but only when its request comes
+    #[arg(long)]
+    pub no_early_wake: bool,
     /// Where WireGuard listens (UDP)
     #[arg(long, default_value = "[::]:51820")]
     pub wireguard: SocketAddr,
