@@ -90,6 +90,28 @@ async fn world() -> (World, tern_catalog::App, Vec<Token>) {
     (world, shop, tokens)
 }
 
+/// Puts back what the call before may have destroyed, or swept away as good for nothing.
+async fn restore(world: &World, shop: &tern_catalog::App, tokens: &[Token]) {
+    let snapshot = world.shared.view.snapshot();
+    let mut revision = 0;
+    if !snapshot.apps.contains_key(&shop.name) {
+        revision = world.catalog.put(shop).await.unwrap();
+    }
+    for token in tokens {
+        if !snapshot.tokens.contains_key(&token.hash) {
+            revision = world.catalog.put(token).await.unwrap();
+        }
+    }
+    world.shared.seen(revision).await;
+    let registry = &world.shared.registry;
+    if registry.find_manifest(&shop.name, "v1").unwrap().is_none() {
+        let kind = "application/json";
+        registry
+            .put_manifest(&shop.name, Some("v1"), kind, b"{}")
+            .unwrap();
+    }
+}
+
 /// Calls a route about this app and this organization.
 async fn call(world: &World, route: &Route, token: &str, app: &str, org: &str) -> Answer {
     let path = route.path.replace("{app}", app).replace("{org}", org);
@@ -122,17 +144,7 @@ async fn every_route_lets_through_whom_its_right_says_and_nobody_else() {
         let row: Vec<char> = row.chars().filter(|c| *c != ' ').collect();
         assert_eq!(row.len(), WHO.len(), "{:?}", route.right);
         for (who, expected) in WHO.iter().zip(row) {
-            // The call before may have destroyed it, or have swept away what is good for nothing.
-            let mut revision = world.catalog.put(&shop).await.unwrap();
-            let kept = &world.shared.view.snapshot().tokens;
-            for token in tokens.iter().filter(|t| !kept.contains_key(&t.hash)) {
-                revision = world.catalog.put(token).await.unwrap();
-            }
-            world.shared.seen(revision).await;
-            let registry = &world.shared.registry;
-            registry
-                .put_manifest(&shop.name, Some("v1"), "application/json", b"{}")
-                .unwrap();
+            restore(&world, &shop, &tokens).await;
             let answer = call(&world, &route, who, "shop", "personal").await;
             let said = String::from_utf8_lossy(&answer.body).into_owned();
             let what = format!("{} {} by {who:?}: {answer:?}", route.method, route.path);
