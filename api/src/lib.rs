@@ -11,6 +11,7 @@ mod apps;
 mod auth;
 mod certificates;
 mod error;
+mod exec;
 mod extract;
 mod forward;
 mod gateway;
@@ -39,9 +40,10 @@ mod tests;
 
 pub use auth::token_hash;
 pub use error::ApiError;
+pub use exec::{EXEC_MEDIA_TYPE, ExecEnd, ExecStart};
 pub use gateway::{
-    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, MachineMemory,
-    StartPhase, StartTrace,
+    ExecFeed, ExecOutput, ExecRequest, ExecSession, GatewayError, HostGateway, LogLine, LogQuery,
+    MachineMemory, StartPhase, StartTrace,
 };
 pub use invites::{Invitation, Inviter};
 pub use registry::REGISTRY_NAME;

@@ -94,6 +94,7 @@ pub fn table() -> Vec<Route> {
         post("/v1/hosts/{id}/uncordon", Platform, hosts::uncordon),
         // Which tokens: `tokens.rs` asks what the caller's own covers.
         get("/v1/tokens", Own, tokens::list),
+        get("/v1/tokens/current", Own, tokens::current_one),
         post("/v1/tokens", Own, tokens::create),
         delete("/v1/tokens/{id}", Own, tokens::revoke),
     ]);
@@ -149,6 +150,11 @@ fn app_routes() -> Vec<Route> {
         get("/v1/apps/{app}/secrets/{name}", App(Read), secrets::get),
         post("/v1/apps/{app}/secrets/{name}", App(Deploy), secrets::set),
         delete("/v1/apps/{app}/secrets/{name}", App(Deploy), secrets::unset),
+        post(
+            "/v1/apps/{app}/deploy_token",
+            App(Deploy),
+            tokens::create_to_deploy,
+        ),
         // From here on: what Fly.io keeps outside its Machines API.
         get("/v1/apps/{app}/logs", App(Read), logs::stream),
         get("/v1/apps/{app}/lease", App(Read), lease::get),
@@ -189,6 +195,7 @@ fn machine_routes() -> Vec<Route> {
         post(machine!("/suspend"), App(Deploy), machines::suspend),
         post(machine!("/signal"), App(Deploy), machines::signal),
         post(machine!("/exec"), App(Exec), machines::exec),
+        post(machine!("/exec/stream"), App(Exec), machines::exec_stream),
         get(machine!("/memory"), App(Read), machines::memory),
         put(machine!("/memory"), App(Deploy), machines::limit_memory),
         get(machine!("/boot-trace"), App(Read), machines::boot_trace),

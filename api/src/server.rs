@@ -8,7 +8,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tern_catalog::{Catalog, HostId, PortRanges, Revision, View};
+use tern_catalog::{Catalog, HostId, PortRanges, Revision, Snapshot, View};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::forward::{self, Forwarder};
 use crate::gateway::HostGateway;
 use crate::invites::Inviter;
+use crate::machines::lease::sweep_leases;
 use crate::registry::{self, Grace, Registry};
 use crate::routes;
 use crate::secrets::SecretSealer;
@@ -67,11 +68,17 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Waits until our own view shows this revision, so that a caller's next call sees what this one did.
+    /// Waits until our own view shows this revision, so that a caller's next call sees what this one did. Not for
+    /// ever: it is done, also where the view cannot be kept current.
     pub async fn seen(&self, revision: Revision) {
-        self.view
-            .wait_for(|snapshot| (snapshot.revision >= revision).then_some(()))
-            .await;
+        let shown = |snapshot: &Snapshot| (snapshot.revision >= revision).then_some(());
+        let seen = tokio::time::timeout(SEEN, self.view.wait_for(shown)).await;
+        if seen.is_err() {
+            tracing::warn!(
+                revision,
+                "a change is done and the view does not show it yet"
+            );
+        }
     }
 }
 
@@ -118,7 +125,7 @@ impl ApiServer {
         // Ends with `end`.
         tokio::spawn(
             end.clone()
-                .run_until_cancelled_owned(collect_registry(self.shared.clone())),
+                .run_until_cancelled_owned(clean_up(self.shared.clone())),
         );
         let service = TowerToHyperService::new(routes::router(self.shared));
         let mut http = http1::Builder::new();
@@ -182,12 +189,16 @@ async fn listen_on_mesh(host: HostId) -> std::io::Result<Option<TcpListener>> {
     }
 }
 
-/// Gives back the space of images that nobody refers to, from time to time, for ever.
-async fn collect_registry(shared: Shared) {
+/// Gives back the space of images that nobody refers to, and removes what the dead have left in the catalog, from time
+/// to time, for ever.
+async fn clean_up(shared: Shared) {
     let mut times = tokio::time::interval(COLLECT_EVERY);
     times.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         times.tick().await;
+        if let Err(error) = sweep_leases(&shared).await {
+            tracing::warn!(?error, "leases of Machines that are gone cannot be removed");
+        }
         let shared = shared.clone();
         let collected = tokio::task::spawn_blocking(move || {
             let in_use = registry::in_use(&shared.view.snapshot());
@@ -207,9 +218,11 @@ async fn collect_registry(shared: Shared) {
     }
 }
 
-/// How often the registry is collected; its graces are days.
+/// How often that is done; the registry's graces are days.
 const COLLECT_EVERY: Duration = Duration::from_secs(3600);
 
+/// Longest that an answer waits for the view to show what was done: as long as one that is followed may take.
+const SEEN: Duration = Duration::from_secs(5);
 /// Longest time from a connection, or the last answer, to the end of the next call's headers.
 const HEADER_TIME: Duration = Duration::from_secs(30);
 /// Connections at once; more wait.
@@ -262,6 +275,21 @@ mod tests {
             .await
             .unwrap()
             .unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_done_is_answered_also_where_the_view_stands_still() {
+        let world = World::new().await;
+        let mut shared = world.shared.clone();
+        // Follows a store that nobody writes to.
+        let other = World::new().await;
+        shared.view = other.shared.view.clone();
+        let revision = shared.view.snapshot().revision + 1000;
+        tokio::time::timeout(SEEN * 12, shared.seen(revision))
+            .await
+            .expect("it does not wait for ever");
+        // And what is shown is not waited for.
+        shared.seen(shared.view.snapshot().revision).await;
     }
 
     #[tokio::test]

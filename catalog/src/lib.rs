@@ -64,5 +64,5 @@ pub use store::{
     Transaction, Watch, WatchBatch, WatchEvent, limits,
 };
 pub use token::{Scope, Token, TokenApps};
-pub use view::{Snapshot, View};
+pub use view::{Snapshot, Unreadable, View};
 pub use volume::{SnapshotStatus, Volume, VolumeSource, VolumeState, VolumeStatus};

@@ -52,10 +52,21 @@ pub struct Snapshot {
     pub volume_status: HashMap<VolumeId, Arc<VolumeStatus>>,
     /// Secrets by app.
     pub secrets: HashMap<AppName, Arc<AppSecrets>>,
+    /// Keys whose newest value cannot be read. What was readable before is shown still, above.
+    pub unreadable: OrdMap<String, Arc<Unreadable>>,
     /// Index: the Machines of each app.
     by_app: HashMap<AppName, OrdSet<MachineId>>,
     /// Index: the Machine at each address.
     by_address: HashMap<Ipv6Addr, MachineId>,
+}
+
+/// A value that was refused: of a newer version of this program, or broken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    /// The revision that wrote it.
+    pub revision: Revision,
+    /// What is wrong with it.
+    pub error: String,
 }
 
 impl Snapshot {
@@ -110,7 +121,8 @@ impl Snapshot {
         self.revision = batch.revision;
     }
 
-    /// Takes an entry in. One that cannot be read is told and left out: the rest still serves.
+    /// Takes an entry in. One that cannot be read is refused: the last that could be stays, where there was one, and the
+    /// rest serves in any case. It is told once, and in [`Snapshot::unreadable`] for as long as it is so.
     pub(super) fn put(&mut self, entry: &Entry) {
         let key = entry.key.as_str();
         let kept = if let Some(id) = key.strip_prefix(Machine::PREFIX) {
@@ -151,9 +163,29 @@ impl Snapshot {
             // Kinds that only their own writer reads (leases, releases, ACME accounts).
             Ok(())
         };
-        if let Err(error) = kept {
-            tracing::error!(key, %error, "a record of the catalog cannot be read and is left out");
+        match kept {
+            Ok(()) => drop(self.unreadable.remove(key)),
+            Err(error) => self.refuse(entry, error),
         }
+    }
+
+    fn refuse(&mut self, entry: &Entry, error: String) {
+        let key = entry.key.as_str();
+        let refused = Unreadable {
+            revision: entry.revision,
+            error,
+        };
+        if self.unreadable.get(key).is_some_and(|r| **r == refused) {
+            return;
+        }
+        tracing::error!(
+            key,
+            revision = refused.revision,
+            error = refused.error,
+            "a record of the catalog cannot be read; what could be read of it last is kept: write it anew, or run the \
+             version of this program that wrote it"
+        );
+        self.unreadable.insert(key.to_owned(), Arc::new(refused));
     }
 
     fn put_machine(&mut self, id: &str, entry: &Entry) -> Result<(), String> {
@@ -176,7 +208,10 @@ impl Snapshot {
         let Some(old) = self.machines.remove(id) else {
             return;
         };
-        self.by_address.remove(&old.private_ip);
+        // Another may have taken its address since.
+        if self.by_address.get(&old.private_ip) == Some(&old.id) {
+            self.by_address.remove(&old.private_ip);
+        }
         if let Some(ids) = self.by_app.get_mut(&old.app) {
             ids.remove(id);
             if ids.is_empty() {
@@ -185,7 +220,8 @@ impl Snapshot {
         }
     }
 
-    fn delete(&mut self, key: &str) {
+    pub(super) fn delete(&mut self, key: &str) {
+        self.unreadable.remove(key);
         let number = |id: &str| id.parse::<u32>().ok();
         if let Some(id) = key.strip_prefix(Machine::PREFIX) {
             self.forget_machine(id);

@@ -4,6 +4,7 @@ mod apps;
 mod auth;
 mod certs;
 mod deploy;
+mod exec;
 mod hosts;
 mod launch;
 mod logs;
@@ -14,6 +15,7 @@ mod secrets;
 mod status;
 #[cfg(test)]
 mod testing;
+mod tokens;
 mod volumes;
 mod wire;
 mod wireguard;
@@ -68,7 +70,7 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Certs(args) => certs::run(&client, args).await,
         Command::Hosts(args) => hosts::run(&client, args).await,
         Command::Orgs(args) => orgs::orgs(&client, args).await,
-        Command::Tokens(args) => orgs::tokens(&client, args).await,
+        Command::Tokens(args) => tokens::run(&client, args).await,
         Command::Serve(_)
         | Command::Doctor(_)
         | Command::Host(_)

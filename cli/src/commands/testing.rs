@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
-use futures::StreamExt as _;
+use futures::channel::mpsc;
 use futures::stream::{self, BoxStream};
+use futures::{SinkExt as _, StreamExt as _};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use tern_api::{
-    ApiConfig, ApiServer, ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery,
-    MachineMemory, StartTrace, token_hash,
+    ApiConfig, ApiServer, ExecFeed, ExecOutput, ExecRequest, ExecSession, GatewayError,
+    HostGateway, LogLine, LogQuery, MachineMemory, StartTrace, token_hash,
 };
 use tern_catalog::{
     Catalog, DesiredState, Host, HostAlive, HostId, HostStatus, Machine, MachineEvent, MachineId,
@@ -19,6 +20,7 @@ use tern_catalog::{
     RestartPolicy, Scope, SqliteStore, Store, Token, View, VolumeState, VolumeStatus,
 };
 use tern_certs::Sealer;
+use tern_guest::ExitStatus;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::Client;
@@ -343,16 +345,56 @@ impl HostGateway for FakeHost {
             })
     }
 
-    async fn exec(&self, id: &MachineId, _: ExecRequest) -> Result<ExecResult, GatewayError> {
+    async fn exec(
+        &self,
+        id: &MachineId,
+        request: ExecRequest,
+    ) -> Result<ExecSession, GatewayError> {
         if self.image(id).contains("scratch") {
             return Err(GatewayError::Failed("there is no program cat".into()));
         }
-        // An app that listens on port 3000 of 0.0.0.0.
-        let table = "  sl  local_address rem_address   st\n   0: 00000000:0BB8 00000000:0000 0A\n";
-        Ok(ExecResult {
-            exit_code: Some(0),
-            stdout: table.into(),
-            ..ExecResult::default()
+        let (to_command, input) = mpsc::unbounded::<ExecFeed>();
+        let failed = |_| GatewayError::Failed("it has ended".into());
+        let exit = |code: i32| {
+            ExecOutput::Exit(ExitStatus {
+                code,
+                signal: (code > 128).then_some(code - 128),
+                oom_killed: false,
+            })
+        };
+        let words: Vec<&str> = request.command.iter().map(String::as_str).collect();
+        let outputs = match words[..] {
+            // Every byte there is, on either side, in the largest frames and the smallest.
+            ["bytes", mib] => {
+                let mib: usize = mib.parse().unwrap();
+                let all: Vec<u8> = (0..=255).collect();
+                let chunk = bytes::Bytes::from(all.repeat(256));
+                let many = std::iter::repeat_n(ExecOutput::Stdout(chunk), mib * 16);
+                let errors = all.into_iter().map(|b| ExecOutput::Stderr(vec![b].into()));
+                stream::iter(many.chain(errors).chain([exit(0)])).boxed()
+            }
+            ["exit", code] => stream::iter([exit(code.parse().unwrap())]).boxed(),
+            ["vanish", _] => stream::iter([ExecOutput::Stdout("half".into())]).boxed(),
+            ["cat", _] => input
+                .take_while(|fed| {
+                    futures::future::ready(!matches!(fed, ExecFeed::Stdin(b) if b.is_empty()))
+                })
+                .map(|fed| match fed {
+                    ExecFeed::Stdin(bytes) => ExecOutput::Stdout(bytes),
+                    ExecFeed::Control(control) => ExecOutput::Stderr(format!("{control:?}").into()),
+                })
+                .chain(stream::iter([exit(0)]))
+                .boxed(),
+            // An app that listens on port 3000 of 0.0.0.0.
+            _ => {
+                let table =
+                    "  sl  local_address rem_address   st\n   0: 00000000:0BB8 00000000:0000 0A\n";
+                stream::iter([ExecOutput::Stdout(table.into()), exit(0)]).boxed()
+            }
+        };
+        Ok(ExecSession {
+            inputs: Box::pin(to_command.sink_map_err(failed)),
+            outputs: outputs.map(Ok).boxed(),
         })
     }
 

@@ -248,6 +248,8 @@ fn commands_about_the_same_server_read_the_same_file() {
         "data_dir = \"/srv/tern\"\nmax_client_connections = 3\n",
     )
     .unwrap();
+    let said = data_dir_of(&load(&path).unwrap());
+    assert_eq!(said.as_deref(), Some("/srv/tern"));
     let parse = |line: &str| {
         let argv = line.split(' ').map(OsString::from).collect();
         parse_with(argv, &path).unwrap().command

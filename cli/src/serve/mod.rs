@@ -9,6 +9,7 @@ mod bootstrap;
 mod identity;
 mod join;
 mod metrics;
+mod systemd;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -33,6 +34,10 @@ use tracing_subscriber::EnvFilter;
 use crate::args::{CpuTemplate, Serve};
 use adapters::{HostAdapter, SecretKey};
 pub use join::Ticket;
+
+/// What to look for where there is no KVM.
+const WHERE_KVM_IS: &str = "Tern needs a bare-metal server with virtualization (VT-x, AMD-V) on in its firmware, or a virtual \
+     server that is given nested virtualization: docs/install.md names both kinds, and `tern doctor` looks closer";
 
 /// Longest that requests under way may take once the server is told to end.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -70,6 +75,7 @@ pub fn run(args: Serve) -> Result<ExitCode> {
 async fn serve(mut args: Serve) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let manager = systemd::Manager::find();
     let descriptors = raise_descriptors()?;
     // Early: an address that is taken is told before anything has begun.
     let measured = match args.metrics.0 {
@@ -151,6 +157,7 @@ async fn serve(mut args: Serve) -> Result<()> {
         wake_timeout: args.wake_timeout,
         threads: EdgeConfig::threads_of_this_host(),
         http3: !args.no_http3,
+        early_wake: !args.no_early_wake,
         limits: Limits {
             connections: edge_connections(&args, descriptors),
             connections_of_client: args.max_client_connections,
@@ -200,6 +207,7 @@ async fn serve(mut args: Serve) -> Result<()> {
         tokio::spawn(metrics::serve(listener, sources, end.clone()));
     }
     tracing::info!(api = %args.api, data = %args.data_dir.display(), "serving");
+    manager.ready();
 
     let ended = tokio::select! {
         _ = terminate.recv() => None,
@@ -209,7 +217,9 @@ async fn serve(mut args: Serve) -> Result<()> {
             Some(anyhow::Error::from(error))
         }
         error = agent.failed() => Some(anyhow::Error::from(error).context("the agent has failed")),
+        () = manager.stay_alive() => None,
     };
+    manager.stopping();
     tracing::info!("ending; Machines go on");
     end.cancel();
     edge.drain(DRAIN).await;
@@ -234,12 +244,12 @@ struct Files {
 impl Files {
     fn find(args: &Serve) -> Result<Self> {
         let own = std::env::current_exe().context("this program does not know where it is")?;
-        let beside = own.parent().unwrap_or(Path::new("/"));
+        let beside = &files_dir(&own);
         let find = |given: &Option<PathBuf>, name: &str, flag: &str| {
             let path = given.clone().unwrap_or_else(|| beside.join(name));
             if !path.exists() {
                 bail!(
-                    "there is no {}; build it with `make build`, or say where it is with --{flag}",
+                    "there is no {}; build it with `make build`, install it with `make install`, or say where it is with --{flag}",
                     path.display()
                 );
             }
@@ -253,6 +263,16 @@ impl Files {
     }
 }
 
+/// Where the monitor is and what Machines boot: `../lib/tern` of an installed program, else beside it, where it was built.
+fn files_dir(program: &Path) -> PathBuf {
+    let beside = program.parent().unwrap_or(Path::new("/"));
+    let installed = beside.with_file_name("lib").join("tern");
+    match installed.is_dir() {
+        true => installed,
+        false => beside.to_owned(),
+    }
+}
+
 /// Refuses to serve where no Machine could run, rather than failing at the first deploy.
 async fn probe(vmm: &Path, template: CpuTemplate) -> Result<()> {
     let template = template.to_possible_value().context("a template")?;
@@ -263,7 +283,7 @@ async fn probe(vmm: &Path, template: CpuTemplate) -> Result<()> {
     let output = output.with_context(|| format!("{} cannot be started", vmm.display()))?;
     if !output.status.success() {
         bail!(
-            "this machine cannot run Machines: {}",
+            "this machine cannot run Machines: {}\n{WHERE_KVM_IS}",
             String::from_utf8_lossy(&output.stderr).trim()
         );
     }
@@ -484,12 +504,25 @@ fn log(json: bool) {
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
-    if json { log.json().init() } else { log.init() }
+    match json {
+        true => log.json().init(),
+        false if systemd::logs_to_journal() => log.event_format(systemd::Journal::new()).init(),
+        false => log.init(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_installed_program_finds_its_files_in_lib() {
+        let root = tempfile::tempdir().unwrap();
+        let program = root.path().join("bin/tern");
+        assert_eq!(files_dir(&program), root.path().join("bin"));
+        std::fs::create_dir_all(root.path().join("lib/tern")).unwrap();
+        assert_eq!(files_dir(&program), root.path().join("lib/tern"));
+    }
 
     #[test]
     fn a_host_without_vhost_net_says_what_to_do() {
