@@ -207,4 +207,77 @@ mod tests {
         let host: Host = world.client.get("/v1/hosts/1").await.unwrap();
         assert_eq!(host.state(), "alive");
     }
+
+    #[tokio::test]
+    async fn on_etcd_machines_spread_and_a_host_that_dies_gets_no_more() {
+        use std::sync::Arc;
+        use std::time::Duration;
+        use tern_catalog::{HostAlive, HostId, HostStatus, Op, Transaction};
+
+        let files = tempfile::tempdir().unwrap();
+        let (_server, etcd) = crate::testing::etcd(files.path()).await;
+        let open = async || {
+            let kind = crate::args::StoreKind::Etcd;
+            crate::catalog::open_kind(kind, files.path(), &etcd)
+                .await
+                .unwrap()
+        };
+        let world = World::on(open().await, tempfile::tempdir().unwrap()).await;
+        let theirs = open().await;
+        let one = world.view.snapshot();
+        let mut host = tern_catalog::Host::clone(&one.hosts[&HostId(1)]);
+        (host.id, host.name) = (HostId(2), "two".to_owned());
+        let mut status = HostStatus::clone(&one.host_status[&HostId(1)]);
+        status.id = HostId(2);
+        let mut alive = HostAlive::clone(&one.host_alive[&HostId(1)]);
+        alive.id = HostId(2);
+        let alive_for = async |seconds| {
+            let lease = theirs.grant(Duration::from_secs(seconds)).await.unwrap();
+            Op::Put {
+                key: "host_alive/2".to_owned(),
+                value: serde_json::to_vec(&alive).unwrap(),
+                lease: Some(lease),
+            }
+        };
+        let there = alive_for(3600).await;
+        let joins = Transaction::of(vec![Op::put(&host), Op::put(&status), there]);
+        theirs.commit(joins).await.unwrap();
+        world
+            .view
+            .wait_for(|s| s.host_alive.get(&HostId(2)).map(Arc::clone))
+            .await;
+
+        let create = async || {
+            let body = json!({"config": {"image": "example.com/x:1"}});
+            let path = "/v1/apps/shop/machines";
+            let made: Value = world.client.post(path, &body).await.unwrap();
+            let id = made["id"].as_str().unwrap().parse().unwrap();
+            world
+                .view
+                .wait_for(|s| {
+                    s.machines
+                        .get::<tern_catalog::MachineId>(&id)
+                        .map(|m| m.host.0)
+                })
+                .await
+        };
+        super::super::apps::create(&world.client, "shop", "personal")
+            .await
+            .unwrap();
+        let mut hosts = [create().await, create().await];
+        hosts.sort_unstable();
+        assert_eq!(hosts, [1, 2]);
+        // From here on nobody renews its lease, as when it has died.
+        let last = Transaction::of(vec![alive_for(2).await]);
+        theirs.commit(last).await.unwrap();
+        world
+            .view
+            .wait_for(|s| (!s.host_alive.contains_key(&HostId(2))).then_some(()))
+            .await;
+        for _ in 0..3 {
+            assert_eq!(create().await, 1);
+        }
+        let two: Host = world.client.get("/v1/hosts/2").await.unwrap();
+        assert!(two.state().starts_with("unreachable since"), "{two:?}");
+    }
 }

@@ -63,6 +63,11 @@ impl World {
         let files = tempfile::tempdir().unwrap();
         let store: Arc<dyn Store> =
             Arc::new(SqliteStore::open(&files.path().join("catalog.db")).unwrap());
+        Self::on(store, files).await
+    }
+
+    /// The same on this store, which is empty.
+    pub async fn on(store: Arc<dyn Store>, files: tempfile::TempDir) -> Self {
         let catalog = Catalog::new(Arc::clone(&store));
         let (network, now) = (NetworkId(1), Timestamp::now());
         catalog

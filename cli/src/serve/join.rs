@@ -20,7 +20,7 @@
 //!
 //! The port is open only while there is an invite that may be used.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -123,16 +123,21 @@ pub struct Door {
     region: String,
     listen: SocketAddr,
     /// Where new servers are told to go.
-    announced: SocketAddr,
+    announced: IpAddr,
     certificate: Certificate,
-    /// Until when the port is open, while it is.
-    open: Mutex<Option<watch::Sender<Instant>>>,
+    open: Mutex<Option<Open>>,
 }
 
 impl std::fmt::Debug for Door {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Door({})", self.announced)
     }
+}
+
+/// The port, while it is open.
+struct Open {
+    until: watch::Sender<Instant>,
+    port: u16,
 }
 
 struct Certificate {
@@ -147,7 +152,7 @@ pub struct DoorConfig {
     pub etcd: Etcd,
     pub region: String,
     pub listen: SocketAddr,
-    pub announced: SocketAddr,
+    pub announced: IpAddr,
 }
 
 impl Door {
@@ -179,25 +184,26 @@ impl Door {
         Ok(door)
     }
 
-    /// Opens the port, or keeps it open, for this long.
-    async fn open_for(self: &Arc<Self>, time: Duration) -> Result<()> {
+    /// Opens the port, or keeps it open, for this long, and tells which it is.
+    async fn open_for(self: &Arc<Self>, time: Duration) -> Result<u16> {
         let until = Instant::now() + time;
         let mut open = self.open.lock().await;
-        if let Some(running) = open.as_ref().filter(|running| !running.is_closed()) {
-            running.send_if_modified(|end| {
+        if let Some(running) = open.as_ref().filter(|o| !o.until.is_closed()) {
+            running.until.send_if_modified(|end| {
                 let later = until > *end;
                 *end = until.max(*end);
                 later
             });
-            return Ok(());
+            return Ok(running.port);
         }
         let listener = TcpListener::bind(self.listen)
             .await
             .with_context(|| format!("--join-listen {}: give it another address", self.listen))?;
-        let (tell, end) = watch::channel(until);
-        *open = Some(tell);
+        let port = listener.local_addr()?.port();
+        let (until, end) = watch::channel(until);
+        *open = Some(Open { until, port });
         tokio::spawn(Arc::clone(self).listen(listener, end));
-        Ok(())
+        Ok(port)
     }
 
     async fn listen(self: Arc<Self>, listener: TcpListener, mut end: watch::Receiver<Instant>) {
@@ -326,7 +332,7 @@ impl Door {
                 self.etcd.members.join(",")
             );
         }
-        self.open_for(time).await?;
+        let port = self.open_for(time).await?;
         let secret = hex::encode(rand::random::<[u8; 32]>());
         let now = Timestamp::now();
         let expires_at = now + time;
@@ -341,7 +347,10 @@ impl Door {
         self.catalog.create(&invite).await?;
         let fingerprint = &self.certificate.fingerprint;
         Ok(Invitation {
-            join: format!("{}/{fingerprint}/{secret}", self.announced),
+            join: format!(
+                "{}/{fingerprint}/{secret}",
+                SocketAddr::new(self.announced, port)
+            ),
             region: invite.region,
             expires_at,
         })
@@ -618,7 +627,7 @@ fn is_loopback(member: &str) -> bool {
     let uri: Option<http::Uri> = member.parse().ok();
     let host = uri.as_ref().and_then(|u| u.host()).unwrap_or_default();
     let bare = host.trim_start_matches('[').trim_end_matches(']');
-    let address: Option<std::net::IpAddr> = bare.parse().ok();
+    let address: Option<IpAddr> = bare.parse().ok();
     host == "localhost" || address.is_some_and(|ip| ip.is_loopback() || ip.is_unspecified())
 }
 

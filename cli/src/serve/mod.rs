@@ -176,7 +176,7 @@ async fn serve(mut args: Serve) -> Result<()> {
         etcd: args.etcd.clone(),
         region: region.clone(),
         listen: args.join_listen,
-        announced: SocketAddr::new(endpoint(&args).ip(), args.join_listen.port()),
+        announced: endpoint(&args).ip(),
     };
     let door = join::Door::new(catalog.clone(), door)
         .await

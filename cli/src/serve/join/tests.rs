@@ -13,8 +13,6 @@ struct World {
 }
 
 fn config(dir: &Path) -> DoorConfig {
-    let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let listen = held.local_addr().unwrap();
     DoorConfig {
         host: HostId(1),
         data_dir: dir.to_owned(),
@@ -26,8 +24,8 @@ fn config(dir: &Path) -> DoorConfig {
             ..Etcd::default()
         },
         region: "ams".to_owned(),
-        listen,
-        announced: listen,
+        listen: "127.0.0.1:0".parse().unwrap(),
+        announced: IpAddr::from([127, 0, 0, 1]),
     }
 }
 
@@ -165,10 +163,11 @@ async fn an_invite_outlives_a_restart_of_its_host() {
     let World { door, dir } = World::new().await;
     let made = door.make(Some("fra".to_owned()), HOUR).await.unwrap();
     let mut ticket: Ticket = made.join.parse().unwrap();
-    // Another port, for the first server's listener ends only with its runtime.
-    let config = config(dir.path());
-    ticket.address = config.listen;
-    let _again = Door::new(door.catalog.clone(), config).await.unwrap();
+    // The first one's port is still open in this process, so this one has another.
+    let again = Door::new(door.catalog.clone(), config(dir.path()));
+    let again = again.await.unwrap();
+    let port = again.open.lock().await.as_ref().map(|open| open.port);
+    ticket.address.set_port(port.expect("open again"));
     let joined = tempfile::tempdir().unwrap();
     join(joined.path(), &ticket, "key").await.unwrap();
     assert_eq!(remembered(joined.path()).unwrap().unwrap().1, "fra");
