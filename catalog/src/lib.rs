@@ -20,6 +20,7 @@ mod release;
 mod secrets;
 mod sqlite;
 mod store;
+mod supervise;
 mod token;
 pub mod transfer;
 mod view;
@@ -59,6 +60,7 @@ pub use store::{
     Change, Compare, Entry, LeaseId, Listing, Op, PROGRESS_EVERY, Revision, Store, StoreError,
     Transaction, Watch, WatchBatch, WatchEvent, limits,
 };
+pub use supervise::{keep_running, restarts};
 pub use token::{Scope, Token, TokenApps};
 pub use view::{Snapshot, Unreadable, View};
 pub use volume::{SnapshotStatus, Volume, VolumeSource, VolumeState, VolumeStatus};

@@ -163,7 +163,7 @@ async fn serve(args: Serve) -> Result<()> {
         .await
         .with_context(|| format!("the API on {}", args.api))?;
     let end = CancellationToken::new();
-    let api = tokio::spawn(api.run(end.clone()));
+    let mut api = tokio::spawn(api.run(end.clone()));
     if let Some(listener) = measured {
         let sources = metrics::Sources {
             edge: Arc::clone(edge.metrics()),
@@ -179,6 +179,10 @@ async fn serve(args: Serve) -> Result<()> {
         _ = interrupt.recv() => None,
         error = mesh.ended() => Some(anyhow::Error::from(error).context("the mesh ended by itself")),
         error = agent.failed() => Some(anyhow::Error::from(error).context("the agent has failed")),
+        ended = &mut api => {
+            let error = ended.err().map_or_else(|| anyhow::anyhow!("nobody asked it to"), anyhow::Error::from);
+            Some(error.context("the API has ended by itself"))
+        }
     };
     tracing::info!("ending; Machines go on");
     end.cancel();
@@ -187,7 +191,10 @@ async fn serve(args: Serve) -> Result<()> {
     dns.shutdown().await;
     mesh.shutdown().await;
     agent.shutdown().await;
-    if let Err(error) = api.await {
+    // One that has ended by itself has been told of.
+    if !api.is_finished()
+        && let Err(error) = api.await
+    {
         tracing::error!(%error, "the API ended badly");
     }
     ended.map_or(Ok(()), Err)
