@@ -70,11 +70,7 @@ pub async fn create(
         ));
     }
     let region = create.region.as_deref().unwrap_or(&shared.config.region);
-    let host = snapshot
-        .hosts
-        .values()
-        .find(|h| h.region == region)
-        .ok_or_else(|| ApiError::no_capacity(format!("no host is in region \"{region}\"")))?;
+    let host = gateway_in(&snapshot, region)?;
     let network = organization.default_network;
     let number = number::next_in_network(&**shared.catalog.store(), network).await?;
     let peer = Peer {
@@ -116,6 +112,17 @@ pub async fn remove(
     let revision = shared.catalog.delete::<Peer>(&peer.id()).await?;
     shared.seen(revision).await;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// The host of a region that a laptop connects to: one that is there, before one that is not or gets nothing new.
+fn gateway_in<'a>(snapshot: &'a Snapshot, region: &str) -> Result<&'a Host, ApiError> {
+    let here = snapshot.hosts.values().filter(|h| h.region == region);
+    let rank = |h: &&std::sync::Arc<Host>| {
+        let away = !snapshot.host_alive.contains_key(&h.id);
+        (away, snapshot.host_cordons.contains_key(&h.id), h.id)
+    };
+    let host = here.min_by_key(rank).map(|h| &**h);
+    host.ok_or_else(|| ApiError::no_capacity(format!("no host is in region \"{region}\"")))
 }
 
 /// A peer with all that its client's configuration needs.

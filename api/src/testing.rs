@@ -17,15 +17,16 @@ use jiff::Timestamp;
 use parking_lot::Mutex;
 use serde_json::Value;
 use tern_catalog::{
-    Catalog, DesiredState, Entry, Host, HostId, LeaseId, Listing, Machine, MachineId, MachineState,
-    MachineStatus, Network, NetworkId, OrgSlug, Organization, PortRanges, Revision, Scope,
-    SealedKey, SnapshotStatus, SqliteStore, Store, StoreError, Token, Transaction, View, Volume,
-    VolumeState, VolumeStatus, Watch,
+    Catalog, DesiredState, Entry, Host, HostAlive, HostId, HostStatus, LeaseId, Listing, Machine,
+    MachineId, MachineState, MachineStatus, Network, NetworkId, OrgSlug, Organization, PortRanges,
+    Resources, Revision, Scope, SealedKey, SnapshotStatus, SqliteStore, Store, StoreError, Token,
+    Transaction, View, Volume, VolumeState, VolumeStatus, Watch,
 };
 use tern_guest::ExitStatus;
 use tower::ServiceExt as _;
 
 use crate::auth::token_hash;
+use crate::forward::Forwarder;
 use crate::gateway::{
     ExecOutput, ExecRequest, ExecSession, GatewayError, HostGateway, LogLine, LogQuery,
     MachineMemory, StartPhase, StartTrace,
@@ -96,6 +97,7 @@ pub struct FakeGateway {
     pub memory_limit: AtomicU32,
     /// What commands do, in the order they are asked for; others say what they are.
     pub sessions: Mutex<VecDeque<ExecSession>>,
+    commands: AtomicU32,
     /// Images that hosts were to have, in order.
     pub prepared: Mutex<Vec<String>>,
 }
@@ -132,15 +134,7 @@ impl World {
             let record = token_of(token, organization, Scope::Full);
             catalog.create(&record).await.unwrap();
         }
-        let host = Host {
-            id: HostId(1),
-            name: "one".into(),
-            region: "local".into(),
-            public_key: "key".into(),
-            endpoint: "192.0.2.1:51820".parse().unwrap(),
-            started_at: Timestamp::now(),
-        };
-        catalog.create(&host).await.unwrap();
+        host(&catalog, 1, "one", "local", 1 << 16).await;
         let crossed = Arc::new(Crossed {
             store: Arc::clone(&store),
             first: Mutex::new(None),
@@ -151,12 +145,15 @@ impl World {
         let registry_dir = files.path().join("registry");
         let config = ApiConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
+            host: HostId(1),
+            shared: false,
             registry_dir: registry_dir.clone(),
             region: "local".into(),
             domain: Some("tern.test".into()),
             service_ports: PortRanges::default(),
             internal_token: "internal".into(),
             sealer: Arc::new(FakeSealer),
+            inviter: Arc::new(FakeInviter),
         };
         let shared = Shared {
             config: Arc::new(config),
@@ -164,6 +161,7 @@ impl World {
             view,
             gateway: gateway.clone(),
             registry: Arc::new(Registry::open(&registry_dir).unwrap()),
+            forwarder: Forwarder::new(|_| "127.0.0.1:9".parse().unwrap()),
         };
         Self {
             router: crate::routes::router(shared.clone()),
@@ -228,11 +226,60 @@ impl World {
         assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
     }
 
+    /// One more host, that is alive and has so much memory.
+    pub async fn host(&self, id: u32, region: &str, memory_mib: u64) {
+        let revision = host(&self.catalog, id, &format!("h{id}"), region, memory_mib).await;
+        self.shared.seen(revision).await;
+    }
+
     /// A Machine of an image that is not ours.
     pub async fn machine(&self, app: &str) -> String {
         let body = serde_json::json!({"config": {"image": "example.com/x:1"}});
         let answer = self.post(&format!("/v1/apps/{app}/machines"), body).await;
         answer.json()["id"].as_str().unwrap().to_owned()
+    }
+}
+
+/// Another host's API on the same catalog; ends with this.
+pub struct SecondHost {
+    pub gateway: Arc<FakeGateway>,
+    _end: tokio_util::sync::DropGuard,
+}
+
+/// Where the only other host of a test is.
+static SECOND: std::sync::OnceLock<std::net::SocketAddr> = std::sync::OnceLock::new();
+
+impl World {
+    /// Starts the API of another host, and has this one know where it is.
+    pub async fn as_host(&mut self, host: HostId) -> SecondHost {
+        let gateway = Arc::new(FakeGateway::default());
+        let config = ApiConfig {
+            host,
+            ..ApiConfig::clone(&self.shared.config)
+        };
+        let server = crate::ApiServer::bind(
+            config,
+            self.catalog.clone(),
+            self.shared.view.clone(),
+            gateway.clone(),
+        );
+        let server = server.await.unwrap();
+        // nextest runs each test in a process of its own.
+        SECOND.set(server.local_addr().unwrap()).unwrap();
+        let end = tokio_util::sync::CancellationToken::new();
+        tokio::spawn(server.run(end.clone()));
+        self.shared.forwarder = Forwarder::new(|_| *SECOND.get().unwrap());
+        self.router = crate::routes::router(self.shared.clone());
+        SecondHost {
+            gateway,
+            _end: end.drop_guard(),
+        }
+    }
+}
+
+impl FakeGateway {
+    pub fn commands(&self) -> u32 {
+        self.commands.load(Ordering::Relaxed)
     }
 }
 
@@ -273,6 +320,25 @@ impl std::fmt::Debug for Answer {
     }
 }
 
+#[derive(Debug)]
+struct FakeInviter;
+
+#[async_trait]
+impl crate::Inviter for FakeInviter {
+    async fn invite(
+        &self,
+        region: Option<String>,
+        time: Duration,
+    ) -> Result<crate::Invitation, String> {
+        let region = region.ok_or("no region")?;
+        Ok(crate::Invitation {
+            join: "address/fingerprint/secret".into(),
+            region,
+            expires_at: Timestamp::now() + time,
+        })
+    }
+}
+
 /// Hides values as far as a look at the catalog shows.
 #[derive(Debug)]
 struct FakeSealer;
@@ -292,6 +358,38 @@ impl crate::secrets::SecretSealer for FakeSealer {
         all.extend_from_slice(value);
         token_hash(&String::from_utf8_lossy(&all))[..16].to_owned()
     }
+}
+
+async fn host(catalog: &Catalog, id: u32, name: &str, region: &str, memory_mib: u64) -> Revision {
+    let (id, now) = (HostId(id), Timestamp::now());
+    let host = Host {
+        id,
+        name: name.into(),
+        region: region.into(),
+        public_key: format!("key {id}"),
+        endpoint: "192.0.2.1:51820".parse().unwrap(),
+        started_at: now,
+    };
+    catalog.create(&host).await.unwrap();
+    let all = Resources {
+        memory_mib,
+        cpu_sixteenths: 1024,
+    };
+    let status = HostStatus {
+        id,
+        version: "0".into(),
+        all,
+        taken: Resources::default(),
+        seen_at: now,
+    };
+    catalog.create(&status).await.unwrap();
+    let alive = HostAlive {
+        id,
+        session: "s".into(),
+        boot: "b".into(),
+        since: now,
+    };
+    catalog.create(&alive).await.unwrap()
 }
 
 /// What a host's agent does, as far as the catalog shows it.
@@ -395,6 +493,7 @@ impl HostGateway for FakeGateway {
     }
 
     async fn exec(&self, _: &MachineId, request: ExecRequest) -> Result<ExecSession, GatewayError> {
+        self.commands.fetch_add(1, Ordering::Relaxed);
         if request.command[0] == "absent" {
             return Err(GatewayError::NotRunning("it is not running".into()));
         }

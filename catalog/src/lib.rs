@@ -9,6 +9,7 @@ mod certificate;
 mod duration;
 mod etcd;
 mod held_lease;
+mod host;
 mod machine;
 mod machine_config;
 mod names;
@@ -17,6 +18,7 @@ mod port;
 mod public_ports;
 mod record;
 mod release;
+mod resources;
 mod secrets;
 mod sqlite;
 mod store;
@@ -34,6 +36,7 @@ pub use certificate::{
 pub use duration::GoDuration;
 pub use etcd::{EtcdConfig, EtcdStore};
 pub use held_lease::HeldLease;
+pub use host::{Cloud, Host, HostAlive, HostCordon, HostStatus};
 pub use machine::{
     CheckState, CheckStatus, Desired, DesiredState, Machine, MachineEvent, MachineState,
     MachineStatus,
@@ -46,7 +49,7 @@ pub use names::{
     AppName, Hostname, MachineId, NameError, OrgSlug, PeerName, SecretName, SnapshotId, VolumeId,
     VolumeName,
 };
-pub use nouns::{App, Host, HostnameRoute, Network, Organization, Peer};
+pub use nouns::{App, HostnameRoute, Network, Organization, Peer};
 pub use port::{
     Handler, HttpOptions, Port, PortKind, ProxyProtoOptions, ProxyProtocol, ResponseOptions,
     TlsOptions,
@@ -54,6 +57,7 @@ pub use port::{
 pub use public_ports::{Exclusive, MAX_PORTS_OF_APP, PortClaim, PortRanges, PublicPorts};
 pub use record::Record;
 pub use release::{Release, ReleaseStatus};
+pub use resources::{Resources, SIXTEENTHS};
 pub use secrets::{AppSecret, AppSecrets};
 pub use sqlite::SqliteStore;
 pub use store::{

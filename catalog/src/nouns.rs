@@ -1,6 +1,6 @@
-//! Organizations and what they own, hosts and peers.
+//! Organizations and what they own, and peers.
 
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::Ipv6Addr;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -56,23 +56,6 @@ pub struct HostnameRoute {
     pub created_at: Timestamp,
 }
 
-/// A server.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Host {
-    /// Its 32 bits.
-    pub id: HostId,
-    /// Its name, for people.
-    pub name: String,
-    /// Its region, for example `ams`.
-    pub region: String,
-    /// Its WireGuard public key, base64.
-    pub public_key: String,
-    /// Where WireGuard reaches it.
-    pub endpoint: SocketAddr,
-    /// When it last started.
-    pub started_at: Timestamp,
-}
-
 /// A WireGuard peer of a user's: a laptop.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
@@ -119,13 +102,6 @@ impl Record for HostnameRoute {
     const PREFIX: &'static str = "hostnames/";
     fn id(&self) -> String {
         self.hostname.to_string()
-    }
-}
-
-impl Record for Host {
-    const PREFIX: &'static str = "hosts/";
-    fn id(&self) -> String {
-        self.id.to_string()
     }
 }
 

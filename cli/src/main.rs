@@ -16,6 +16,8 @@ mod image;
 mod output;
 mod serve;
 mod settings;
+#[cfg(test)]
+mod testing;
 
 use std::process::ExitCode;
 

@@ -88,20 +88,25 @@ pub async fn create(
     secrets::must_have(&snapshot, &app, create.min_secrets_version)?;
     ports::check(&shared, &app, &config)?;
     // A volume's data is on one host, and where it is not said otherwise its region is meant.
-    let (host, region) = match attach::host(&snapshot, &config)? {
-        Some(place) => place,
-        None => {
-            let region = create.region.as_ref().unwrap_or(&shared.config.region);
-            let host = place::choose(&snapshot, region)?;
-            if host.region != *region {
-                warnings.push(format!(
-                    "no host is in region \"{region}\"; the only region there is, \"{}\", was taken",
-                    host.region
-                ));
-            }
-            (host.id, host.region.clone())
-        }
+    let volume = attach::host(&snapshot, &config)?;
+    let tied = volume.map(|v| v.region.as_str());
+    let wish = create.region.as_ref().unwrap_or(&shared.config.region);
+    let wanted = place::Wanted {
+        app: &app,
+        region: tied.unwrap_or(wish),
+        guest: Some(&config.guest),
+        starts: !create.skip_launch,
+        volume: volume.map(|v| (&v.id, v.host)),
+        image_on: is_ours(&config.image).then_some(shared.config.host),
     };
+    let chosen = place::on(&snapshot, &wanted)?;
+    if chosen.region != wanted.region {
+        warnings.push(format!(
+            "no host is in region \"{}\"; the only region there is, \"{}\", was taken",
+            wanted.region, chosen.region
+        ));
+    }
+    let (host, region) = (chosen.id, chosen.region.clone());
     let number = number::next_in_network(&**shared.catalog.store(), network).await?;
     let now = Timestamp::now();
     let id = MachineId::random();
@@ -137,6 +142,8 @@ pub async fn create(
         compares: vec![still_there, Compare::absent(&machine)],
         ops: vec![Op::put(&machine)],
     };
+    let still_open = place::still_open(&shared, host).await?;
+    transaction.compares.extend(still_open);
     attach::add(&shared, &machine, &mut transaction).await?;
     let mut answer = shape::machine(&machine, None);
     warn(&mut answer, warnings);
@@ -192,6 +199,13 @@ pub async fn update(
         answer["nonce"] = lease.nonce.into();
     }
     Ok(Json(answer))
+}
+
+/// Whether an image is in the registry of the host that is spoken to, where no other host has it.
+fn is_ours(image: &str) -> bool {
+    image
+        .split_once('/')
+        .is_some_and(|(registry, _)| registry == crate::REGISTRY_NAME)
 }
 
 /// What was asked for in vain, told beside what was done.

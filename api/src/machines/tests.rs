@@ -109,17 +109,7 @@ async fn the_only_region_stands_for_any() {
         .json();
     assert_eq!(made["region"], "local", "{made}");
     assert!(made["warnings"].to_string().contains("ams"), "{made}");
-    let mut second = world
-        .catalog
-        .get::<tern_catalog::Host>("1")
-        .await
-        .unwrap()
-        .unwrap()
-        .0;
-    second.id = tern_catalog::HostId(2);
-    second.region = "fra".into();
-    let revision = world.catalog.create(&second).await.unwrap();
-    world.shared.seen(revision).await;
+    world.host(2, "fra", 4096).await;
     let refused = world.post("/v1/apps/shop/machines", body).await;
     assert_eq!(refused.json()["status"], "insufficient_capacity");
     assert!(

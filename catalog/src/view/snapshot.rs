@@ -7,9 +7,10 @@ use std::sync::Arc;
 use imbl::{HashMap, OrdMap, OrdSet};
 
 use crate::{
-    AcmeChallenge, App, AppName, AppSecrets, Certificate, Change, Entry, Host, HostId, Hostname,
-    HostnameRoute, Machine, MachineId, MachineStatus, Network, NetworkId, OrgSlug, Organization,
-    Peer, Record, Revision, Token, Volume, VolumeId, VolumeStatus, WatchBatch,
+    AcmeChallenge, App, AppName, AppSecrets, Certificate, Change, Entry, Host, HostAlive,
+    HostCordon, HostId, HostStatus, Hostname, HostnameRoute, Machine, MachineId, MachineStatus,
+    Network, NetworkId, OrgSlug, Organization, Peer, Record, Revision, Token, Volume, VolumeId,
+    VolumeStatus, WatchBatch,
 };
 
 /// One consistent picture of the catalog.
@@ -31,6 +32,12 @@ pub struct Snapshot {
     pub machine_status: HashMap<MachineId, Arc<MachineStatus>>,
     /// Hosts by id.
     pub hosts: OrdMap<HostId, Arc<Host>>,
+    /// The hosts whose `tern serve` runs.
+    pub host_alive: OrdMap<HostId, Arc<HostAlive>>,
+    /// What hosts last said of themselves.
+    pub host_status: OrdMap<HostId, Arc<HostStatus>>,
+    /// The hosts that get no new Machines.
+    pub host_cordons: OrdMap<HostId, Arc<HostCordon>>,
     /// Peers by key (`<network>/<name>`).
     pub peers: OrdMap<String, Arc<Peer>>,
     /// Certificates by host name.
@@ -132,6 +139,12 @@ impl Snapshot {
             insert(&mut self.hostnames, id, entry)
         } else if key.starts_with(Host::PREFIX) {
             read::<Host>(entry).map(|h| drop(self.hosts.insert(h.id, h)))
+        } else if key.starts_with(HostAlive::PREFIX) {
+            read::<HostAlive>(entry).map(|h| drop(self.host_alive.insert(h.id, h)))
+        } else if key.starts_with(HostStatus::PREFIX) {
+            read::<HostStatus>(entry).map(|h| drop(self.host_status.insert(h.id, h)))
+        } else if key.starts_with(HostCordon::PREFIX) {
+            read::<HostCordon>(entry).map(|h| drop(self.host_cordons.insert(h.id, h)))
         } else if let Some(id) = key.strip_prefix(Peer::PREFIX) {
             read::<Peer>(entry).map(|p| drop(self.peers.insert(id.to_owned(), p)))
         } else if let Some(id) = key.strip_prefix(Certificate::PREFIX) {
@@ -224,6 +237,12 @@ impl Snapshot {
             self.hostnames.remove(id);
         } else if let Some(id) = key.strip_prefix(Host::PREFIX).and_then(number) {
             self.hosts.remove(&HostId(id));
+        } else if let Some(id) = key.strip_prefix(HostAlive::PREFIX).and_then(number) {
+            self.host_alive.remove(&HostId(id));
+        } else if let Some(id) = key.strip_prefix(HostStatus::PREFIX).and_then(number) {
+            self.host_status.remove(&HostId(id));
+        } else if let Some(id) = key.strip_prefix(HostCordon::PREFIX).and_then(number) {
+            self.host_cordons.remove(&HostId(id));
         } else if let Some(id) = key.strip_prefix(Peer::PREFIX) {
             self.peers.remove(id);
         } else if let Some(id) = key.strip_prefix(Certificate::PREFIX) {

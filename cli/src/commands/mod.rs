@@ -5,6 +5,7 @@ mod auth;
 mod certs;
 mod deploy;
 mod exec;
+mod hosts;
 mod launch;
 mod logs;
 mod machine;
@@ -14,6 +15,7 @@ mod secrets;
 mod status;
 #[cfg(test)]
 mod testing;
+mod tokens;
 mod volumes;
 mod wire;
 mod wireguard;
@@ -66,8 +68,9 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Volumes(args) => volumes::run(&client, args).await,
         Command::Wireguard(args) => wireguard::run(&client, args).await,
         Command::Certs(args) => certs::run(&client, args).await,
+        Command::Hosts(args) => hosts::run(&client, args).await,
         Command::Orgs(args) => orgs::orgs(&client, args).await,
-        Command::Tokens(args) => orgs::tokens(&client, args).await,
+        Command::Tokens(args) => tokens::run(&client, args).await,
         Command::Serve(_)
         | Command::Doctor(_)
         | Command::Host(_)

@@ -15,9 +15,9 @@ use tern_api::{
     HostGateway, LogLine, LogQuery, MachineMemory, StartTrace, token_hash,
 };
 use tern_catalog::{
-    Catalog, DesiredState, Host, HostId, Machine, MachineEvent, MachineId, MachineState,
-    MachineStatus, Network, NetworkId, Organization, PortRanges, RestartPolicy, Scope, SqliteStore,
-    Store, Token, View, VolumeState, VolumeStatus,
+    Catalog, DesiredState, Host, HostAlive, HostId, HostStatus, Machine, MachineEvent, MachineId,
+    MachineState, MachineStatus, Network, NetworkId, Organization, PortRanges, Resources,
+    RestartPolicy, Scope, SqliteStore, Store, Token, View, VolumeState, VolumeStatus,
 };
 use tern_certs::Sealer;
 use tern_guest::ExitStatus;
@@ -37,6 +37,20 @@ pub struct World {
     end: CancellationToken,
     agent: tokio::task::JoinHandle<()>,
     pub files: tempfile::TempDir,
+}
+
+#[derive(Debug)]
+struct NoInvites;
+
+#[async_trait]
+impl tern_api::Inviter for NoInvites {
+    async fn invite(
+        &self,
+        _: Option<String>,
+        _: std::time::Duration,
+    ) -> Result<tern_api::Invitation, String> {
+        Err("this cloud's catalog is a file".to_owned())
+    }
 }
 
 /// What its apps do.
@@ -92,17 +106,43 @@ impl World {
             })
             .await
             .unwrap();
+        let all = Resources {
+            memory_mib: 1 << 16,
+            cpu_sixteenths: 1024,
+        };
+        catalog
+            .create(&HostStatus {
+                id: HostId(1),
+                version: "0".into(),
+                all,
+                taken: Resources::default(),
+                seen_at: now,
+            })
+            .await
+            .unwrap();
+        catalog
+            .create(&HostAlive {
+                id: HostId(1),
+                session: "s".into(),
+                boot: "b".into(),
+                since: now,
+            })
+            .await
+            .unwrap();
         let view = View::follow(store).await.unwrap();
         let host = Arc::new(FakeHost { view: view.clone() });
         let sealer = Sealer::load_or_create(&files.path().join("seal.key")).unwrap();
         let config = ApiConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
+            host: HostId(1),
+            shared: false,
             registry_dir: files.path().join("registry"),
             region: "local".into(),
             domain: Some("tern.test".into()),
             service_ports: PortRanges::default(),
             internal_token: "internal".into(),
             sealer: Arc::new(crate::serve::adapters::SecretKey(sealer)),
+            inviter: Arc::new(NoInvites),
         };
         let server = ApiServer::bind(config, catalog.clone(), view.clone(), host)
             .await

@@ -104,9 +104,9 @@ impl MachineControl for HostAdapter {
 
 #[async_trait]
 impl HostGateway for HostAdapter {
-    async fn prepare(&self, _: &MachineId, image: &str) -> Result<(), GatewayError> {
-        // Every Machine is on this host as yet.
-        self.agent.prepare(image).await.map_err(gateway_error)
+    async fn prepare(&self, id: &MachineId, image: &str) -> Result<(), GatewayError> {
+        // Another host's Machine is asked of that host's API (`tern_api`, `forward`).
+        self.agent.prepare(id, image).await.map_err(gateway_error)
     }
 
     async fn accepts(&self, id: &MachineId, port: u16) -> Result<bool, GatewayError> {

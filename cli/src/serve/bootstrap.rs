@@ -1,13 +1,12 @@
-//! What a server's first start leaves behind: an organization, its network, a host, an admin token.
+//! What a server's first start leaves behind: an organization, its network, an admin token.
 
-use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
 use tern_catalog::{
-    Catalog, CatalogError, Host, HostId, Network, NetworkId, OrgSlug, Organization, Scope, Token,
+    Catalog, CatalogError, Network, NetworkId, OrgSlug, Organization, Scope, Token,
 };
 
 use crate::settings::{ADMIN_TOKEN_FILE, write_secret};
@@ -21,16 +20,8 @@ const TOKEN_TAIL: usize = 4;
 /// Bytes of randomness in a token.
 const TOKEN_BYTES: usize = 32;
 
-/// This host, as the catalog should know it.
-pub struct ThisHost<'a> {
-    pub id: HostId,
-    pub region: &'a str,
-    pub public_key: String,
-    pub endpoint: SocketAddr,
-}
-
-/// Makes what is missing, and writes this host's record anew.
-pub async fn run(catalog: &Catalog, data_dir: &Path, this: ThisHost<'_>) -> Result<()> {
+/// Makes what is missing.
+pub async fn run(catalog: &Catalog, data_dir: &Path) -> Result<()> {
     let now = Timestamp::now();
     let slug: OrgSlug = FIRST_ORG.parse().context("the first organization's name")?;
     if catalog.list::<Organization>().await?.is_empty() {
@@ -48,17 +39,6 @@ pub async fn run(catalog: &Catalog, data_dir: &Path, this: ThisHost<'_>) -> Resu
         exists_is_fine(catalog.create(&network).await)?;
         exists_is_fine(catalog.create(&organization).await)?;
     }
-    let name = nix_hostname().unwrap_or_else(|| format!("host-{}", this.id));
-    catalog
-        .put(&Host {
-            id: this.id,
-            name,
-            region: this.region.to_owned(),
-            public_key: this.public_key,
-            endpoint: this.endpoint,
-            started_at: now,
-        })
-        .await?;
     admin_token(catalog, &data_dir.join(ADMIN_TOKEN_FILE), now).await
 }
 
@@ -101,9 +81,4 @@ fn exists_is_fine(outcome: Result<u64, CatalogError>) -> Result<()> {
         Ok(_) | Err(CatalogError::Exists(_)) => Ok(()),
         Err(other) => Err(other.into()),
     }
-}
-
-fn nix_hostname() -> Option<String> {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
-    Some(name.trim().to_owned()).filter(|n| !n.is_empty())
 }
