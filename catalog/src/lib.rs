@@ -22,6 +22,7 @@ mod resources;
 mod secrets;
 mod sqlite;
 mod store;
+mod supervise;
 mod token;
 pub mod transfer;
 mod view;
@@ -63,6 +64,7 @@ pub use store::{
     Change, Compare, Entry, LeaseId, Listing, Op, PROGRESS_EVERY, Revision, Store, StoreError,
     Transaction, Watch, WatchBatch, WatchEvent, limits,
 };
+pub use supervise::{keep_running, restarts};
 pub use token::{Scope, Token, TokenApps};
 pub use view::{Snapshot, Unreadable, View};
 pub use volume::{SnapshotStatus, Volume, VolumeSource, VolumeState, VolumeStatus};

@@ -19,10 +19,9 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 
 use crate::store::PROGRESS_EVERY;
-use crate::{CatalogError, Change, Revision, Store, StoreError, WatchEvent};
+use crate::{CatalogError, Change, Revision, Store, StoreError, WatchEvent, keep_running};
 pub use snapshot::{Snapshot, Unreadable};
 
 /// The catalog in memory. Clones share it.
@@ -60,7 +59,12 @@ impl View {
             heard: Arc::clone(&heard),
             keys: tokio::sync::Mutex::new(keys),
         };
-        let task = tokio::spawn(keep_following(Arc::new(follower)));
+        let follower = Arc::new(follower);
+        let follow = move || {
+            let follower = Arc::clone(&follower);
+            async move { follower.run().await }
+        };
+        let task = tokio::spawn(keep_running("the follower of the catalog", follow));
         Ok(Self {
             current,
             revision,
@@ -118,20 +122,6 @@ struct Follow {
     heard: Arc<Mutex<Instant>>,
     /// All keys that there are: a listing does not say what is gone. Of the one task that follows.
     keys: tokio::sync::Mutex<HashSet<String>>,
-}
-
-/// Follows for ever, whatever a follower dies of.
-async fn keep_following(follow: Arc<Follow>) {
-    // Ends the follower where this is ended.
-    let mut follower = JoinSet::new();
-    loop {
-        let follow = Arc::clone(&follow);
-        follower.spawn(async move { follow.run().await });
-        if let Some(Err(error)) = follower.join_next().await {
-            tracing::error!(%error, "following the catalog has failed, and is begun anew");
-        }
-        tokio::time::sleep(RETRY_MOST).await;
-    }
 }
 
 impl Follow {

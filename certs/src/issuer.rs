@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
 use tern_catalog::{
     AcmeAccount, AcmeChallenge, Catalog, CatalogError, Certificate, CertificateState, Hostname,
-    View,
+    View, keep_running,
 };
 use thiserror::Error;
 use tokio::sync::Mutex;
@@ -79,7 +79,10 @@ impl Issuer {
             sealer,
             account: Mutex::default(),
         };
-        let task = tokio::spawn(Arc::new(worker).run(end.clone()));
+        let (worker, ending) = (Arc::new(worker), end.clone());
+        let run = move || Arc::clone(&worker).run(ending.clone());
+        let task =
+            tokio::spawn(async move { keep_running("the issuer of certificates", run).await });
         Ok(Self {
             resolver,
             end,

@@ -154,6 +154,12 @@ fn exposition(sources: &Sources) -> String {
         "gauge",
         snapshot.unreadable.len() as f64,
     );
+    text.one(
+        "tern_restarted_loops_total",
+        "Loops of this process that had failed, and were begun anew.",
+        "counter",
+        tern_catalog::restarts() as f64,
+    );
     process(&mut text);
     text.0
 }

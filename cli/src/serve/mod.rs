@@ -197,7 +197,7 @@ async fn serve(mut args: Serve) -> Result<()> {
         .await
         .with_context(|| format!("the API on {}", args.api))?;
     let end = CancellationToken::new();
-    let api = tokio::spawn(api.run(end.clone()));
+    let mut api = tokio::spawn(api.run(end.clone()));
     if let Some(listener) = measured {
         let sources = metrics::Sources {
             edge: Arc::clone(edge.metrics()),
@@ -217,6 +217,10 @@ async fn serve(mut args: Serve) -> Result<()> {
             Some(anyhow::Error::from(error))
         }
         error = agent.failed() => Some(anyhow::Error::from(error).context("the agent has failed")),
+        ended = &mut api => {
+            let error = ended.err().map_or_else(|| anyhow::anyhow!("nobody asked it to"), anyhow::Error::from);
+            Some(error.context("the API has ended by itself"))
+        }
         () = manager.stay_alive() => None,
     };
     manager.stopping();
@@ -228,7 +232,10 @@ async fn serve(mut args: Serve) -> Result<()> {
     mesh.shutdown().await;
     agent.shutdown().await;
     presence.leave(&present.0).await;
-    if let Err(error) = api.await {
+    // One that has ended by itself has been told of.
+    if !api.is_finished()
+        && let Err(error) = api.await
+    {
         tracing::error!(%error, "the API ended badly");
     }
     ended.map_or(Ok(()), Err)
