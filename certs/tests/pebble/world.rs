@@ -19,7 +19,8 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::ca::Pebble;
+use crate::ca::{Pebble, trusting};
+use crate::moody::Moody;
 
 /// What a test looks at.
 pub struct World {
@@ -92,6 +93,12 @@ impl World {
         };
         world.listen();
         world
+    }
+
+    /// A directory with moods in front of the CA.
+    pub async fn moody(&self) -> Moody {
+        let trusted = trusting(&std::fs::read(&self.pebble.directory_ca).unwrap());
+        Moody::start(self.files.path(), &self.pebble.directory, trusted).await
     }
 
     /// Ends the issuer and starts another on the same catalog, with this configuration.
