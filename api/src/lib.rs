@@ -11,8 +11,10 @@ mod apps;
 mod auth;
 mod certificates;
 mod error;
+mod exec;
 mod extract;
 mod gateway;
+mod hosts;
 mod lease;
 mod logs;
 mod machines;
@@ -22,6 +24,7 @@ mod peers;
 mod platform;
 mod registry;
 mod releases;
+mod rights;
 mod routes;
 mod secrets;
 mod server;
@@ -35,9 +38,10 @@ mod tests;
 
 pub use auth::token_hash;
 pub use error::ApiError;
+pub use exec::{EXEC_MEDIA_TYPE, ExecEnd, ExecStart};
 pub use gateway::{
-    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, MachineMemory,
-    StartPhase, StartTrace,
+    ExecFeed, ExecOutput, ExecRequest, ExecSession, GatewayError, HostGateway, LogLine, LogQuery,
+    MachineMemory, StartPhase, StartTrace,
 };
 pub use registry::REGISTRY_NAME;
 pub use secrets::SecretSealer;

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::gateway::HostGateway;
+use crate::machines::lease::sweep_leases;
 use crate::registry::{self, Grace, Registry};
 use crate::routes;
 use crate::secrets::SecretSealer;
@@ -101,7 +102,7 @@ impl ApiServer {
         // Ends with `end`.
         tokio::spawn(
             end.clone()
-                .run_until_cancelled_owned(collect_registry(self.shared.clone())),
+                .run_until_cancelled_owned(clean_up(self.shared.clone())),
         );
         let service = TowerToHyperService::new(routes::router(self.shared));
         let mut http = http1::Builder::new();
@@ -149,12 +150,16 @@ impl ApiServer {
     }
 }
 
-/// Gives back the space of images that nobody refers to, from time to time, for ever.
-async fn collect_registry(shared: Shared) {
+/// Gives back the space of images that nobody refers to, and removes what the dead have left in the catalog, from time
+/// to time, for ever.
+async fn clean_up(shared: Shared) {
     let mut times = tokio::time::interval(COLLECT_EVERY);
     times.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         times.tick().await;
+        if let Err(error) = sweep_leases(&shared).await {
+            tracing::warn!(?error, "leases of Machines that are gone cannot be removed");
+        }
         let shared = shared.clone();
         let collected = tokio::task::spawn_blocking(move || {
             let in_use = registry::in_use(&shared.view.snapshot());
@@ -174,7 +179,7 @@ async fn collect_registry(shared: Shared) {
     }
 }
 
-/// How often the registry is collected; its graces are days.
+/// How often that is done; the registry's graces are days.
 const COLLECT_EVERY: Duration = Duration::from_secs(3600);
 
 /// Longest time from a connection, or the last answer, to the end of the next call's headers.

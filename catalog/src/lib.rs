@@ -9,6 +9,7 @@ mod certificate;
 mod duration;
 mod etcd;
 mod held_lease;
+mod host;
 mod hostname;
 mod machine;
 mod machine_config;
@@ -18,9 +19,11 @@ mod port;
 mod public_ports;
 mod record;
 mod release;
+mod resources;
 mod secrets;
 mod sqlite;
 mod store;
+mod token;
 pub mod transfer;
 mod view;
 mod volume;
@@ -34,6 +37,7 @@ pub use certificate::{
 pub use duration::GoDuration;
 pub use etcd::{EtcdConfig, EtcdStore};
 pub use held_lease::HeldLease;
+pub use host::{Cloud, Host, HostAlive, HostCordon, HostStatus};
 pub use machine::{
     CheckState, CheckStatus, Desired, DesiredState, Machine, MachineEvent, MachineState,
     MachineStatus,
@@ -46,19 +50,21 @@ pub use names::{
     AppName, Hostname, MachineId, NameError, OrgSlug, PeerName, SecretName, SnapshotId, VolumeId,
     VolumeName,
 };
-pub use nouns::{App, Host, HostnameRoute, Network, Organization, Peer, Token};
+pub use nouns::{App, HostnameRoute, Network, Organization, Peer};
 pub use port::{
     Handler, HttpOptions, Port, PortKind, ProxyProtoOptions, ProxyProtocol, ResponseOptions,
     TlsOptions,
 };
-pub use public_ports::{Exclusive, MAX_EXCLUSIVE_PORTS, PortClaim, PortRanges, PublicPorts};
+pub use public_ports::{Exclusive, MAX_PORTS_OF_APP, PortClaim, PortRanges, PublicPorts};
 pub use record::Record;
 pub use release::{Release, ReleaseStatus};
+pub use resources::{Resources, SIXTEENTHS};
 pub use secrets::{AppSecret, AppSecrets};
 pub use sqlite::SqliteStore;
 pub use store::{
     Change, Compare, Entry, LeaseId, Listing, Op, PROGRESS_EVERY, Revision, Store, StoreError,
     Transaction, Watch, WatchBatch, WatchEvent, limits,
 };
-pub use view::{Snapshot, View};
+pub use token::{Scope, Token, TokenApps};
+pub use view::{Snapshot, Unreadable, View};
 pub use volume::{SnapshotStatus, Volume, VolumeSource, VolumeState, VolumeStatus};

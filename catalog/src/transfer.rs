@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 
 use crate::store::limits::{MAX_OPS, MAX_TRANSACTION_BYTES};
-use crate::{Compare, Entry, Op, Revision, Store, StoreError, Transaction};
+use crate::{Compare, Entry, HostAlive, Op, Record as _, Revision, Store, StoreError, Transaction};
 
 /// The key of a target that is being filled.
 const MOVING: &str = "transfer/moving";
@@ -61,9 +61,12 @@ pub enum TransferError {
 
 /// Copies everything from one store to another, which must be empty, and compares.
 ///
-/// Keys that a lease holds become lasting ones: nothing in a stopped cloud is held by one.
+/// Who is alive is left out: in a stopped cloud nobody is, and without its lease the record would never go.
 pub async fn copy(from: &dyn Store, to: &dyn Store) -> Result<Moved, TransferError> {
-    let source = from.list("").await?;
+    let mut source = from.list("").await?;
+    source
+        .entries
+        .retain(|entry| !entry.key.starts_with(HostAlive::PREFIX));
     if source.entries.is_empty() {
         return Err(TransferError::Empty);
     }

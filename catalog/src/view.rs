@@ -5,19 +5,25 @@
 //! store cannot be followed the view stays as it is, says how stale it is, and tries again. A watch that
 //! runs is no proof of being current: only what the store said last is, so that is what staleness is
 //! counted from.
+//!
+//! A value that cannot be read is kept out, and what could be read of its key last stays
+//! ([`Snapshot::unreadable`]). A follower that panics is begun anew: without it the whole process would
+//! live in the past.
 
 mod snapshot;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use crate::store::PROGRESS_EVERY;
-use crate::{CatalogError, Revision, Store, StoreError, WatchEvent};
-pub use snapshot::Snapshot;
+use crate::{CatalogError, Change, Revision, Store, StoreError, WatchEvent};
+pub use snapshot::{Snapshot, Unreadable};
 
 /// The catalog in memory. Clones share it.
 #[derive(Clone)]
@@ -41,7 +47,8 @@ const STALE_AFTER: Duration = PROGRESS_EVERY.saturating_mul(5);
 impl View {
     /// Reads everything, and follows what comes from then on.
     pub async fn follow(store: Arc<dyn Store>) -> Result<Self, CatalogError> {
-        let first = read(&*store).await?;
+        let mut keys = HashSet::new();
+        let first = read(&*store, &Snapshot::default(), &mut keys).await?;
         let (announce, revision) = watch::channel(first.revision);
         let current = Arc::new(ArcSwap::from_pointee(first));
         let heard = Arc::new(Mutex::new(Instant::now()));
@@ -50,8 +57,9 @@ impl View {
             current: Arc::clone(&current),
             announce,
             heard: Arc::clone(&heard),
+            keys: tokio::sync::Mutex::new(keys),
         };
-        let task = tokio::spawn(follower.run());
+        let task = tokio::spawn(keep_following(Arc::new(follower)));
         Ok(Self {
             current,
             revision,
@@ -107,19 +115,35 @@ struct Follow {
     current: Arc<ArcSwap<Snapshot>>,
     announce: watch::Sender<Revision>,
     heard: Arc<Mutex<Instant>>,
+    /// All keys that there are: a listing does not say what is gone. Of the one task that follows.
+    keys: tokio::sync::Mutex<HashSet<String>>,
+}
+
+/// Follows for ever, whatever a follower dies of.
+async fn keep_following(follow: Arc<Follow>) {
+    // Ends the follower where this is ended.
+    let mut follower = JoinSet::new();
+    loop {
+        let follow = Arc::clone(&follow);
+        follower.spawn(async move { follow.run().await });
+        if let Some(Err(error)) = follower.join_next().await {
+            tracing::error!(%error, "following the catalog has failed, and is begun anew");
+        }
+        tokio::time::sleep(RETRY_MOST).await;
+    }
 }
 
 impl Follow {
-    async fn run(self) {
+    async fn run(&self) {
+        let mut keys = self.keys.lock().await;
         let mut wait = RETRY_FIRST;
         loop {
             let before = self.current.load().revision;
-            let ended = self.follow(before).await;
+            let ended = self.follow(before, &mut keys).await;
             match ended {
                 // Too far behind: what is missing can only be had by reading everything.
-                StoreError::Compacted { .. } => match read(&*self.store).await {
-                    Ok(whole) => {
-                        self.show(whole);
+                StoreError::Compacted { .. } => match self.read_all(&mut keys).await {
+                    Ok(()) => {
                         *self.heard.lock() = Instant::now();
                         continue;
                     }
@@ -135,8 +159,14 @@ impl Follow {
         }
     }
 
+    async fn read_all(&self, keys: &mut HashSet<String>) -> Result<(), StoreError> {
+        let whole = read(&*self.store, &self.current.load_full(), keys).await?;
+        self.show(whole);
+        Ok(())
+    }
+
     /// Follows until that ends.
-    async fn follow(&self, after: Revision) -> StoreError {
+    async fn follow(&self, after: Revision, keys: &mut HashSet<String>) -> StoreError {
         let mut watch = match self.store.watch("", after).await {
             Ok(watch) => watch,
             Err(error) => return error,
@@ -146,6 +176,12 @@ impl Follow {
                 Some(Ok(WatchEvent::Batch(batch))) => {
                     let mut next = Snapshot::clone(&self.current.load());
                     next.apply(&batch);
+                    for change in batch.changes {
+                        match change {
+                            Change::Put(entry) => drop(keys.insert(entry.key)),
+                            Change::Delete { key } => drop(keys.remove(&key)),
+                        }
+                    }
                     self.show(next);
                 }
                 Some(Ok(WatchEvent::Progress(revision))) => {
@@ -172,12 +208,24 @@ impl Follow {
     }
 }
 
-async fn read(store: &dyn Store) -> Result<Snapshot, StoreError> {
+/// Reads everything, over what was there `before`: what cannot be read stays as it was, what is no more is gone. `keys`
+/// are those of before, and then those that there are.
+async fn read(
+    store: &dyn Store,
+    before: &Snapshot,
+    keys: &mut HashSet<String>,
+) -> Result<Snapshot, StoreError> {
     let listing = store.list("").await?;
-    let mut snapshot = Snapshot::default();
+    let there: HashSet<String> = listing.entries.iter().map(|e| e.key.clone()).collect();
+    let mut snapshot = before.clone();
+    // First, for what they had (an address) may be somebody else's now.
+    for gone in keys.difference(&there) {
+        snapshot.delete(gone);
+    }
     for entry in &listing.entries {
         snapshot.put(entry);
     }
+    *keys = there;
     snapshot.revision = listing.revision;
     Ok(snapshot)
 }

@@ -46,6 +46,9 @@ pub enum Command {
     /// Look after the disks of this host, with or without `tern serve`
     #[command(subcommand)]
     Host(Host),
+    /// The servers of this cloud: see them, keep new Machines off them, take them out
+    #[command(subcommand)]
+    Hosts(Hosts),
     /// Look after where this cloud's facts are kept, while no `tern serve` runs
     #[command(subcommand)]
     Catalog(Catalog),
@@ -94,6 +97,19 @@ pub enum Command {
     /// Look at a `fly.toml`
     #[command(subcommand)]
     Config(Config),
+    /// Print what has a shell complete this program's commands and flags
+    ///
+    /// For bash: `tern completion bash > ~/.local/share/bash-completion/completions/tern`. An installed Tern has brought them.
+    Completion {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual's pages into a directory
+    #[command(hide = true)]
+    ManPages {
+        /// Where to
+        directory: PathBuf,
+    },
 }
 
 /// `tern doctor`.
@@ -112,6 +128,40 @@ pub enum Host {
     /// Machines on this host's disk that its catalog does not know
     #[command(subcommand)]
     Quarantine(Quarantine),
+}
+
+/// `tern hosts`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Hosts {
+    /// List servers: whether they are there, and what they have
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a server and what is on it
+    Show {
+        /// Its number, from `tern hosts list`
+        id: u32,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put no new Machines on a server; those that are there go on
+    Cordon {
+        /// Its number
+        id: u32,
+    },
+    /// Put new Machines on a server again
+    Uncordon {
+        /// Its number
+        id: u32,
+    },
+    /// Forget a server that is cordoned, stopped and empty; its number is not used again
+    Remove {
+        /// Its number
+        id: u32,
+    },
 }
 
 /// `tern catalog`.
@@ -225,9 +275,25 @@ pub enum Quarantine {
     },
 }
 
+/// The file with what is given neither as a flag nor in the environment (see [`crate::config`]).
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct ConfigFile {
+    /// The server's configuration: what is given neither here nor in the environment is read from it. Default:
+    /// /etc/tern/tern.toml, if there is one
+    #[arg(
+        id = "config_file",
+        long = "config",
+        env = "TERN_CONFIG",
+        value_name = "FILE"
+    )]
+    pub path: Option<PathBuf>,
+}
+
 /// The data directory of a host.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct DataDir {
+    #[command(flatten)]
+    pub config: ConfigFile,
     /// What `tern serve` was given as --data-dir
     #[arg(long, env = "TERN_DATA_DIR", default_value = "/var/lib/tern")]
     pub data_dir: PathBuf,
@@ -255,17 +321,22 @@ fn fraction(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "write a number from 0 to 1".to_owned())
 }
 
-/// `tern serve`.
+/// `tern serve`. Each flag is a key of the configuration file too, by its id.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Serve {
+    #[command(flatten)]
+    pub config: ConfigFile,
+    /// Print a configuration file with every key, its default and what it does, and do nothing else
+    #[arg(long)]
+    pub print_config: bool,
+    /// Say whether flags and configuration file are right, and do nothing else
+    #[arg(long, conflicts_with = "print_config")]
+    pub check_config: bool,
     /// Where everything is kept
     #[arg(long, env = "TERN_DATA_DIR", default_value = "/var/lib/tern")]
     pub data_dir: PathBuf,
     #[command(flatten)]
     pub etcd: Etcd,
-    /// This host's number, 1 or more, unique among your hosts
-    #[arg(long, default_value_t = 1)]
-    pub host_id: u32,
     /// This host's region
     #[arg(long, env = "TERN_REGION", default_value = "local")]
     pub region: String,
@@ -394,13 +465,13 @@ pub struct Serve {
     /// it; what Machines could use beyond is hidden from them. A host that lacks some of it is refused.
     #[arg(long, env = "TERN_CPU_TEMPLATE", value_enum, default_value_t)]
     pub cpu_template: CpuTemplate,
-    /// The guests' kernel (uncompressed ELF or bzImage). Default: `guest/vmlinux` beside this program
+    /// The guests' kernel (uncompressed ELF or bzImage). Default: `guest/vmlinux` in ../lib/tern of this program, or beside it
     #[arg(long, env = "TERN_GUEST_KERNEL")]
     pub kernel: Option<PathBuf>,
-    /// The guests' initramfs. Default: `guest/initramfs.cpio` beside this program
+    /// The guests' initramfs. Default: `guest/initramfs.cpio` in ../lib/tern of this program, or beside it
     #[arg(long, env = "TERN_GUEST_INITRAMFS")]
     pub initramfs: Option<PathBuf>,
-    /// The monitor. Default: `tern-vmm` beside this program
+    /// The monitor. Default: `tern-vmm` in ../lib/tern of this program, or beside it
     #[arg(long, env = "TERN_VMM")]
     pub vmm: Option<PathBuf>,
     /// Write the log as JSON
@@ -682,16 +753,19 @@ pub enum Machine {
         #[arg(short, long)]
         force: bool,
     },
-    /// Run a command in a Machine
+    /// Run a command in a Machine: its output comes byte for byte, its exit code is this one's
     Exec {
         #[command(flatten)]
         machine: MachineArg,
+        /// Give it what this command reads, until that ends
+        #[arg(short = 'i', long)]
+        stdin: bool,
         /// The command and its arguments
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
-        /// Longest time it may take
-        #[arg(long, default_value = "60s", value_parser = duration)]
-        timeout: Duration,
+        /// Longest time it may take [default: a day]
+        #[arg(long, value_parser = duration)]
+        timeout: Option<Duration>,
     },
 }
 

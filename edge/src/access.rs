@@ -82,9 +82,10 @@ impl AccessLog {
     pub fn open(config: AccessLogConfig, metrics: Arc<Metrics>) -> io::Result<Self> {
         let sink = Sink::open(config.path)?;
         let (lines, incoming) = sync_channel(WAITING);
+        let counted = Arc::clone(&metrics);
         thread::Builder::new()
             .name("access-log".to_owned())
-            .spawn(move || sink.write(&incoming))?;
+            .spawn(move || sink.write(&incoming, &counted))?;
         Ok(Self {
             lines,
             sample: config.sample,
@@ -135,13 +136,23 @@ impl Sink {
         Ok(Self::File(path, BufWriter::new(file)))
     }
 
-    fn write(mut self, incoming: &Receiver<Vec<u8>>) {
+    fn write(mut self, incoming: &Receiver<Vec<u8>>, metrics: &Metrics) {
+        let mut well = true;
         loop {
             let next = incoming.recv_timeout(LOOK);
             let ended = next == Err(RecvTimeoutError::Disconnected);
+            let mut taken = 0;
             let lines = next.ok().into_iter().chain(incoming.try_iter());
-            if let Err(error) = self.write_all(lines) {
-                tracing::warn!(%error, "the access log cannot be written");
+            let outcome = self.write_all(lines.inspect(|_| taken += 1));
+            match outcome {
+                Ok(()) => well = true,
+                Err(error) => {
+                    // Some of them may be there: those behind them are not.
+                    metrics.access_log_lost.add_all(taken);
+                    if std::mem::replace(&mut well, false) {
+                        tracing::warn!(%error, "the access log cannot be written");
+                    }
+                }
             }
             if ended {
                 return;

@@ -113,6 +113,15 @@ impl Edge {
                 config.limits.connections,
                 config.limits.connections_of_client,
             )),
+            quic_places: Arc::new(Places::new(
+                config.limits.connections,
+                config.limits.connections_of_client,
+            )),
+            // Each has a socket of its own. Addresses of clients may be forged: what they take is not TCP's.
+            udp_places: Arc::new(Places::new(
+                config.limits.connections / 4,
+                config.limits.connections_of_client / 4,
+            )),
             limits: config.limits,
             ending: CancellationToken::new(),
             ended: CancellationToken::new(),

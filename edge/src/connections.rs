@@ -7,9 +7,11 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Room for connections over TCP, shared by all threads.
@@ -49,8 +51,16 @@ pub struct Connections {
 struct State {
     /// When it became idle, by the thread's clock; 0 while it is not.
     idle_since: Cell<u64>,
+    /// It came then, and has asked for nothing yet: what it asks may be on its way.
+    fresh: Cell<Option<Instant>>,
     ending: CancellationToken,
 }
+
+/// How often room is looked for again while somebody waits for it.
+const AGAIN: Duration = Duration::from_millis(200);
+/// What a connection that has asked for nothing yet is given before it may be ended for want of room: a round trip or
+/// two, and its handshake's computing.
+const FRESH: Duration = Duration::from_secs(2);
 
 /// A connection of this thread.
 pub struct Open {
@@ -69,35 +79,46 @@ impl Places {
         }
     }
 
-    /// A place, once there is one, unless this client has as many as it may. `full` is called when there is none.
-    pub async fn take(self: &Arc<Self>, client: IpAddr, full: impl FnOnce()) -> Option<Place> {
-        let client = Client::of(client);
-        {
-            let mut clients = self.clients.lock();
-            let count = clients.entry(client).or_default();
-            if *count >= self.of_one_client {
-                return None;
-            }
-            *count += 1;
-        }
-        let counted = CountedClient {
-            places: self,
-            client,
-        };
+    /// A place, once there is one, unless this client has as many as it may. `full` is called when there is none, and
+    /// again now and then: what may be ended may become so only later, and on another thread.
+    pub async fn take(self: &Arc<Self>, client: IpAddr, full: impl Fn()) -> Option<Place> {
+        let counted = self.count(client)?;
         let one = match Arc::clone(&self.all).try_acquire_owned() {
             Ok(one) => one,
             Err(_) => {
                 // Before others are looked at: one that becomes idle from now on sees it.
                 let _waits = Waits::new(&self.waiting);
-                full();
-                Arc::clone(&self.all).acquire_owned().await.ok()?
+                let one = Arc::clone(&self.all).acquire_owned();
+                tokio::pin!(one);
+                loop {
+                    full();
+                    if let Ok(one) = tokio::time::timeout(AGAIN, one.as_mut()).await {
+                        break one.ok()?;
+                    }
+                }
             }
         };
-        std::mem::forget(counted);
-        Some(Place {
-            places: Arc::clone(self),
+        Some(counted.placed(one))
+    }
+
+    /// A place, if there is one at once, and this client may have one more.
+    pub fn try_take(self: &Arc<Self>, client: IpAddr) -> Option<Place> {
+        let counted = self.count(client)?;
+        let one = Arc::clone(&self.all).try_acquire_owned().ok()?;
+        Some(counted.placed(one))
+    }
+
+    fn count(self: &Arc<Self>, client: IpAddr) -> Option<CountedClient<'_>> {
+        let client = Client::of(client);
+        let mut clients = self.clients.lock();
+        let count = clients.entry(client).or_default();
+        if *count >= self.of_one_client {
+            return None;
+        }
+        *count += 1;
+        Some(CountedClient {
+            places: self,
             client,
-            _one: one,
         })
     }
 
@@ -130,8 +151,21 @@ impl Drop for Waits<'_> {
 
 /// A client's count, given back if it gets no place.
 struct CountedClient<'a> {
-    places: &'a Places,
+    places: &'a Arc<Places>,
     client: Client,
+}
+
+impl CountedClient<'_> {
+    fn placed(self, one: OwnedSemaphorePermit) -> Place {
+        let place = Place {
+            places: Arc::clone(self.places),
+            client: self.client,
+            _one: one,
+        };
+        // The place counts from now on.
+        std::mem::forget(self);
+        place
+    }
 }
 
 impl Drop for CountedClient<'_> {
@@ -175,6 +209,7 @@ impl Connections {
         self.next.set(id + 1);
         let state = Rc::new(State {
             idle_since: Cell::new(0),
+            fresh: Cell::new(Some(Instant::now())),
             ending: self.ending.child_token(),
         });
         self.known.borrow_mut().insert(id, Rc::clone(&state));
@@ -188,7 +223,10 @@ impl Connections {
     /// Has those end that have been idle the longest: some, so that the next that need room find it. Tells how many.
     pub fn shed(&self) -> usize {
         let known = self.known.borrow();
-        let idle = |state: &&Rc<State>| state.idle_since.get() > 0 && !state.ending.is_cancelled();
+        let fresh = |state: &State| state.fresh.get().is_some_and(|at| at.elapsed() < FRESH);
+        let idle = |state: &&Rc<State>| {
+            state.idle_since.get() > 0 && !state.ending.is_cancelled() && !fresh(state)
+        };
         let mut idle: Vec<&Rc<State>> = known.values().filter(idle).collect();
         let count = (1 + idle.len() / 64).min(idle.len());
         if count > 0 {
@@ -207,7 +245,8 @@ impl Open {
         let now = self.thread.clock.get() + 1;
         self.thread.clock.set(now);
         self.state.idle_since.set(now);
-        if self.thread.places.waiting.load(Ordering::SeqCst) > 0 {
+        if self.state.fresh.get().is_none() && self.thread.places.waiting.load(Ordering::SeqCst) > 0
+        {
             self.state.ending.cancel();
         }
     }
@@ -215,6 +254,7 @@ impl Open {
     /// Something is under way.
     pub fn is_busy(&self) {
         self.state.idle_since.set(0);
+        self.state.fresh.set(None);
     }
 
     /// Set when it takes no more requests.
@@ -270,6 +310,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn one_that_never_asks_makes_room_in_the_end() {
+        let places = Arc::new(Places::new(1, 9));
+        let client = "192.0.2.1".parse().unwrap();
+        let thread = Connections::new(&CancellationToken::new(), Arc::clone(&places));
+        let thread = Rc::new(thread);
+        let first = places.take(client, || panic!("there is room")).await;
+        let silent = thread.open();
+        silent.is_idle();
+        let begun = Instant::now();
+        let second = places.take(client, || {
+            thread.shed();
+        });
+        let silence = async {
+            silent.ending().cancelled().await;
+            drop(first);
+        };
+        let (second, ()) = tokio::join!(second, silence);
+        assert!(second.is_some() && begun.elapsed() >= FRESH);
+    }
+
+    #[tokio::test]
     async fn who_becomes_idle_while_others_wait_makes_room() {
         let places = Arc::new(Places::new(1, 9));
         let client = "192.0.2.1".parse().unwrap();
@@ -281,6 +342,10 @@ mod tests {
         tokio::pin!(second);
         assert!(futures::poll!(second.as_mut()).is_pending());
         assert!(!busy.ending().is_cancelled());
+        // It has just come: what it asks may be on its way.
+        busy.is_idle();
+        assert!(!busy.ending().is_cancelled());
+        busy.is_busy();
         busy.is_idle();
         assert!(busy.ending().is_cancelled());
         drop((busy, first));
@@ -298,6 +363,7 @@ mod tests {
         let all: Vec<Open> = (0..4).map(|_| thread.open()).collect();
         assert_eq!(thread.shed(), 0);
         for n in [2, 0, 1, 3] {
+            all[n].is_busy();
             all[n].is_idle();
         }
         all[2].is_busy();

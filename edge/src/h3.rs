@@ -156,6 +156,18 @@ async fn serve(incoming: Incoming, entrance: Entrance, worker: Rc<Worker>) {
         }
         Err(_) => return worker.metrics.tls_failures.add(),
     };
+    // The handshake has shown that the address is the client's.
+    let Some(_place) = worker.quic_places.try_take(client) else {
+        worker.metrics.connections_refused.add();
+        connection.close(
+            Code::H3_EXCESSIVE_LOAD
+                .value()
+                .try_into()
+                .unwrap_or_default(),
+            b"",
+        );
+        return;
+    };
     let facts = Rc::new(relay::Connection::new(client, entrance));
     let last = streams(&mut http3, &worker, &facts).await;
     let wait = last.map_or(Duration::ZERO, |at| {

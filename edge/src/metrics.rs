@@ -55,6 +55,8 @@ macro_rules! counters {
             pub open_connections: Arc<Gauge>,
             /// From the wish for a start until the app accepts connections, of those that came to it.
             pub wake_durations: Histogram,
+            /// Of requests that found no place at once: until they had one, or were refused.
+            pub waits: Histogram,
             apps: Mutex<HashMap<AppName, Arc<AppMetrics>>>,
         }
 

@@ -214,7 +214,7 @@ fn secure(snapshot: &Snapshot, name: &str, port: u16, configs: &tls::Configs) ->
                 let kind = found.kind().filter(|k| k.is_tls())?;
                 let options = found.tls_options.as_ref();
                 found.has(port).then(|| Secure {
-                    config: configs.get(options, kind.is_http()),
+                    config: configs.get(options, kind),
                     stream: (!kind.is_http()).then(|| {
                         let target = Target {
                             app: route.app.clone(),

@@ -34,7 +34,7 @@ fn look(gate: &Gate, host: tern_catalog::HostId, idle: Duration) {
     let mut running: HashMap<&AppName, u32> = HashMap::new();
     for machine in snapshot.machines.values() {
         let status = snapshot.machine_status.get(&machine.id).map(|s| &**s);
-        let (awake, in_flight) = gate.load(&machine.id, status);
+        let (awake, in_flight) = gate.load(machine);
         *running.entry(&machine.app).or_default() += u32::from(awake);
         // Somebody put it to sleep while it had requests: they wait for it.
         let asleep = status.is_some_and(|s| matches!(s.state, MachineState::Suspended));
@@ -71,7 +71,7 @@ fn look(gate: &Gate, host: tern_catalog::HostId, idle: Duration) {
         else {
             continue;
         };
-        if gate.lay_down(&machine.id, idle, last_use, status) {
+        if gate.lay_down(machine, idle, last_use) {
             *count -= 1;
             tokio::spawn(put_to_sleep(
                 gate.clone(),
@@ -109,8 +109,8 @@ async fn see_off(gate: Gate, leaving: Leaving) {
     }
     // It may have left by now.
     let _ = ready.send(());
-    let status = gate.view().snapshot().machine_status.get(&machine).cloned();
-    if suspended.await.is_ok() && gate.load(&machine, status.as_deref()).1 > 0 {
+    let known = gate.view().snapshot().machines.get(&machine).cloned();
+    if suspended.await.is_ok() && known.is_some_and(|m| gate.load(&m).1 > 0) {
         rouse(gate, machine);
     }
 }

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use rustls::crypto::CryptoProvider;
 use rustls::server::{ProducesTickets, ResolvesServerCert, StoresServerSessions};
 use rustls::{ServerConfig, SupportedProtocolVersion};
-use tern_catalog::TlsOptions;
+use tern_catalog::{PortKind, TlsOptions};
 
 /// HTTP/2 (RFC 9113 section 3.2).
 pub const H2: &[u8] = b"h2";
@@ -15,6 +15,8 @@ pub const H2: &[u8] = b"h2";
 pub const HTTP_11: &[u8] = b"http/1.1";
 /// HTTP/3 (RFC 9114 section 3.1).
 pub const H3: &[u8] = b"h3";
+/// As PostgreSQL's protocol names itself where TLS comes first (its documentation, section 54.2.11).
+const POSTGRESQL: &[u8] = b"postgresql";
 /// RFC 8737.
 pub const ACME: &[u8] = b"acme-tls/1";
 /// Sessions kept to be resumed, for TLS 1.2; TLS 1.3 uses tickets.
@@ -33,8 +35,8 @@ pub struct Configs {
     others: Mutex<HashMap<Asked, Arc<ServerConfig>>>,
 }
 
-/// ALPN's protocols and the versions that are set, and whether HTTP is spoken.
-type Asked = (Vec<String>, Vec<String>, bool);
+/// ALPN's protocols and the versions that are set, and what is spoken.
+type Asked = (Vec<String>, Vec<String>, PortKind);
 
 impl Configs {
     pub fn new(resolver: Arc<dyn ResolvesServerCert>) -> Result<Self, rustls::Error> {
@@ -60,17 +62,17 @@ impl Configs {
     }
 
     /// As a service asks for it.
-    pub fn get(&self, options: Option<&TlsOptions>, http: bool) -> Arc<ServerConfig> {
+    pub fn get(&self, options: Option<&TlsOptions>, kind: PortKind) -> Arc<ServerConfig> {
         let (alpn, versions) = options.map_or((&[][..], &[][..]), |o| (&*o.alpn, &*o.versions));
-        if http && alpn.is_empty() && versions.is_empty() {
+        if kind.is_http() && alpn.is_empty() && versions.is_empty() {
             return self.usual();
         }
-        let key = (alpn.to_vec(), versions.to_vec(), http);
+        let key = (alpn.to_vec(), versions.to_vec(), kind);
         let mut others = self.others.lock();
         if let Some(known) = others.get(&key) {
             return Arc::clone(known);
         }
-        let config = self.make(alpn, versions, http).unwrap_or_else(|error| {
+        let config = self.make(alpn, versions, kind).unwrap_or_else(|error| {
             tracing::error!(%error, ?alpn, ?versions, "TLS options cannot be had");
             self.usual()
         });
@@ -85,7 +87,7 @@ impl Configs {
         &self,
         alpn: &[String],
         versions: &[String],
-        http: bool,
+        kind: PortKind,
     ) -> Result<Arc<ServerConfig>, rustls::Error> {
         // What is not spoken was refused or warned of when the service was written.
         let asked = |name: &str| versions.is_empty() || versions.iter().any(|v| v == name);
@@ -97,11 +99,14 @@ impl Configs {
         let chosen: Vec<_> = known.map(|(_, version)| version).collect();
         let mut config = config(&chosen, Arc::clone(&self.resolver))?;
         let named = alpn.iter().map(|name| name.clone().into_bytes());
-        config.alpn_protocols = if http {
+        config.alpn_protocols = if kind.is_http() {
             let spoken = [H2, HTTP_11].map(<[u8]>::to_vec).into_iter();
             let named: Vec<_> = named.collect();
             let kept = spoken.filter(|p| named.is_empty() || named.contains(p));
             kept.chain([ACME.to_vec()]).collect()
+        } else if kind == PortKind::PgTls && alpn.is_empty() {
+            // Without it libpq ends a connection that begins with TLS at once.
+            vec![POSTGRESQL.to_vec()]
         } else {
             named.collect()
         };

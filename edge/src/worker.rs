@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::access::AccessLog;
-use crate::connections::{Connections, Place, Places};
+use crate::connections::{Connections, Open, Place, Places};
 use crate::door::{Door, Opened, Opening, opening};
 use crate::entrance::Entrance;
 use crate::gate::Gate;
@@ -48,6 +48,8 @@ pub struct Shared {
     pub quic: Arc<ServerConfig>,
     /// Room for connections, of all threads.
     pub places: Arc<Places>,
+    pub quic_places: Arc<Places>,
+    pub udp_places: Arc<Places>,
     pub limits: Limits,
     /// Set when no more is accepted, and connections end with their current requests.
     pub ending: CancellationToken,
@@ -70,6 +72,9 @@ pub struct Worker {
     alt_svc: Option<Arc<str>>,
     ports: Arc<ArcSwap<PublicPorts>>,
     places: Arc<Places>,
+    /// Room for QUIC's connections, and for sessions of UDP: nothing of those waits.
+    pub quic_places: Arc<Places>,
+    pub udp_places: Arc<Places>,
     connections: Rc<Connections>,
     pool: RefCell<Pool>,
     sites: RefCell<Sites>,
@@ -155,6 +160,8 @@ async fn serve(
         alt_svc: shared.alt_svc,
         ports: shared.ports,
         places: shared.places,
+        quic_places: shared.quic_places,
+        udp_places: shared.udp_places,
         connections,
         pool: RefCell::default(),
     });
@@ -280,12 +287,18 @@ impl Worker {
             Opening::Raw(target) => return self.raw(stream, client, port, &target).await,
             Opening::Told { tls, pg_tls, http } => (tls, pg_tls, http),
         };
+        // One that says nothing may be ended where others need its room, as one that asks for nothing.
+        let open = self.connections.open();
+        open.is_idle();
         let begun = match (tls, pg_tls, http) {
             (true, false, false) => Some(Begun::Tls),
             (false, false, true) => Some(Begun::Http),
-            _ => first_byte(&stream, self.limits.head)
-                .await
-                .and_then(|first| {
+            _ => {
+                let first = tokio::select! {
+                    first = first_byte(&stream, self.limits.head) => first,
+                    () = open.ending().cancelled() => None,
+                };
+                first.and_then(|first| {
                     Some(match first {
                         TLS_HANDSHAKE if tls || pg_tls => Begun::Tls,
                         first if pg_tls && tcp::postgres::begins(first) => Begun::PgTls,
@@ -294,16 +307,16 @@ impl Worker {
                         _ if tls => Begun::Tls,
                         _ => return None,
                     })
-                }),
+                })
+            }
         };
         match begun {
             None => {}
             Some(Begun::Http) => {
                 let entrance = Entrance { port, tls: false };
-                let open = self.connections.open();
                 h1::client::serve(stream, client.ip(), entrance, open, self).await;
             }
-            Some(begun) => self.secure(stream, client, port, begun).await,
+            Some(begun) => self.secure(stream, client, port, begun, open).await,
         }
     }
 
@@ -323,9 +336,14 @@ impl Worker {
         client: SocketAddr,
         port: u16,
         begun: Begun,
+        open: Open,
     ) {
         let handshake = timeout(self.limits.handshake, self.handshake(stream, port, begun));
-        let (stream, target) = match handshake.await {
+        let outcome = tokio::select! {
+            outcome = handshake => outcome,
+            () = open.ending().cancelled() => return,
+        };
+        let (stream, target) = match outcome {
             Ok(Ok(both)) => both,
             Ok(Err(error)) => {
                 self.metrics.tls_failures.add();
@@ -340,13 +358,14 @@ impl Worker {
             return;
         }
         if let Some(target) = target {
+            // Nothing tells whether it is idle.
+            drop(open);
             if let Ok(ends) = ends(stream.get_ref().0, client, port) {
                 tcp::serve(stream, ends, &target, &self).await;
             }
             return;
         }
         let entrance = Entrance { port, tls: true };
-        let open = self.connections.open();
         if protocol == Some(tls::H2) {
             h2::serve(stream, client.ip(), entrance, open, self).await;
         } else {

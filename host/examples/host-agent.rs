@@ -214,6 +214,10 @@ impl Agency {
                 };
                 Ok(json!(self.handle.stop(&id()?, source, stop).await?))
             }
+            "prepare" => {
+                let image = request["image"].as_str().context("no image")?;
+                Ok(json!(self.handle.prepare(&id()?, image).await?))
+            }
             "signal" => {
                 let signo = i32::try_from(request["signo"].as_i64().context("no signo")?)?;
                 Ok(json!(self.handle.signal(&id()?, signo).await?))

@@ -264,10 +264,13 @@ impl AgentHandle {
         self.command(id, source, Order::Stop(request)).await
     }
 
-    /// Has the image on this host when it returns, so that a start finds it. It is spared by collections for
-    /// some minutes, whoever uses it.
-    pub async fn prepare(&self, image: &str) -> Result<(), CommandError> {
-        let had = self.shared.host.image(image, None).await;
+    /// Has the image on this host when it returns, so that a start of the Machine with it finds it. It is spared by
+    /// collections for some minutes, whoever uses it.
+    pub async fn prepare(&self, id: &MachineId, image: &str) -> Result<(), CommandError> {
+        let host = &self.shared.host;
+        let machine = host.machine(id);
+        let machine = machine.ok_or_else(|| CommandError::Unknown(id.clone()))?;
+        let had = host.image(image, machine.network, None).await;
         had.map(drop).map_err(|e| CommandError::Failed(e.reason))
     }
 

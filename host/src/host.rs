@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tern_catalog::{AppName, AppSecrets, Machine, MachineId, View};
+use tern_catalog::{AppName, AppSecrets, Machine, MachineId, NetworkId, View};
 use tern_image::{
     Credentials, Digest, Image, ImageError, ImageStore, Progress, Reference, RegistryOptions,
     Source,
@@ -60,10 +60,12 @@ impl Host {
         opened.map_err(|error| format!("the app's secrets cannot be read: {error}"))
     }
 
-    /// The image with this name, or with the digest that the name stood for before.
+    /// The image with this name, for a Machine of this network. `known` is the digest that the name stood for when the
+    /// Machine started last, of the same config: it has been given that image, whatever its registry says today.
     pub(crate) async fn image(
         &self,
         name: &str,
+        network: NetworkId,
         known: Option<&str>,
     ) -> Result<Image, BootFailure> {
         let failed = |error: &ImageError, lasting| BootFailure {
@@ -78,7 +80,9 @@ impl Host {
         {
             return Ok(image);
         }
-        let source = self.source(name, known).map_err(|e| failed(&e, true))?;
+        let source = self
+            .source(name, network, known)
+            .map_err(|e| failed(&e, true))?;
         room_for(&self.config.data_dir, 0).map_err(|error| {
             BootFailure::passing(format!("the image {name} cannot be had: {error}"))
         })?;
@@ -97,16 +101,24 @@ impl Host {
         image.map_err(|e| failed(&e, false))
     }
 
-    /// Where an image is, by the registries that this host knows.
-    fn source(&self, name: &str, known: Option<Digest>) -> Result<Source, ImageError> {
+    /// Where an image is, by the registries that this host knows, and for whom.
+    pub(crate) fn source(
+        &self,
+        name: &str,
+        network: NetworkId,
+        known: Option<Digest>,
+    ) -> Result<Source, ImageError> {
         let mut reference: Reference = name.parse()?;
         let mut options = RegistryOptions {
             anywhere: self.config.private_registries,
+            // A network is one organization's for ever: its number is not given out again, as a name may be.
+            on_behalf_of: format!("network {network}"),
             ..RegistryOptions::default()
         };
         if let Some(registry) = self.config.registries.get(reference.host()) {
             // The operator named it, and where it is.
             options.anywhere = true;
+            options.trusted = true;
             options.insecure = registry.insecure;
             options.credentials = registry
                 .credentials

@@ -1,7 +1,7 @@
 //! Keeps the host's images within their budget.
 //!
 //! An image stays while a Machine's directory says that its disk or snapshot is of it (`agent.json`),
-//! while its last status names it, or while a config is pinned to it. When in doubt (a directory that
+//! while its last status names it, or while a config is pinned to it whose network was given it. When in doubt (a directory that
 //! cannot be read) nothing is collected: a full disk is told, a missing image is an outage.
 
 use std::collections::HashSet;
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tern_catalog::{MachineId, Snapshot};
-use tern_image::{Budget, Collected, Digest, ImageError, Reference};
+use tern_image::{Budget, Collected, Digest, ImageError};
 
 use crate::dir::MachineDir;
 use crate::host::Host;
@@ -110,9 +110,9 @@ fn named(snapshot: &Snapshot, host: &Host) -> HashSet<Digest> {
         let status = snapshot.machine_status.get(&machine.id);
         let ran = status.and_then(|status| status.image_digest.as_deref());
         digests.extend(ran.and_then(|digest| digest.parse::<Digest>().ok()));
-        let reference = machine.config.image.parse::<Reference>().ok();
-        let pinned = reference.and_then(|reference| reference.digest());
-        digests.extend(pinned.map(|digest| host.images.follow(&digest)));
+        // Naming another's digest keeps nothing of theirs.
+        let source = host.source(&machine.config.image, machine.network, None);
+        digests.extend(source.ok().and_then(|source| host.images.given(&source)));
     }
     digests
 }

@@ -4,6 +4,8 @@ mod apps;
 mod auth;
 mod certs;
 mod deploy;
+mod exec;
+mod hosts;
 mod launch;
 mod logs;
 mod machine;
@@ -65,6 +67,7 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Volumes(args) => volumes::run(&client, args).await,
         Command::Wireguard(args) => wireguard::run(&client, args).await,
         Command::Certs(args) => certs::run(&client, args).await,
+        Command::Hosts(args) => hosts::run(&client, args).await,
         Command::Orgs(args) => orgs::orgs(&client, args).await,
         Command::Tokens(args) => orgs::tokens(&client, args).await,
         Command::Serve(_)
@@ -72,7 +75,9 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
         | Command::Host(_)
         | Command::Catalog(_)
         | Command::Auth(_)
-        | Command::Config(_) => {
+        | Command::Config(_)
+        | Command::Completion { .. }
+        | Command::ManPages { .. } => {
             unreachable!("handled before")
         }
     }

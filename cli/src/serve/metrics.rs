@@ -121,6 +121,12 @@ fn exposition(sources: &Sources) -> String {
         "",
         &sources.edge.wake_durations,
     );
+    text.head(
+        "tern_edge_wait_duration_seconds",
+        "Of requests that found no place at once: until they had one, or were refused.",
+        "histogram",
+    );
+    text.histogram("tern_edge_wait_duration_seconds", "", &sources.edge.waits);
     let snapshot = sources.view.snapshot();
     apps(
         &mut text,
@@ -141,6 +147,12 @@ fn exposition(sources: &Sources) -> String {
         "How long the catalog has not been followed; 0 while it is.",
         "gauge",
         sources.view.stale_for().unwrap_or_default().as_secs_f64(),
+    );
+    text.one(
+        "tern_catalog_unreadable_records",
+        "Records whose newest value cannot be read; the last that could be is acted on.",
+        "gauge",
+        snapshot.unreadable.len() as f64,
     );
     process(&mut text);
     text.0

@@ -6,6 +6,7 @@
 
 pub(crate) mod adapters;
 mod bootstrap;
+mod identity;
 mod metrics;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
@@ -18,11 +19,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum as _;
 use tern_api::{ApiConfig, ApiServer, REGISTRY_NAME};
-use tern_catalog::{Catalog, HostId, PortRanges, View};
+use tern_catalog::{Catalog, Host, HostId, PortRanges, View};
 use tern_certs::{CertsConfig, Issuer, Sealer};
 use tern_dns::{Dns, DnsConfig};
 use tern_edge::{AccessLogConfig, Edge, EdgeConfig, Limits};
-use tern_host::{Agent, HostConfig, RateLimits, Registry};
+use tern_host::{Agent, HostConfig, Presence, RateLimits, Registry};
 use tern_mesh::{Mesh, MeshConfig, MeshKey};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -30,15 +31,25 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::{CpuTemplate, Serve};
 use adapters::{HostAdapter, SecretKey};
-use bootstrap::ThisHost;
 
 /// Longest that requests under way may take once the server is told to end.
 const DRAIN: Duration = Duration::from_secs(20);
 const TUN: &str = "tern0";
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Held while a server runs on a data directory.
+const LOCK: &str = "serve.lock";
 const VHOST_NET: &str = "/dev/vhost-net";
 
 /// Runs the server until a signal ends it.
 pub fn run(args: Serve) -> Result<ExitCode> {
+    if args.print_config {
+        print!("{}", crate::config::print());
+        return Ok(ExitCode::SUCCESS);
+    }
+    if args.check_config {
+        println!("flags and configuration are right");
+        return Ok(ExitCode::SUCCESS);
+    }
     log(args.log_json);
     ensure!(
         nix_root(),
@@ -57,11 +68,6 @@ pub fn run(args: Serve) -> Result<ExitCode> {
 async fn serve(args: Serve) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let host = HostId(args.host_id);
-    ensure!(
-        args.host_id > 0,
-        "--host-id starts at 1; 0 is the hosts' network"
-    );
     let descriptors = raise_descriptors()?;
     // Early: an address that is taken is told before anything has begun.
     let measured = match args.metrics.0 {
@@ -79,26 +85,37 @@ async fn serve(args: Serve) -> Result<()> {
         probe_vhost_net(Path::new(VHOST_NET))?;
     }
 
+    let _lock = lock(&args.data_dir)?;
     let store = crate::catalog::open(&args.data_dir, &args.etcd).await?;
+    let own_catalog = args.etcd.members.is_empty();
     let catalog = Catalog::new(Arc::clone(&store));
-    let view = View::follow(store).await?;
     let key = MeshKey::load_or_create(&args.data_dir.join("keys/wireguard.key"))?;
-    let this = ThisHost {
-        id: host,
-        region: &args.region,
-        public_key: key.public_key().to_string(),
-        endpoint: endpoint(&args),
+    let seal_key = args.data_dir.join("keys/seal.key");
+    let sealer = Sealer::load_or_create(&seal_key)?;
+    let asker = identity::Asker {
+        host: this_host(&args, &key),
+        data_dir: &args.data_dir,
+        sealer: &sealer,
+        own_catalog,
     };
-    bootstrap::run(&catalog, &args.data_dir, this).await?;
+    let host = asker.settle(&catalog).await?;
+    let view = View::follow(store).await?;
+    // Before anything of this host's is touched: what has its number elsewhere is still using it.
+    let mut presence = Presence::claim(&catalog, &view, host, own_catalog).await?;
+    bootstrap::run(&catalog, &args.data_dir).await?;
 
     let internal_token = bootstrap::new_token();
-    let seal_key = args.data_dir.join("keys/seal.key");
-    let sealer = Arc::new(SecretKey(Sealer::load_or_create(&seal_key)?));
+    let sealer = Arc::new(SecretKey(sealer));
     let mut config = host_config(&args, host, &files, &internal_token);
     config.secrets = Some(sealer.clone());
     let mut agent = Agent::start(config, catalog.clone(), view.clone())
         .await
         .context("the agent")?;
+    let handle = agent.handle();
+    // Before the API places Machines; if the store fails now it is told by and by.
+    if let Err(error) = presence.tell(&catalog, VERSION, handle.room()).await {
+        tracing::warn!(%error, "what this host has cannot be told");
+    }
     let adapter = Arc::new(HostAdapter::new(agent.handle()));
     let mesh = MeshConfig {
         listen: args.wireguard,
@@ -142,6 +159,7 @@ async fn serve(args: Serve) -> Result<()> {
         .await
         .context("the edge")?;
     let measured_view = view.clone();
+    let present = (catalog.clone(), view.clone());
     let api = ApiConfig {
         listen: args.api,
         registry_dir: args.data_dir.join("registry"),
@@ -170,6 +188,9 @@ async fn serve(args: Serve) -> Result<()> {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
         error = mesh.ended() => Some(anyhow::Error::from(error).context("the mesh ended by itself")),
+        error = presence.keep(&present.0, &present.1, VERSION, || handle.room()) => {
+            Some(anyhow::Error::from(error))
+        }
         error = agent.failed() => Some(anyhow::Error::from(error).context("the agent has failed")),
     };
     tracing::info!("ending; Machines go on");
@@ -179,6 +200,7 @@ async fn serve(args: Serve) -> Result<()> {
     dns.shutdown().await;
     mesh.shutdown().await;
     agent.shutdown().await;
+    presence.leave(&present.0).await;
     if let Err(error) = api.await {
         tracing::error!(%error, "the API ended badly");
     }
@@ -368,6 +390,37 @@ fn endpoint(args: &Serve) -> SocketAddr {
         .or_else(outside)
         .unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
     args.wireguard_endpoint.unwrap_or(SocketAddr::new(ip, port))
+}
+
+/// This server, as the catalog should know it; its number is not known yet.
+fn this_host(args: &Serve, key: &MeshKey) -> Host {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = Some(name.trim()).filter(|name| !name.is_empty());
+    Host {
+        id: HostId(0),
+        name: name.unwrap_or("host").to_owned(),
+        region: args.region.clone(),
+        public_key: key.public_key().to_string(),
+        endpoint: endpoint(args),
+        started_at: jiff::Timestamp::now(),
+    }
+}
+
+/// One server a data directory. Whoever has the lock knows that its host's former life here has ended.
+fn lock(data_dir: &Path) -> Result<std::fs::File> {
+    let path = data_dir.join(LOCK);
+    let file = std::fs::File::create(&path)
+        .with_context(|| format!("{} cannot be opened", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => bail!(
+            "another `tern serve` runs on {}: stop it first, or give this one a --data-dir of its own",
+            data_dir.display()
+        ),
+        Err(std::fs::TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("{} cannot be locked", path.display()))
+        }
+    }
 }
 
 fn make_private_dir(path: &Path) -> Result<()> {

@@ -1,91 +1,83 @@
 //! The gate of one host: counts, admits, wakes.
 //!
-//! What a Machine is believed to be, and what changes the belief:
-//!
-//! ```text
-//!            view says started          wake asked for
-//!   Unknown ◄──────────────── Asleep ◄──────┐ ┌──────────► Waking
-//!      │  view says it sleeps    ▲          │ │               │ accepts
-//!      └─────────────────────────┘    put to sleep,           ▼
-//!                                   or a connection failed ─ Ready
-//! ```
-//!
-//! Being wrong is cheap on purpose: a Machine wrongly believed asleep is asked to start, which it answers
-//! at once; one wrongly believed awake fails to connect, and is asked to start then. A Machine that wakes may
-//! accept, and be Ready, before its host calls it started.
+//! What is decided is the [`ledger`]'s, one for each app. Here are its hands: the lock around it, the clock, the view that
+//! it is fed from, the tasks that start Machines, and the futures of those that wait.
 
-mod choose;
-mod ready;
+mod admission;
+mod ledger;
+mod reach;
+mod starting;
+mod waiting;
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tern_catalog::{
-    AppName, Machine, MachineId, MachineState, MachineStatus, Service, ServiceProtocol, Snapshot,
-    View,
+    AppName, Machine, MachineId, MachineStatus, Revision, ServiceProtocol, Snapshot, View,
 };
 use thiserror::Error;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
 use crate::control::{MachineControl, StartError};
 use crate::metrics::Metrics;
-use choose::{Candidate, Choice, choose};
+pub use admission::Admission;
+use ledger::{Act, Arrival, Facts, Ledger, Now, Offer, Port, Slot};
+pub use reach::is_shortage;
+use starting::Starting;
+use waiting::Waiting;
 
 /// The gate. Clones share it.
 #[derive(Clone)]
 pub struct Gate(Arc<Inner>);
 
 struct Inner {
+    shared: Arc<Shared>,
+    apps: RwLock<HashMap<AppName, Arc<AppGate>>>,
+}
+
+/// What the gates of all apps have in common.
+struct Shared {
     view: View,
     control: Arc<dyn MachineControl>,
     metrics: Arc<Metrics>,
     wake_timeout: Duration,
     /// Where starts run: they go on whatever becomes of the thread that asked for one.
     runtime: tokio::runtime::Handle,
-    machines: Mutex<HashMap<MachineId, Entry>>,
-    /// Told whenever a request ends.
-    ended: Notify,
-    /// The same by app, for those that wait for room.
-    rooms: Mutex<HashMap<AppName, Arc<Room>>>,
-    /// Requests that wait for room.
+    /// Requests that wait.
     waiting: AtomicU32,
 }
 
-struct Entry {
-    belief: Belief,
-    in_flight: u32,
-    last_active: Instant,
-    /// Counts wakes and departures: connections of an earlier life are not used again.
-    epoch: u64,
-    /// Requests of earlier lives that are still with it.
-    earlier: u32,
-    /// Where the app was found to listen on a port.
-    found: HashMap<u16, SocketAddr>,
-}
-
-enum Belief {
-    Unknown,
-    Ready { since: Timestamp },
-    Asleep { since: Timestamp },
-    Waking(watch::Receiver<Option<Result<(), StartError>>>),
-}
-
-/// A place at a Machine; given back when dropped.
-pub struct Admission {
-    gate: Gate,
+/// One app's part of the gate.
+struct AppGate {
     app: AppName,
-    /// The Machine.
-    pub machine: MachineId,
-    /// Where its app listens.
-    pub address: SocketAddr,
-    /// Connections are only used again within one epoch.
-    pub epoch: u64,
+    shared: Arc<Shared>,
+    core: Mutex<Core>,
+    /// Requests that wait.
+    waiting: AtomicU32,
+    /// Told when a Machine that leaves may have no requests any more.
+    seen_off: Notify,
 }
+
+struct Core {
+    ledger: Ledger<Teller>,
+    /// What the ledger was told of the view.
+    revision: Option<Revision>,
+    known: HashMap<MachineId, Known>,
+}
+
+struct Known {
+    machine: Arc<Machine>,
+    status: Option<Arc<MachineStatus>>,
+    at: Revision,
+}
+
+type Outcome = Result<Admission, Refused>;
+type Teller = oneshot::Sender<Outcome>;
 
 /// Why a request was not admitted.
 #[derive(Debug, Clone, Error)]
@@ -101,17 +93,10 @@ pub enum Refused {
     NotStarted(StartError),
 }
 
-/// Requests that may wait for room at once, of all apps and of one: more are refused at once. One app's storm leaves room
+/// Requests that may wait at once, of all apps and of one: more are refused at once. One app's storm leaves room
 /// for others'.
-const MAX_WAITING: u32 = 40_000;
-const MAX_WAITING_OF_APP: u32 = 10_000;
-
-/// Where those wait that found an app full.
-#[derive(Default)]
-struct Room {
-    made: Arc<Notify>,
-    waiting: AtomicU32,
-}
+const MAX_WAITING: u32 = 65_536;
+const MAX_WAITING_OF_APP: u32 = 16_384;
 
 impl Gate {
     /// A gate that admits to the Machines of this view. Starts run on the caller's runtime.
@@ -121,351 +106,98 @@ impl Gate {
         metrics: Arc<Metrics>,
         wake_timeout: Duration,
     ) -> Self {
-        let machines = Mutex::default();
-        Self(Arc::new(Inner {
-            view,
-            control,
-            metrics,
-            wake_timeout,
-            runtime: tokio::runtime::Handle::current(),
-            machines,
-            ended: Notify::new(),
-            rooms: Mutex::default(),
-            waiting: AtomicU32::new(0),
-        }))
+        let changes = view.changes();
+        let runtime = tokio::runtime::Handle::current();
+        let inner = Arc::new(Inner {
+            shared: Arc::new(Shared {
+                view,
+                control,
+                metrics,
+                wake_timeout,
+                runtime: runtime.clone(),
+                waiting: AtomicU32::new(0),
+            }),
+            apps: RwLock::default(),
+        });
+        runtime.spawn(follow(Arc::downgrade(&inner), changes));
+        Self(inner)
     }
 
     /// A place at a Machine of the app, for its service on this internal port. Waits for room and for a
     /// start, up to the wake timeout.
-    pub async fn admit(
-        &self,
-        app: &AppName,
-        port: u16,
-        protocol: ServiceProtocol,
-    ) -> Result<Admission, Refused> {
-        let deadline = tokio::time::Instant::now() + self.0.wake_timeout;
-        let mut failed: Vec<MachineId> = Vec::new();
-        let mut last = Refused::Nobody;
-        loop {
-            let mut taken = self.take(&self.0.view.snapshot(), app, port, protocol, &failed);
-            let mut waiting = None;
-            if matches!(taken, Taken::Full) {
-                let room = self.room(app);
-                let made = Arc::clone(&room.made);
-                let Some(place) = Waiting::join(&self.0.waiting, room) else {
-                    self.0.metrics.at_capacity.add();
-                    return Err(Refused::AtCapacity);
-                };
-                let mut room = Box::pin(made.notified_owned());
-                // Registered before looking again, so that room made in between is not missed.
-                room.as_mut().enable();
-                let mut changes = self.0.view.changes();
-                changes.mark_unchanged();
-                taken = self.take(&self.0.view.snapshot(), app, port, protocol, &failed);
-                waiting = Some((place, room, changes));
-            }
-            match taken {
-                Taken::Admitted(admission) => return Ok(admission),
-                Taken::MustWake(mut admission) => {
-                    match tokio::time::timeout_at(
-                        deadline,
-                        self.wake(&admission.machine, admission.address, protocol),
-                    )
-                    .await
-                    {
-                        Ok(Ok((epoch, address))) => {
-                            admission.epoch = epoch;
-                            admission.address = address;
-                            return Ok(admission);
-                        }
-                        Ok(Err(error)) => last = Refused::NotStarted(error),
-                        Err(_) => {
-                            let text =
-                                format!("it took longer than {} s", self.0.wake_timeout.as_secs());
-                            failed.push(admission.machine.clone());
-                            // One that runs may have room meanwhile.
-                            let snapshot = self.0.view.snapshot();
-                            return match self.take(&snapshot, app, port, protocol, &failed) {
-                                Taken::Admitted(admission) => Ok(admission),
-                                _ => Err(Refused::NotStarted(StartError { text })),
-                            };
-                        }
-                    }
-                    failed.push(admission.machine.clone());
-                }
-                Taken::Full => {
-                    let Some((_place, room, mut changes)) = waiting else {
-                        continue;
-                    };
-                    let made = async {
-                        tokio::select! {
-                            () = room => {}
-                            _ = changes.changed() => {}
-                        }
-                    };
-                    if tokio::time::timeout_at(deadline, made).await.is_err() {
-                        self.0.metrics.at_capacity.add();
-                        return Err(Refused::AtCapacity);
-                    }
-                }
-                Taken::Nobody => return Err(last),
-            }
-        }
-    }
-
-    /// Where those wait that found an app full.
-    fn room(&self, app: &AppName) -> Arc<Room> {
-        let mut rooms = self.0.rooms.lock();
-        Arc::clone(rooms.entry(app.clone()).or_default())
-    }
-
-    /// A connection to the Machine failed: it may not be what it was believed to be.
-    pub fn doubt(&self, machine: &MachineId) {
-        if let Some(entry) = self.0.machines.lock().get_mut(machine)
-            && !matches!(entry.belief, Belief::Waking(_))
-        {
-            entry.belief = Belief::Asleep {
-                since: Timestamp::now(),
-            };
-        }
-    }
-
-    fn take(
-        &self,
-        snapshot: &Snapshot,
-        app: &AppName,
-        port: u16,
-        protocol: ServiceProtocol,
-        failed: &[MachineId],
-    ) -> Taken {
-        let mut machines = self.0.machines.lock();
-        let mut addresses = HashMap::new();
-        let mut candidates = Vec::new();
-        for (machine, status) in snapshot.machines_of(app) {
-            let Some(service) =
-                service_of(machine, port, protocol).filter(|_| eligible(machine, status))
-            else {
-                continue;
-            };
-            if failed.contains(&machine.id) {
-                continue;
-            }
-            let says_started = status.is_some_and(|s| s.state == MachineState::Started);
-            let entry = machines
-                .entry(machine.id.clone())
-                .or_insert_with(Entry::new);
-            let private = SocketAddr::new(IpAddr::V6(machine.private_ip), port);
-            addresses.insert(machine.id.clone(), private);
-            candidates.push(Candidate {
-                id: machine.id.clone(),
-                // One that may not be started is tried as long as its host says it runs.
-                awake: entry.is_awake(status.map(|s| &**s)) || (!service.autostart && says_started),
-                autostart: service.autostart,
-                in_flight: entry.in_flight,
-                soft: service.concurrency.soft(),
-                hard: service.concurrency.hard_limit,
-            });
-        }
-        let choice = choose(&candidates);
-        let (Choice::Admit(id) | Choice::Wake(id)) = &choice else {
-            let full = choice == Choice::Wait;
-            return if full { Taken::Full } else { Taken::Nobody };
-        };
-        let (Some(entry), Some(&private)) = (machines.get_mut(id), addresses.get(id)) else {
-            return Taken::Nobody;
-        };
-        // Those that wait for a start count too: the Machine will have them all at once.
-        entry.in_flight += 1;
-        entry.last_active = Instant::now();
-        let admitted = matches!(choice, Choice::Admit(_));
-        let found = entry.found.get(&port).filter(|_| admitted);
-        let admission = Admission {
-            gate: self.clone(),
-            app: app.clone(),
-            machine: id.clone(),
-            address: found.copied().unwrap_or(private),
-            epoch: entry.epoch,
-        };
-        if admitted {
-            Taken::Admitted(admission)
-        } else {
-            Taken::MustWake(admission)
-        }
-    }
-
-    /// Starts a Machine, once however many ask, and waits until its app accepts connections. Tells the
-    /// epoch that begins with it, and where to connect to.
-    async fn wake(
-        &self,
-        id: &MachineId,
-        address: SocketAddr,
-        protocol: ServiceProtocol,
-    ) -> Result<(u64, SocketAddr), StartError> {
-        let mut outcome = {
-            let mut machines = self.0.machines.lock();
-            let entry = machines.entry(id.clone()).or_insert_with(Entry::new);
-            match &entry.belief {
-                // One whose start was given up, by a panic, is begun anew.
-                Belief::Waking(outcome)
-                    if outcome.has_changed().is_ok() || outcome.borrow().is_some() =>
-                {
-                    outcome.clone()
-                }
-                _ => {
-                    let (tell, outcome) = watch::channel(None);
-                    entry.belief = Belief::Waking(outcome.clone());
-                    // In a task of its own: whoever asked first may go away before it is done.
-                    let start = self.clone().start(id.clone(), address, protocol, tell);
-                    self.0.runtime.spawn(start);
-                    outcome
-                }
+    pub async fn admit(&self, app: &AppName, port: u16, protocol: ServiceProtocol) -> Outcome {
+        let app = self.app(app);
+        let number = port;
+        let port = Port { number, protocol };
+        let outcome = match app.arrive(port) {
+            Arrived::Granted(admission) => return Ok(admission),
+            Arrived::Refused(refused) => Err(refused),
+            Arrived::Waits(waiting) => {
+                let begun = Instant::now();
+                let outcome = waiting.outcome().await;
+                app.shared.metrics.waits.add(begun.elapsed());
+                outcome
             }
         };
-        let ended = outcome.wait_for(Option::is_some).await;
-        let broken = || StartError {
-            text: "the start was given up".to_owned(),
-        };
-        ended.map_err(|_| broken())?.clone().ok_or_else(broken)??;
-        let machines = self.0.machines.lock();
-        let entry = machines.get(id).ok_or_else(broken)?;
-        let found = entry.found.get(&address.port());
-        Ok((entry.epoch, found.copied().unwrap_or(address)))
+        if matches!(outcome, Err(Refused::AtCapacity)) {
+            app.shared.metrics.at_capacity.add();
+        }
+        outcome
     }
 
-    async fn start(
-        self,
-        id: MachineId,
-        address: SocketAddr,
-        protocol: ServiceProtocol,
-        tell: watch::Sender<Option<Result<(), StartError>>>,
-    ) {
-        let inner = &self.0;
-        inner.metrics.wakes.add();
-        let begun = Instant::now();
-        let outcome = tokio::time::timeout(
-            inner.wake_timeout,
-            self.started(&id, address, protocol),
-        )
-        .await
-        .unwrap_or_else(|_| {
-            let text = format!(
-                "its app did not accept connections on port {} within {} s; it must listen on :: \
-                     or 0.0.0.0",
-                address.port(),
-                inner.wake_timeout.as_secs()
-            );
-            Err(StartError { text })
+    fn app(&self, name: &AppName) -> Arc<AppGate> {
+        if let Some(app) = self.0.apps.read().get(name) {
+            return Arc::clone(app);
+        }
+        let mut apps = self.0.apps.write();
+        let app = apps.entry(name.clone()).or_insert_with(|| {
+            Arc::new(AppGate {
+                app: name.clone(),
+                shared: Arc::clone(&self.0.shared),
+                core: Mutex::new(Core {
+                    ledger: Ledger::new(),
+                    revision: None,
+                    known: HashMap::new(),
+                }),
+                waiting: AtomicU32::new(0),
+                seen_off: Notify::new(),
+            })
         });
-        match &outcome {
-            Ok(at) => {
-                inner.metrics.wake_durations.add(begun.elapsed());
-                tracing::debug!(machine = %id, %at, millis = begun.elapsed().as_millis(), "woken")
-            }
-            Err(error) => {
-                inner.metrics.wake_failures.add();
-                tracing::warn!(machine = %id, %error, "not woken");
-            }
-        }
-        if let Some(entry) = inner.machines.lock().get_mut(&id) {
-            let since = Timestamp::now();
-            entry.epoch += u64::from(outcome.is_ok());
-            entry.last_active = Instant::now();
-            entry.belief = if let Ok(at) = outcome {
-                if protocol == ServiceProtocol::Tcp {
-                    entry.found.insert(at.port(), at);
-                }
-                Belief::Ready { since }
-            } else {
-                Belief::Asleep { since }
-            };
-        }
-        tell.send_replace(Some(outcome.map(drop)));
+        Arc::clone(app)
     }
 
-    /// Starts a Machine, and tells where its app accepts connections. Whoever connects early need not wait until its
-    /// host has heard from the guest: only the guest itself can accept. Should the start fail after that, the view
-    /// tells, or a connection that fails.
-    async fn started(
-        &self,
-        id: &MachineId,
-        address: SocketAddr,
-        protocol: ServiceProtocol,
-    ) -> Result<SocketAddr, StartError> {
-        let control = &self.0.control;
-        if protocol == ServiceProtocol::Udp {
-            // Nothing says that somebody listens: it is ready when it runs.
-            return control.start(id).await.map(|()| address);
-        }
-        let done = Notify::new();
-        let accepted = async {
-            tokio::select! {
-                () = control.reachable(id) => {}
-                () = done.notified() => {}
-            }
-            let ipv4 = control.ipv4(id).map(IpAddr::V4);
-            let ipv4 = ipv4.map(|ip| SocketAddr::new(ip, address.port()));
-            let addresses: Vec<_> = [address].into_iter().chain(ipv4).collect();
-            ready::accepts(&addresses).await
-        };
-        tokio::pin!(accepted);
-        tokio::select! {
-            at = &mut accepted => return Ok(at),
-            started = control.start(id) => started?,
-        }
-        done.notify_one(); // kept for it, should it not listen yet
-        Ok(accepted.await)
+    fn app_of(&self, machine: &MachineId) -> Option<Arc<AppGate>> {
+        let snapshot = self.0.shared.view.snapshot();
+        Some(self.app(&snapshot.machines.get(machine)?.app))
     }
 
     /// Whether the Machine has been of no use to anybody for `idle`: it is believed asleep from now on, and the next
     /// request waits for its start. `last_use` is by whom the gate does not see.
     pub(crate) fn lay_down(
         &self,
-        id: &MachineId,
+        machine: &Machine,
         idle: Duration,
         last_use: Option<Instant>,
-        status: &MachineStatus,
     ) -> bool {
-        let mut machines = self.0.machines.lock();
-        let entry = machines.entry(id.clone()).or_insert_with(Entry::new);
-        let last_use = last_use.map_or(entry.last_active, |at| at.max(entry.last_active));
-        let quiet =
-            entry.in_flight == 0 && last_use.elapsed() >= idle && entry.is_awake(Some(status));
-        if quiet {
-            entry.belief = Belief::Asleep {
-                since: Timestamp::now(),
-            };
-        }
-        quiet
+        let app = self.app(&machine.app);
+        app.with(|core, now, _| core.ledger.lay_down(&machine.id, idle, last_use, now))
     }
 
     /// Somebody is about to put the Machine to sleep: it is believed asleep from now on, and the next request waits
     /// for its start. Returns when those that it has have ended.
     pub(crate) async fn see_off(&self, id: &MachineId) {
-        {
-            let mut machines = self.0.machines.lock();
-            let entry = machines.entry(id.clone()).or_insert_with(Entry::new);
-            if matches!(entry.belief, Belief::Waking(_)) {
-                // Its requests wait for a start, and that may wait for this.
-                return;
-            }
-            entry.belief = Belief::Asleep {
-                since: Timestamp::now(),
-            };
-            entry.epoch += 1;
-            entry.earlier = entry.in_flight;
+        let Some(app) = self.app_of(id) else {
+            return;
+        };
+        if !app.with(|core, now, acts| core.ledger.depart(id, now, acts)) {
+            return;
         }
         loop {
-            let ended = self.0.ended.notified();
+            let ended = app.seen_off.notified();
             tokio::pin!(ended);
             // Registered before looking, so that none that ends in between is missed.
             ended.as_mut().enable();
-            if self
-                .0
-                .machines
-                .lock()
-                .get(id)
-                .is_none_or(|e| e.earlier == 0)
-            {
+            if !app.core.lock().ledger.has_earlier(id) {
                 return;
             }
             ended.await;
@@ -474,158 +206,228 @@ impl Gate {
 
     /// Putting it to sleep ended: it sleeps from now on, or is not known to.
     pub(crate) fn laid_down(&self, id: &MachineId, sleeps: bool) {
-        if let Some(entry) = self.0.machines.lock().get_mut(id)
-            && matches!(entry.belief, Belief::Asleep { .. })
-        {
-            entry.last_active = Instant::now();
-            entry.belief = if sleeps {
-                Belief::Asleep {
-                    since: Timestamp::now(),
-                }
-            } else {
-                Belief::Unknown
-            };
+        if let Some(app) = self.app_of(id) {
+            app.with(|core, now, acts| core.ledger.laid_down(id, sleeps, now, acts));
         }
     }
 
     /// Whether the Machine is believed to run, and how many requests it has.
-    pub(crate) fn load(&self, id: &MachineId, status: Option<&MachineStatus>) -> (bool, u32) {
-        let mut machines = self.0.machines.lock();
-        let entry = machines.entry(id.clone()).or_insert_with(Entry::new);
-        (entry.is_awake(status), entry.in_flight)
+    pub(crate) fn load(&self, machine: &Machine) -> (bool, u32) {
+        let app = self.app(&machine.app);
+        app.with(|core, _, _| core.ledger.load(&machine.id))
     }
 
-    /// Forgets Machines that are no more.
+    /// Forgets apps that are no more.
     pub(crate) fn forget_others(&self, snapshot: &Snapshot) {
-        // Where nobody waits.
-        self.0
-            .rooms
-            .lock()
-            .retain(|_, room| Arc::strong_count(room) > 1);
-        self.0
-            .machines
-            .lock()
-            .retain(|id, entry| entry.in_flight > 0 || snapshot.machines.contains_key(id));
+        let is_needed = |app: &Arc<AppGate>| {
+            snapshot.machines_of(&app.app).next().is_some()
+                || Arc::strong_count(app) > 1
+                || !app.with(|core, _, _| core.ledger.is_empty())
+        };
+        self.0.apps.write().retain(|_, app| is_needed(app));
     }
 
     pub(crate) fn control(&self) -> &Arc<dyn MachineControl> {
-        &self.0.control
+        &self.0.shared.control
     }
 
     pub(crate) fn view(&self) -> &View {
-        &self.0.view
+        &self.0.shared.view
     }
 
     pub(crate) fn metrics(&self) -> &Metrics {
-        &self.0.metrics
+        &self.0.shared.metrics
     }
 }
 
-/// A place among those that wait, given up when dropped.
-struct Waiting<'a> {
-    all: &'a AtomicU32,
-    room: Arc<Room>,
-}
-
-impl<'a> Waiting<'a> {
-    fn join(all: &'a AtomicU32, room: Arc<Room>) -> Option<Self> {
-        let of_app = room.waiting.fetch_add(1, Ordering::SeqCst);
-        let of_all = all.fetch_add(1, Ordering::SeqCst);
-        // Counted in any case, and given back when dropped.
-        let place = Self { all, room };
-        (of_app < MAX_WAITING_OF_APP && of_all < MAX_WAITING).then_some(place)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.all.fetch_sub(1, Ordering::SeqCst);
-        self.room.waiting.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-enum Taken {
-    Admitted(Admission),
-    MustWake(Admission),
-    Full,
-    Nobody,
-}
-
-impl Entry {
-    fn new() -> Self {
-        Self {
-            belief: Belief::Unknown,
-            in_flight: 0,
-            last_active: Instant::now(),
-            epoch: 0,
-            earlier: 0,
-            found: HashMap::new(),
-        }
-    }
-
-    /// Whether it runs, by what we did ourselves and what its host says since.
-    fn is_awake(&mut self, status: Option<&MachineStatus>) -> bool {
-        let started = status.is_some_and(|s| s.state == MachineState::Started);
-        let news = |since: &Timestamp| status.filter(|s| s.updated_at > *since);
-        match &self.belief {
-            Belief::Unknown => started,
-            Belief::Waking(_) => false,
-            Belief::Ready { since } => {
-                if news(since).is_some_and(|s| sleeps(s.state)) {
-                    self.belief = Belief::Unknown;
-                    return false;
-                }
-                true
-            }
-            Belief::Asleep { since } => {
-                if news(since).is_some_and(|s| s.state == MachineState::Started) {
-                    // Somebody else woke it: its time without requests begins now.
-                    self.last_active = Instant::now();
-                    self.belief = Belief::Unknown;
-                    return true;
-                }
-                false
-            }
+/// Tells apps in which somebody waits what has changed. Others look when somebody comes.
+async fn follow(gate: Weak<Inner>, mut changes: watch::Receiver<Revision>) {
+    while changes.changed().await.is_ok() {
+        let Some(gate) = gate.upgrade() else {
+            return;
+        };
+        let apps = gate.apps.read();
+        let waited = apps
+            .values()
+            .filter(|a| a.waiting.load(Ordering::SeqCst) > 0);
+        let waited: Vec<_> = waited.map(Arc::clone).collect();
+        drop(apps);
+        for app in waited {
+            app.with(|_, _, _| ());
         }
     }
 }
 
-fn sleeps(state: MachineState) -> bool {
-    use MachineState::{Created, Failed, Stopped, Stopping, Suspended, Suspending};
-    matches!(
-        state,
-        Created | Stopping | Stopped | Suspending | Suspended | Failed
-    )
+enum Arrived {
+    Granted(Admission),
+    Waits(Waiting),
+    Refused(Refused),
 }
 
-fn eligible(machine: &Machine, status: Option<&Arc<MachineStatus>>) -> bool {
+impl AppGate {
+    /// Has the ledger do something, with what the view says now, and does what it asks for.
+    fn with<R>(
+        self: &Arc<Self>,
+        call: impl FnOnce(&mut Core, Now, &mut Vec<Act<Teller>>) -> R,
+    ) -> R {
+        let mut acts = Vec::new();
+        let done = {
+            let mut core = self.core.lock();
+            let now = now();
+            // Taken under the lock: nobody is told of an older one after a newer.
+            core.sync(&self.app, &self.shared.view.snapshot(), now, &mut acts);
+            call(&mut core, now, &mut acts)
+        };
+        self.perform(acts, None);
+        done
+    }
+
+    fn arrive(self: &Arc<Self>, port: Port) -> Arrived {
+        let may_wait = self.waiting.load(Ordering::Relaxed) < MAX_WAITING_OF_APP
+            && self.shared.waiting.load(Ordering::Relaxed) < MAX_WAITING;
+        let mut told = None;
+        let arrival = self.with(|core, now, acts| {
+            let tell = || {
+                let (tell, outcome) = oneshot::channel();
+                told = Some(outcome);
+                tell
+            };
+            let arrival = core.ledger.arrive(port, now, may_wait, tell, acts);
+            if matches!(arrival, Arrival::Waits(_)) {
+                self.waiting.fetch_add(1, Ordering::SeqCst);
+                self.shared.waiting.fetch_add(1, Ordering::SeqCst);
+            }
+            arrival
+        });
+        match (arrival, told) {
+            (Arrival::Granted(grant), _) => Arrived::Granted(Admission::new(self, grant, None)),
+            (Arrival::Waits(ticket), Some(outcome)) => {
+                // What has changed before it counted as one that waits is told to nobody else.
+                self.with(|_, _, _| ());
+                Arrived::Waits(Waiting::new(self, port, ticket, outcome))
+            }
+            (Arrival::Refused(refused), _) => Arrived::Refused(refused),
+            // Who waits has said how to tell it.
+            (Arrival::Waits(_), None) => Arrived::Refused(Refused::Nobody),
+        }
+    }
+
+    /// Does what the ledger asks for. `first` is a connection that a start has made, for the first that is sent there.
+    fn perform(
+        self: &Arc<Self>,
+        acts: Vec<Act<Teller>>,
+        mut first: Option<(TcpStream, Slot, Port)>,
+    ) {
+        for act in acts {
+            match act {
+                Act::Grant(tell, grant) => {
+                    let fits = |(_, slot, port): &mut _| (*slot, *port) == (grant.slot, grant.port);
+                    let stream = first.take_if(fits).map(|(stream, ..)| stream);
+                    // Who has gone meanwhile gives the place back by dropping it.
+                    let _ = tell.send(Ok(Admission::new(self, grant, stream)));
+                }
+                Act::Refuse(tell, why) => {
+                    let _ = tell.send(Err(why));
+                }
+                Act::Start(start) => {
+                    // In a task of its own: whoever asked may go away before it is done.
+                    let starting = Starting {
+                        app: Arc::clone(self),
+                        start,
+                        is_told: false,
+                    };
+                    self.shared.runtime.spawn(starting.run());
+                }
+                Act::SeenOff => self.seen_off.notify_waiters(),
+                Act::Alarm(at) => {
+                    let app = Arc::clone(self);
+                    self.shared.runtime.spawn(async move {
+                        tokio::time::sleep_until(at.into()).await;
+                        app.with(|core, now, acts| core.ledger.tick(now, acts));
+                    });
+                }
+            }
+        }
+    }
+}
+
+impl Core {
+    /// Tells the ledger what has changed in the view.
+    fn sync(&mut self, app: &AppName, snapshot: &Snapshot, now: Now, acts: &mut Vec<Act<Teller>>) {
+        let revision = snapshot.revision;
+        if self.revision == Some(revision) {
+            return;
+        }
+        self.revision = Some(revision);
+        let mut changed = false;
+        for (machine, status) in snapshot.machines_of(app) {
+            if let Some(known) = self.known.get_mut(&machine.id) {
+                known.at = revision;
+                if known.is(machine, status) {
+                    continue;
+                }
+            }
+            changed = true;
+            self.ledger.sync(&machine.id, facts(machine, status), now);
+            let known = Known {
+                machine: Arc::clone(machine),
+                status: status.map(Arc::clone),
+                at: revision,
+            };
+            self.known.insert(machine.id.clone(), known);
+        }
+        self.known.retain(|id, known| {
+            let stays = known.at == revision;
+            if !stays {
+                changed = true;
+                self.ledger.forget(id);
+            }
+            stays
+        });
+        if changed {
+            self.ledger.tick(now, acts);
+        }
+    }
+}
+
+impl Known {
+    fn is(&self, machine: &Arc<Machine>, status: Option<&Arc<MachineStatus>>) -> bool {
+        let same = match (&self.status, status) {
+            (Some(known), Some(status)) => Arc::ptr_eq(known, status),
+            (None, None) => true,
+            _ => false,
+        };
+        same && Arc::ptr_eq(&self.machine, machine)
+    }
+}
+
+fn facts(machine: &Machine, status: Option<&Arc<MachineStatus>>) -> Facts {
     use tern_catalog::DesiredState::{Created, Destroyed};
     let wanted = !matches!(machine.desired.state, Destroyed { .. } | Created);
-    wanted && !machine.cordoned && status.is_none_or(|s| s.state.can_serve())
+    let services = machine.config.services.iter().map(|service| {
+        let hard = service.concurrency.hard_limit.unwrap_or(u32::MAX);
+        Offer {
+            port: Port {
+                number: service.internal_port,
+                protocol: service.protocol,
+            },
+            autostart: service.autostart,
+            soft: service.concurrency.soft().max(1).min(hard),
+            hard,
+        }
+    });
+    Facts {
+        address: machine.private_ip,
+        instance: machine.instance_id.clone(),
+        eligible: wanted && !machine.cordoned && status.is_none_or(|s| s.state.can_serve()),
+        seen: status.map(|s| (s.state, s.updated_at)),
+        offers: services.collect(),
+    }
 }
 
-/// A Machine's service on this internal port.
-fn service_of(machine: &Machine, port: u16, protocol: ServiceProtocol) -> Option<&Service> {
-    let mut services = machine.config.services.iter();
-    services.find(|s| s.internal_port == port && s.protocol == protocol)
-}
-
-impl Drop for Admission {
-    fn drop(&mut self) {
-        if let Some(entry) = self.gate.0.machines.lock().get_mut(&self.machine) {
-            entry.in_flight = entry.in_flight.saturating_sub(1);
-            if self.epoch < entry.epoch {
-                entry.earlier = entry.earlier.saturating_sub(1);
-            }
-            entry.last_active = Instant::now();
-        }
-        self.gate.0.ended.notify_waiters();
-        // Who joined before this Machine had room is seen here, who joins now finds the room.
-        if self.gate.0.waiting.load(Ordering::SeqCst) > 0
-            && let Some(room) = self.gate.0.rooms.lock().get(&self.app)
-        {
-            // All of the app: one that waits for another of its ports must not swallow the only call.
-            room.made.notify_waiters();
-        }
+fn now() -> Now {
+    Now {
+        at: Instant::now(),
+        wall: Timestamp::now(),
     }
 }

@@ -164,15 +164,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Http1<S> {
                     open.is_busy();
                     timer.set(longest);
                 }
-                let idle_at_the_end = !begun && ending.as_mut().poll(cx).is_ready();
-                if self.ended || idle_at_the_end || timer.poll(cx).is_ready() {
+                if self.ended {
                     return Poll::Ready(Ok(None));
                 }
                 match buffer::poll_fill(&mut self.io, cx, &mut self.input, SMALL) {
                     Poll::Ready(Ok(0)) => self.ended = true,
                     Poll::Ready(Ok(_)) => {}
                     Poll::Ready(Err(_)) => return Poll::Ready(Ok(None)),
-                    Poll::Pending => return Poll::Pending,
+                    // What is there already is read before anything ends.
+                    Poll::Pending => {
+                        let idle_at_the_end = !begun && ending.as_mut().poll(cx).is_ready();
+                        if idle_at_the_end || timer.poll(cx).is_ready() {
+                            return Poll::Ready(Ok(None));
+                        }
+                        return Poll::Pending;
+                    }
                 }
             }
         })

@@ -15,7 +15,7 @@ use super::pump::{Failure, Pump};
 use super::sides::{App, Client, Gone, Lost};
 use crate::access::{self, AccessLog};
 use crate::entrance::{self, Entrance};
-use crate::gate::Admission;
+use crate::gate::{Admission, is_shortage};
 use crate::headers::Facts;
 use crate::message::RequestHead;
 use crate::pages::Page;
@@ -70,10 +70,17 @@ pub async fn exchange<C: Client>(
         version: head.version,
         alt_svc: worker.alt_svc(connection.entrance, head.version),
     };
-    let begun = Instant::now();
-    let mut tally = Tally::default();
     let site = route(worker, connection.entrance, head);
-    let (ended, status) = match &site {
+    let mut record = Record {
+        worker,
+        head,
+        facts: &facts,
+        site: site.as_ref().ok().map(|site| &**site),
+        begun: Instant::now(),
+        tally: Tally::default(),
+        outcome: (Ended::Broken, 0),
+    };
+    record.outcome = match &site {
         Ok(site) => {
             let mut request = Attempts {
                 worker,
@@ -82,14 +89,11 @@ pub async fn exchange<C: Client>(
                 head,
                 site,
                 facts: &facts,
-                tally: &mut tally,
+                tally: &mut record.tally,
                 connects: 0,
                 replayed: false,
             };
-            let ended = request.run().await;
-            let metrics = &site.metrics;
-            metrics.ended(ended.1, tally.received, tally.sent, begun.elapsed());
-            ended
+            request.run().await
         }
         Err(page) => {
             worker.metrics.refused.add();
@@ -99,19 +103,40 @@ pub async fn exchange<C: Client>(
             (page.clone().send(client, timer, request).await, status)
         }
     };
-    if let Some(log) = worker.access.as_ref().filter(|log| log.takes()) {
-        let site = site.as_ref().ok().map(|site| &**site);
-        tally.write(log, head, site, &facts, begun.elapsed(), (ended, status));
+    record.outcome.0
+}
+
+/// A request's entry in metrics and logs, made however it ends: its connection may end first, and takes it along.
+struct Record<'a> {
+    worker: &'a Worker,
+    head: &'a RequestHead,
+    facts: &'a Facts<'a>,
+    site: Option<&'a Site>,
+    begun: Instant,
+    tally: Tally,
+    outcome: (Ended, u16),
+}
+
+impl Drop for Record<'_> {
+    fn drop(&mut self) {
+        let (took, (ended, status)) = (self.begun.elapsed(), self.outcome);
+        if let Some(site) = self.site {
+            let (received, sent) = (self.tally.received, self.tally.sent);
+            site.metrics.ended(status, received, sent, took);
+        }
+        if let Some(log) = self.worker.access.as_ref().filter(|log| log.takes()) {
+            self.tally
+                .write(log, self.head, self.site, self.facts, took, self.outcome);
+        }
+        tracing::debug!(
+            method = %self.head.method,
+            target = %String::from_utf8_lossy(&self.head.target),
+            status,
+            request = self.facts.request_id,
+            ?ended,
+            "request"
+        );
     }
-    tracing::debug!(
-        method = %head.method,
-        target = %String::from_utf8_lossy(&head.target),
-        status,
-        request = request_id,
-        ?ended,
-        "request"
-    );
-    ended
 }
 
 /// What is told of a request when it is over.
@@ -248,30 +273,22 @@ impl<C: Client> Attempts<'_, C> {
         let begun = Instant::now();
         let admitted = self.admit().await;
         self.tally.waited += begun.elapsed();
-        let admission = match admitted {
+        let mut admission = match admitted {
             Ok(admission) => admission,
             Err(tried) => return tried,
         };
         if self.worker.access.is_some() {
-            self.tally.machine = Some(admission.machine.clone());
+            self.tally.machine = Some(MachineId::clone(&admission.machine));
         }
-        let key = Key {
-            address: admission.address,
-            epoch: admission.epoch,
-        };
-        let (app, reused) = match self.connect(key).await {
+        let (app, reused) = match self.connect(&mut admission).await {
             Ok(app) => app,
             Err(error) => {
                 // What this host has too little of says nothing of the Machine.
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EMFILE | libc::ENFILE | libc::EADDRNOTAVAIL)
-                ) {
+                if is_shortage(&error) {
                     tracing::error!(%error, "no more connections to apps can be made");
                     return Tried::Page(Page::new(503, "The edge has no connection left.\n"));
                 }
                 // Nothing was sent yet: trying again is safe whatever the method.
-                self.worker.gate.doubt(&admission.machine);
                 self.connects += 1;
                 tracing::debug!(machine = %admission.machine, %error, "no connection to the app");
                 if self.connects < MAX_CONNECTS {
@@ -280,6 +297,7 @@ impl<C: Client> Attempts<'_, C> {
                 return Tried::Page(unreachable(&error));
             }
         };
+        let key = key(&admission);
         let (outcome, status, app) = self.relay(app).await;
         match outcome {
             Ok(()) => {
@@ -331,19 +349,20 @@ impl<C: Client> Attempts<'_, C> {
     }
 
     /// A connection to the app, and whether it was used before.
-    async fn connect(&self, key: Key) -> std::io::Result<(App, bool)> {
+    async fn connect(&self, place: &mut Admission) -> std::io::Result<(App, bool)> {
         // An upgrade is HTTP/1.1's, whatever else the app speaks.
         if self.site.h2_backend && self.head.upgrade.is_none() {
-            return match pool::h2(self.worker.shared_pool(), key).await {
+            let pool = self.worker.shared_pool();
+            return match pool::h2(pool, key(place), place).await {
                 // It had ended since: the next try makes a new one.
-                Err(_) if self.connects == 0 => pool::h2(self.worker.shared_pool(), key).await,
+                Err(_) if self.connects == 0 => pool::h2(pool, key(place), place).await,
                 app => app,
             };
         }
-        let idle = self.worker.pool().take(&key);
+        let idle = self.worker.pool().take(&key(place));
         match idle {
             Some(app) => Ok((App::H1(app), true)),
-            None => Ok((pool::h1(key.address).await?, false)),
+            None => Ok((pool::h1(place).await?, false)),
         }
     }
 
@@ -424,6 +443,13 @@ impl<C: Client> Attempts<'_, C> {
                 Page::new(408, "The request's content did not come in time.\n")
             }
         })
+    }
+}
+
+fn key(place: &Admission) -> Key {
+    Key {
+        address: place.address,
+        epoch: place.epoch,
     }
 }
 

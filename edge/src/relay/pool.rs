@@ -14,28 +14,22 @@ use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
-use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
 use super::sides::{App, Lost};
+use crate::gate::Admission;
 use crate::h1;
 use crate::h1::head::MAX_HEAD_BYTES;
 use crate::headers::{self, Facts};
 use crate::message::{Fields, Length, Piece, ReplyHead, RequestHead};
 
-/// A Machine that runs answers a connection at once.
-const CONNECT: Duration = Duration::from_secs(2);
+/// An app that speaks HTTP/2 says so at once.
+const HANDSHAKE: Duration = Duration::from_secs(2);
 /// Idle connections to Machines are kept this long.
 const KEEP: Duration = Duration::from_secs(30);
 /// Idle connections kept to one address.
 const KEPT: usize = 128;
-/// A Machine that ends with requests under way says nothing: its kernel is gone, and nobody speaks for its
-/// address until it runs again. Probes find that out, or meet the new kernel, which resets them.
-const PROBES: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
-    .with_time(Duration::from_secs(5))
-    .with_interval(Duration::from_secs(1))
-    .with_retries(5);
 /// Content of replies that an app may send ahead of its clients, per stream and per connection.
 const H2_STREAM_WINDOW: u32 = 256 << 10;
 const H2_CONNECTION_WINDOW: u32 = 4 << 20;
@@ -118,30 +112,18 @@ impl Pool {
     }
 }
 
-/// Connects to an app.
-pub async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
-    let socket = if address.is_ipv4() {
-        TcpSocket::new_v4()?
-    } else {
-        TcpSocket::new_v6()?
-    };
-    socket.set_nodelay(true)?;
-    socket2::SockRef::from(&socket).set_tcp_keepalive(&PROBES)?;
-    timeout(CONNECT, socket.connect(address)).await?
-}
-
 /// A connection of its own for a request.
-pub async fn h1(address: SocketAddr) -> io::Result<App> {
-    let stream = connect(address).await?;
+pub async fn h1(place: &mut Admission) -> io::Result<App> {
+    let stream = place.connect().await?;
     Ok(App::H1(Box::new(h1::app::Connection::new(stream))))
 }
 
 /// A stream of an app's HTTP/2 connection, and whether that was there before. Who asks while it is being made waits
 /// for it.
-pub async fn h2(pool: &RefCell<Pool>, key: Key) -> io::Result<(App, bool)> {
+pub async fn h2(pool: &RefCell<Pool>, key: Key, place: &mut Admission) -> io::Result<(App, bool)> {
     let shared = pool.borrow_mut().shared(key);
     let reused = shared.initialized();
-    let sender = shared.get_or_try_init(|| dial(key.address)).await?.clone();
+    let sender = shared.get_or_try_init(|| dial(place)).await?.clone();
     match H2App::new(sender).await {
         Ok(app) => Ok((App::H2(Box::new(app)), reused)),
         Err(error) => {
@@ -153,8 +135,9 @@ pub async fn h2(pool: &RefCell<Pool>, key: Key) -> io::Result<(App, bool)> {
 
 /// A connection with prior knowledge of HTTP/2, for many requests at once. It lives as long as somebody has its
 /// sender, and requests on it.
-async fn dial(address: SocketAddr) -> io::Result<SendRequest<Bytes>> {
-    let stream = connect(address).await?;
+async fn dial(place: &mut Admission) -> io::Result<SendRequest<Bytes>> {
+    let stream = place.connect().await?;
+    let address = place.address;
     let mut builder = h2::client::Builder::new();
     builder
         .enable_push(false)
@@ -162,7 +145,7 @@ async fn dial(address: SocketAddr) -> io::Result<SendRequest<Bytes>> {
         .initial_connection_window_size(H2_CONNECTION_WINDOW)
         .max_header_list_size(2 * MAX_HEAD_BYTES as u32)
         .data_frame_budget(SMALL_FRAMES);
-    let handshake = timeout(CONNECT, builder.handshake(stream)).await?;
+    let handshake = timeout(HANDSHAKE, builder.handshake(stream)).await?;
     let (sender, connection) = handshake.map_err(io::Error::other)?;
     tokio::task::spawn_local(async move {
         if let Err(error) = connection.await {

@@ -22,7 +22,6 @@ use tokio::net::TcpStream;
 use crate::gate::Admission;
 use crate::h1::buffer::{self, SMALL};
 use crate::h1::client::Transport;
-use crate::relay::pool;
 use crate::site::Target;
 use crate::worker::Worker;
 use pump::Pump;
@@ -62,7 +61,6 @@ pub async fn serve<C: Transport>(io: C, ends: Ends, target: &Target, worker: &Wo
         outcome = poll_fn(|cx| pump.poll(cx)) => {
             if let Err(error) = outcome {
                 tracing::debug!(%error, app = %target.app, client = %ends.client, "a connection broke");
-                pump.reset();
             }
         }
         () = worker.ended.cancelled() => {}
@@ -86,17 +84,16 @@ impl<C: Transport> Caller<C> {
                 worker
                     .gate
                     .admit(&target.app, target.internal_port, ServiceProtocol::Tcp);
-            let place = match self.meanwhile(admitted).await? {
+            let mut place = match self.meanwhile(admitted).await? {
                 Ok(place) => place,
                 Err(refused) => {
                     tracing::debug!(app = %target.app, %refused, "a connection was refused");
                     return None;
                 }
             };
-            match self.meanwhile(pool::connect(place.address)).await? {
+            match self.meanwhile(place.connect()).await? {
                 Ok(app) => return Some((app, place)),
                 Err(error) => {
-                    worker.gate.doubt(&place.machine);
                     tracing::debug!(machine = %place.machine, %error, "no connection to the app");
                 }
             }

@@ -20,16 +20,22 @@ thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH].into());
 }
 
-/// A client's connection and an app's. Neither holds a buffer while nothing moves.
-pub struct Pump<C> {
+/// An end that takes nothing for this long is gone in all but name: what it keeps waiting says nothing of itself, and
+/// its app may have ended long ago.
+const STALLED: Duration = Duration::from_secs(15 * 60);
+
+/// A client's connection and an app's. Neither holds a buffer while nothing moves. Dropped before both have said all, it
+/// has both learn that the connection broke, and did not end.
+pub struct Pump<C: Transport> {
     client: C,
     app: TcpStream,
     inward: Way,
     outward: Way,
     /// Longest that one end may keep the connection half open when the other has said all, and nothing moves.
     half_open: Duration,
-    /// Runs from then on. A whole connection may be silent for ever: keepalive tells whether both are there.
-    timer: Option<Timer>,
+    /// Runs from then on, and while one takes nothing. A whole connection may be silent for ever: keepalive tells whether
+    /// both are there.
+    timer: Option<(Timer, Duration)>,
 }
 
 /// One direction.
@@ -39,8 +45,14 @@ struct Way {
     waiting: BytesMut,
     /// Its source has said all.
     ended: bool,
-    /// Its target was told so.
+    /// Its target was told so, or hears no more.
     told: bool,
+}
+
+/// Which end of a direction broke.
+enum Broken {
+    Source(io::Error),
+    Target(io::Error),
 }
 
 impl<C: Transport> Pump<C> {
@@ -69,33 +81,59 @@ impl<C: Transport> Pump<C> {
     /// Ready when both have said all and were told so, or the connection broke.
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let (client, app) = (&mut self.client, &mut self.app);
-        let inward = self.inward.poll(client, app, cx)?;
-        let outward = self.outward.poll(app, client, cx)?;
+        let inward = match self.inward.poll(client, app, cx) {
+            Ok(moved) => moved,
+            // It hears no more, and may have said much before: that is still the client's.
+            Err(Broken::Target(_)) => {
+                self.inward.close();
+                true
+            }
+            Err(Broken::Source(error)) => return Poll::Ready(Err(error)),
+        };
+        let outward = match self.outward.poll(app, client, cx) {
+            Ok(moved) => moved,
+            Err(Broken::Source(error) | Broken::Target(error)) => return Poll::Ready(Err(error)),
+        };
         if self.inward.told && self.outward.told {
             return Poll::Ready(Ok(()));
         }
-        if self.inward.told || self.outward.told {
-            let timer = self.timer.get_or_insert_with(|| Timer::new(self.half_open));
-            if inward || outward {
-                timer.set(self.half_open);
+        let limit = if self.inward.ended || self.outward.ended {
+            self.half_open
+        } else if self.inward.waiting.is_empty() && self.outward.waiting.is_empty() {
+            self.timer = None;
+            return Poll::Pending;
+        } else {
+            STALLED.max(self.half_open)
+        };
+        match &mut self.timer {
+            Some((timer, of)) if inward || outward || *of != limit => {
+                timer.set(limit);
+                *of = limit;
             }
-            if timer.poll(cx).is_ready() {
-                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-            }
+            Some(_) => {}
+            none => *none = Some((Timer::new(limit), limit)),
+        }
+        if let Some((timer, _)) = &mut self.timer
+            && timer.poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         Poll::Pending
     }
+}
 
-    /// Has both ends learn that the connection broke, and did not end.
-    pub fn reset(&self) {
-        self.client.reset_when_closed();
-        self.app.reset_when_closed();
+impl<C: Transport> Drop for Pump<C> {
+    fn drop(&mut self) {
+        if !(self.inward.told && self.outward.told) {
+            self.client.reset_when_closed();
+            self.app.reset_when_closed();
+        }
     }
 }
 
 impl Way {
     /// Moves what can be moved; tells whether anything was.
-    fn poll<R, W>(&mut self, from: &mut R, to: &mut W, cx: &mut Context<'_>) -> io::Result<bool>
+    fn poll<R, W>(&mut self, from: &mut R, to: &mut W, cx: &mut Context<'_>) -> Result<bool, Broken>
     where
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
@@ -103,8 +141,7 @@ impl Way {
         let mut moved = false;
         loop {
             while !self.waiting.is_empty() {
-                match Pin::new(&mut *to).poll_write(cx, &self.waiting)? {
-                    Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
+                match write(to, cx, &self.waiting)? {
                     Poll::Ready(written) => self.waiting.advance(written),
                     Poll::Pending => return Ok(moved),
                 }
@@ -116,7 +153,8 @@ impl Way {
             if self.ended {
                 if !self.told {
                     // Closing flushes first.
-                    self.told = Pin::new(to).poll_shutdown(cx)?.is_ready();
+                    let shut = Pin::new(to).poll_shutdown(cx).map_err(Broken::Target)?;
+                    self.told = shut.is_ready();
                     moved |= self.told;
                 }
                 return Ok(moved);
@@ -132,26 +170,25 @@ impl Way {
                     Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                         return Ok(Some(0));
                     }
-                    outcome => outcome?,
+                    outcome => outcome.map_err(Broken::Source)?,
                 }
                 let mut data = read.filled();
                 let length = data.len();
                 while !data.is_empty() {
-                    match Pin::new(&mut *to).poll_write(cx, data)? {
-                        Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    match write(to, cx, data)? {
                         Poll::Ready(written) => data = &data[written..],
                         Poll::Pending => break,
                     }
                 }
                 self.waiting.extend_from_slice(data);
-                Ok::<_, io::Error>(Some(length))
+                Ok(Some(length))
             })?;
             match read {
                 Some(0) => self.ended = true,
                 Some(_) => moved = true,
                 None => {
                     // TLS may keep what was written until it is told that no more comes.
-                    let _ = Pin::new(to).poll_flush(cx)?;
+                    let _ = Pin::new(to).poll_flush(cx).map_err(Broken::Target)?;
                     return Ok(moved);
                 }
             }
@@ -160,5 +197,22 @@ impl Way {
                 return Ok(moved);
             }
         }
+    }
+
+    /// Nothing more goes this way.
+    fn close(&mut self) {
+        self.waiting = BytesMut::new();
+        (self.ended, self.told) = (true, true);
+    }
+}
+
+fn write<W: AsyncWrite + Unpin>(
+    to: &mut W,
+    cx: &mut Context<'_>,
+    data: &[u8],
+) -> Result<Poll<usize>, Broken> {
+    match Pin::new(to).poll_write(cx, data).map_err(Broken::Target)? {
+        Poll::Ready(0) => Err(Broken::Target(io::ErrorKind::WriteZero.into())),
+        written => Ok(written),
     }
 }

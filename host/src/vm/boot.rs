@@ -147,7 +147,7 @@ impl Vm {
             memo.image_digest.clone().filter(|_| same)
         };
         self.host
-            .image(&machine.config.image, known.as_deref())
+            .image(&machine.config.image, machine.network, known.as_deref())
             .await
     }
 

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod crashes;
+mod images;
 mod lifecycle;
+mod registry;
 mod walk;
 mod world;

@@ -15,14 +15,17 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::registry::{self, Registry};
+
 /// How long anything may take on a machine that is busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(60);
-const DIGEST: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
 /// A host with an agent.
 pub struct World {
     dir: TempDir,
     agent: Option<Agent>,
+    /// `registry.internal`.
+    pub registry: Registry,
     arguments: Vec<String>,
 }
 
@@ -51,19 +54,16 @@ impl World {
         // The thread's own, and so its children's.
         unshare(CloneFlags::CLONE_NEWNET)
             .expect("these tests need root, for a network namespace of their own");
-        let dir = tempfile::Builder::new().prefix("h").tempdir().unwrap();
-        let images = dir.path().join("images");
-        std::fs::create_dir(&images).unwrap();
-        let stem = format!("sha256-{DIGEST}");
-        std::fs::write(images.join(format!("{stem}.erofs")), [0; 512]).unwrap();
-        let config = json!({"Entrypoint": ["/app"]});
-        let description =
-            json!({"digest": format!("sha256:{DIGEST}"), "size": 512, "config": config});
-        std::fs::write(images.join(format!("{stem}.json")), description.to_string()).unwrap();
+        let up = Command::new("ip")
+            .args(["link", "set", "lo", "up"])
+            .status();
+        assert!(up.unwrap().success(), "the registry is on loopback");
+        let registry = Registry::start();
         let mut world = Self {
-            dir,
+            dir: tempfile::Builder::new().prefix("h").tempdir().unwrap(),
             agent: None,
             arguments: arguments.iter().map(|&a| a.to_owned()).collect(),
+            registry,
         };
         world.up();
         world
@@ -76,6 +76,8 @@ impl World {
             .arg(self.dir.path())
             .arg("--vmm")
             .arg(example("fake-vmm"))
+            .arg("--registry")
+            .arg(format!("registry.internal={}", self.registry.address))
             .args(&self.arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -370,12 +372,24 @@ impl Machine {
         let record = json!({
             "id": id, "name": "calm-fox", "app": "hello", "network": 7, "host": 1, "region": "ams",
             "number": number, "private_ip": address,
-            "config": {"image": format!("registry.internal/app@sha256:{DIGEST}"), "env": env},
+            "config": {"image": format!("registry.internal/app@{}", registry::digest()), "env": env},
             "instance_id": "01A", "version": 1,
             "desired": {"state": "created", "generation": 0},
             "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z",
         });
         Self { id, record }
+    }
+
+    /// The same in another organization's network.
+    pub fn in_network(mut self, network: u32) -> Self {
+        let number = self.record["number"].as_u64().unwrap();
+        self.record["network"] = json!(network);
+        self.record["private_ip"] = json!(tern_catalog::PrivateAddress::of_machine(
+            tern_catalog::NetworkId(network),
+            tern_catalog::HostId(1),
+            tern_catalog::MachineNumber(u32::try_from(number).unwrap()),
+        ));
+        self
     }
 
     /// Changes its config, as an update does.

@@ -51,10 +51,7 @@ pub(crate) fn convert(
     observer: &Observer,
 ) -> Result<ImageConfig, ImageError> {
     let manifest = &image.manifest;
-    let config = &manifest.config;
-    let what = "the image's configuration";
-    let text = read_document(image.blobs.blob(config)?, config, what, limits)?;
-    let configuration = Configuration::parse(&text, manifest.layers.len())?;
+    let configuration = configuration(image, limits)?;
     observer.report(Progress::Resolved {
         digest: image.digest,
         layers: manifest.layers.len(),
@@ -64,16 +61,7 @@ pub(crate) fn convert(
     let spool = Spool::create(spool_dir)
         .map_err(ImageError::io("create a temporary file in", spool_dir))?;
     let mut applier = Applier::new(spool, limits);
-    let fetching = match image.blobs.server() {
-        Some(server) => Some(Fetching::start(
-            layers,
-            &image.blobs,
-            server,
-            &manifest.layers,
-            &observer.abandoned,
-        )?),
-        None => None,
-    };
+    let fetching = fetch(image, layers, observer)?;
     let mut budget = limits.unpacked_bytes;
     let mut bytes = 0;
     for (n, (descriptor, &diff_id)) in manifest
@@ -113,6 +101,47 @@ pub(crate) fn convert(
         observer.report(Progress::Writing { bytes, total })
     })?;
     Ok(configuration.run)
+}
+
+/// Has the registry give all of an image that is here already to who asks for it, and keeps nothing but the proof of
+/// it. Of a layout there is nothing to prove: it is at hand.
+pub(crate) fn prove(
+    image: &Resolved,
+    limits: &Limits,
+    layers: &Arc<Layers>,
+    observer: &Observer,
+) -> Result<(), ImageError> {
+    configuration(image, limits)?;
+    let Some(fetching) = fetch(image, layers, observer)? else {
+        return Ok(());
+    };
+    for n in 0..image.manifest.layers.len() {
+        let what = format!("layer {}", n + 1);
+        io::copy(&mut fetching.reader(n), &mut io::sink())
+            .map_err(|error| ImageError::from_read(error, &what))?;
+        fetching.applied(n + 1);
+    }
+    Ok(())
+}
+
+fn configuration(image: &Resolved, limits: &Limits) -> Result<Configuration, ImageError> {
+    let config = &image.manifest.config;
+    let what = "the image's configuration";
+    let text = read_document(image.blobs.blob(config)?, config, what, limits)?;
+    Configuration::parse(&text, image.manifest.layers.len())
+}
+
+/// Begins to fetch the layers of a registry's image.
+fn fetch(
+    image: &Resolved,
+    layers: &Arc<Layers>,
+    observer: &Observer,
+) -> Result<Option<Fetching>, ImageError> {
+    let Some(asker) = &image.asker else {
+        return Ok(None);
+    };
+    let wanted = &image.manifest.layers;
+    Fetching::start(layers, &image.blobs, asker, wanted, &observer.abandoned).map(Some)
 }
 
 /// A stream that tells the observer how much of it was read.

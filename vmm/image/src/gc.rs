@@ -91,8 +91,8 @@ impl ImageStore {
                 }
             }
         }
-        if !done.images.is_empty() {
-            // Names of indexes that led to them.
+        if !done.images.is_empty() || !done.layers.is_empty() {
+            // Names of indexes that led to them, and who was given them.
             inner
                 .remove_halves()
                 .map_err(ImageError::io("tidy", &inner.dir))?;
@@ -216,7 +216,7 @@ impl Inner {
         Ok(true)
     }
 
-    /// Removes halves of images, and names that lead to none. Does nothing while another process
+    /// Removes halves of images, names that lead to none, and proofs of what is not here. Does nothing while another process
     /// publishes an image: halves are normal then.
     pub(crate) fn remove_halves(&self) -> io::Result<()> {
         let dir = File::open(&self.dir)?;
@@ -248,7 +248,15 @@ impl Inner {
                 }
             }
         }
-        Ok(())
+        self.layers.proofs.retain(|digest| {
+            let mut places = [
+                self.description(digest),
+                self.layers.path(digest),
+                self.alias(digest),
+            ]
+            .into_iter();
+            places.any(|path| path.exists())
+        })
     }
 }
 

@@ -8,7 +8,8 @@
 //!
 //! A file under a layer's digest has been checked against it, and is checked again by whoever unpacks
 //! it. Knowing a digest is not the right to read it: a kept layer is used for an image only after the
-//! image's own registry has said that it would give it to us.
+//! image's own registry has said that it would give it to us, and only for who has been given it before
+//! or where that registry is [trusted](crate::proofs). Everybody else has it sent once more.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -20,6 +21,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use crate::manifest::Descriptor;
+use crate::proofs::{Asker, Proofs};
 use crate::resolve::Blobs;
 use crate::store::{remove_leftovers, temporary};
 use crate::verify::Verified;
@@ -35,6 +37,7 @@ const BUFFER: usize = 128 << 10;
 #[derive(Debug)]
 pub(crate) struct Layers {
     dir: PathBuf,
+    pub(crate) proofs: Proofs,
     /// Who is fetching what, by server. Whoever waits for a fetch trusts its server anyway: a server
     /// that is slow on purpose holds up nobody else's images.
     busy: Mutex<HashSet<(String, Digest)>>,
@@ -43,13 +46,14 @@ pub(crate) struct Layers {
 
 impl Layers {
     /// The directory is made when it is first needed. What fetches that did not end left is removed.
-    pub(crate) fn open(dir: PathBuf) -> io::Result<Self> {
+    pub(crate) fn open(dir: PathBuf, proofs: Proofs) -> io::Result<Self> {
         match remove_leftovers(&dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
         Ok(Self {
             dir,
+            proofs,
             busy: Mutex::default(),
             freed: Condvar::new(),
         })
@@ -111,7 +115,7 @@ pub(crate) struct Fetching(Arc<Plan>);
 struct Plan {
     layers: Arc<Layers>,
     blobs: Arc<dyn Blobs>,
-    server: String,
+    asker: Asker,
     wanted: Vec<(Descriptor, Growing)>,
     turn: Mutex<Turn>,
     changed: Condvar,
@@ -145,11 +149,11 @@ struct Growth {
 }
 
 impl Fetching {
-    /// Begins to fetch `wanted` from `server`.
+    /// Begins to fetch `wanted` for `asker`.
     pub(crate) fn start(
         layers: &Arc<Layers>,
         blobs: &Arc<dyn Blobs>,
-        server: &str,
+        asker: &Asker,
         wanted: &[Descriptor],
         abandoned: &Arc<AtomicBool>,
     ) -> Result<Self, ImageError> {
@@ -158,7 +162,7 @@ impl Fetching {
         let fetching = Self(Arc::new(Plan {
             layers: Arc::clone(layers),
             blobs: Arc::clone(blobs),
-            server: server.to_owned(),
+            asker: asker.clone(),
             wanted: wanted.collect(),
             turn: Mutex::default(),
             changed: Condvar::new(),
@@ -234,10 +238,13 @@ impl Plan {
         growing: &Growing,
         what: &str,
     ) -> Result<(), ImageError> {
-        let _claim = self.layers.claim(&self.server, descriptor.digest);
+        let _claim = self.layers.claim(&self.asker.server, descriptor.digest);
+        let (proofs, claim) = (&self.layers.proofs, &self.asker.layer);
         if let Some(file) = self.layers.get(descriptor)
+            && (self.asker.trusted || proofs.has(&descriptor.digest, claim))
             && self.blobs.may_read(descriptor)
         {
+            proofs.note(&descriptor.digest, claim);
             tracing::debug!(layer = %descriptor.digest, "layer is here already");
             growing.begin(file);
             growing.grow(descriptor.size);
@@ -268,6 +275,7 @@ impl Plan {
         temporary
             .persist(self.layers.path(&descriptor.digest))
             .map_err(|error| write()(error.error))?;
+        proofs.note(&descriptor.digest, claim);
         Ok(())
     }
 }

@@ -138,10 +138,6 @@ impl Layout {
 }
 
 impl Blobs for Layout {
-    fn server(&self) -> Option<&str> {
-        None // it is here already
-    }
-
     fn may_read(&self, _: &Descriptor) -> bool {
         true
     }

@@ -11,6 +11,8 @@
 //!
 //! - Nothing of an image is ever unpacked on the host's file system. Names, links and devices exist
 //!   only in memory and on the disk image; there is no path to escape through.
+//! - What is kept once is not everybody's: who has not been given an image by its registry does not get it by
+//!   its digest.
 //! - Memory, disk space and time are bounded by [`Limits`].
 //! - A wrong byte anywhere is an error, and an error leaves nothing behind.
 //! - The same image gives the same disk, byte for byte.
@@ -29,6 +31,7 @@ mod layers;
 mod layout;
 mod limits;
 mod manifest;
+mod proofs;
 mod reference;
 mod registry;
 mod resolve;

@@ -103,6 +103,7 @@ fn source(arguments: &Convert) -> Result<Source> {
             insecure: arguments.insecure,
             anywhere: true, // whoever runs this chose the registry
             credentials,
+            ..RegistryOptions::default()
         };
         return Ok(Source::Registry {
             reference: reference.clone(),

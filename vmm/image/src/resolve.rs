@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::layout::Layout;
 use crate::manifest::{Descriptor, Document, Manifest};
+use crate::proofs::Asker;
 use crate::registry::Registry;
 use crate::verify::Verified;
 use crate::{Digest, ImageError, Limits, Source};
@@ -12,9 +13,7 @@ use crate::{Digest, ImageError, Limits, Source};
 /// Where the content of an image is read from. What comes is not to be trusted, not even its
 /// length: [`Verified`] checks it.
 pub(crate) trait Blobs: Send + Sync {
-    /// The server that blobs come from, if they are worth keeping once they are here.
-    fn server(&self) -> Option<&str>;
-    /// Whether the server would give us this blob. Must not be called from an asynchronous task.
+    /// Whether whoever has the blobs would give us this one. Must not be called from an asynchronous task.
     fn may_read(&self, descriptor: &Descriptor) -> bool;
     /// A manifest or index.
     fn manifest(&self, descriptor: &Descriptor) -> Result<Box<dyn Read + Send>, ImageError>;
@@ -30,6 +29,8 @@ pub(crate) struct Resolved {
     pub(crate) named: Digest,
     pub(crate) manifest: Manifest,
     pub(crate) blobs: Arc<dyn Blobs>,
+    /// Who asks, if it is a registry: what comes from one is worth keeping, and is not everybody's.
+    pub(crate) asker: Option<Asker>,
 }
 
 /// Finds the manifest of `source`. Blocks; for a registry it must run in a Tokio runtime's blocking
@@ -39,12 +40,14 @@ pub(crate) fn resolve(source: &Source, limits: &Limits) -> Result<Resolved, Imag
         Source::Layout { path, tag } => {
             let layout = Layout::open(path, limits)?;
             let start = layout.find(tag.as_deref(), limits)?;
-            follow(Start::At(start), Arc::new(layout), limits)
+            follow(Start::At(start), Arc::new(layout), None, limits)
         }
         Source::Registry { reference, options } => {
             let registry = Registry::new(reference, options)?;
             let (digest, bytes) = registry.start(limits)?;
-            follow(Start::Read(digest, bytes), Arc::new(registry), limits)
+            let asker = Asker::new(reference, options);
+            let start = Start::Read(digest, bytes);
+            follow(start, Arc::new(registry), Some(asker), limits)
         }
     }
 }
@@ -55,7 +58,12 @@ enum Start {
 }
 
 /// Follows indexes down to a manifest.
-fn follow(start: Start, blobs: Arc<dyn Blobs>, limits: &Limits) -> Result<Resolved, ImageError> {
+fn follow(
+    start: Start,
+    blobs: Arc<dyn Blobs>,
+    asker: Option<Asker>,
+    limits: &Limits,
+) -> Result<Resolved, ImageError> {
     let read = |descriptor: &Descriptor| {
         let bytes = read_document(
             blobs.manifest(descriptor)?,
@@ -78,6 +86,7 @@ fn follow(start: Start, blobs: Arc<dyn Blobs>, limits: &Limits) -> Result<Resolv
                     named,
                     manifest,
                     blobs,
+                    asker,
                 });
             }
             Document::Index(index) => (digest, bytes) = read(index.select()?)?,

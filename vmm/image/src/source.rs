@@ -49,6 +49,12 @@ pub struct RegistryOptions {
     pub anywhere: bool,
     /// Sent to the registry, or to the token service it names, when it asks for them.
     pub credentials: Option<Credentials>,
+    /// Who the image is for, of all who share the store: what one was given, another is not. Empty where
+    /// there is nobody else.
+    pub on_behalf_of: String,
+    /// Take the registry's word that it would give what is kept here already. Others have to show that they
+    /// have it, for whoever writes a reference may have made its registry too. Meant for the operator's own.
+    pub trusted: bool,
 }
 
 /// A user name and password (or access token) of a registry.

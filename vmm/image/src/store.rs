@@ -7,7 +7,7 @@
 //!
 //! `sha256-<hex>.alias` holds the digest of the manifest that an index of that digest leads to, so that
 //! an image named by its index is found without asking anybody. `layers/` holds compressed layers of
-//! images from registries. A description's modification time is when the image was last handed out.
+//! images from registries, and `proofs/` who was given which of all these. A description's modification time is when the image was last handed out.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -24,6 +24,7 @@ use tempfile::NamedTempFile;
 use crate::convert::{self, Observer};
 use crate::gc::{Round, digest_of};
 use crate::layers::Layers;
+use crate::proofs::{Asker, Proofs};
 use crate::resolve::{self, Resolved};
 use crate::{Digest, ImageConfig, ImageError, Limits, Progress, Source};
 
@@ -71,9 +72,13 @@ pub(crate) struct Inner {
     limits: Limits,
     pub(crate) layers: Arc<Layers>,
     leases: Mutex<Leases>,
-    /// One lock per digest that is being converted, so that one conversion serves all who ask.
-    turns: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
+    /// One lock per digest that is being converted, so that one conversion serves all who ask; by server, so
+    /// that one which is slow on purpose holds up nobody else's images.
+    turns: Mutex<HashMap<Turn, Weak<tokio::sync::Mutex<()>>>>,
 }
+
+/// An image, and the server that it comes from if there is one.
+type Turn = (Option<String>, Digest);
 
 /// Who has which image, and since when nobody has.
 #[derive(Debug, Default)]
@@ -123,7 +128,9 @@ impl ImageStore {
         let dir = dir.into();
         fs::create_dir_all(&dir).map_err(ImageError::io("create", &dir))?;
         remove_leftovers(&dir).map_err(ImageError::io("tidy", &dir))?;
-        let layers = Layers::open(dir.join("layers")).map_err(ImageError::io("tidy", &dir))?;
+        let proofs = Proofs::new(dir.join("proofs"));
+        let layers =
+            Layers::open(dir.join("layers"), proofs).map_err(ImageError::io("tidy", &dir))?;
         let inner = Inner {
             dir,
             limits,
@@ -148,9 +155,8 @@ impl ImageStore {
         source: &Source,
         progress: impl Fn(Progress) + Send + Sync + 'static,
     ) -> Result<Image, ImageError> {
-        if let Source::Registry { reference, .. } = source
-            && let Some(digest) = reference.digest()
-            && let Some(image) = self.get(&self.inner.resolve_alias(&digest).unwrap_or(digest))?
+        if let Some(digest) = self.given(source)
+            && let Some(image) = self.get(&digest)?
         {
             return Ok(image);
         }
@@ -161,22 +167,43 @@ impl ImageStore {
             let (source, limits) = (source.clone(), self.inner.limits.clone());
             blocking(move || resolve::resolve(&source, &limits)).await?
         };
-        let turn = self.inner.turn(resolved.digest);
+        let turn = self.inner.turn(&resolved);
         let _turn = turn.lock().await;
         let inner = Arc::clone(&self.inner);
-        if let Some(image) = self.get(&resolved.digest)? {
-            inner.set_alias(&resolved)?;
-            return Ok(image);
-        }
+        let kept = self.get(&resolved.digest)?;
         blocking(move || {
-            let image = inner.convert(&resolved, &observer)?;
+            let image = match kept {
+                Some(image) => {
+                    // That its registry knows the manifest says nothing of who may have the rest.
+                    if !inner.is_proven(&resolved) {
+                        let layers = &inner.layers;
+                        convert::prove(&resolved, &inner.limits, layers, &observer)?;
+                    }
+                    image
+                }
+                None => inner.convert(&resolved, &observer)?,
+            };
             inner.set_alias(&resolved)?;
+            inner.note_proven(&resolved);
             Ok(image)
         })
         .await
     }
 
-    /// The image whose manifest has this digest, if it has been converted.
+    /// The manifest that a source which is pinned to a digest stands for, if it was given to who asks for it: an
+    /// image that is here is handed out then, and nobody is asked.
+    #[must_use]
+    pub fn given(&self, source: &Source) -> Option<Digest> {
+        let Source::Registry { reference, options } = source else {
+            return None;
+        };
+        let pinned = reference.digest()?;
+        let claim = Asker::new(reference, options).image;
+        let proven = self.inner.layers.proofs.has(&pinned, &claim);
+        proven.then(|| self.inner.resolve_alias(&pinned).unwrap_or(pinned))
+    }
+
+    /// The image whose manifest has this digest, if it has been converted. Who may have it is the caller's to know.
     pub fn get(&self, digest: &Digest) -> Result<Option<Image>, ImageError> {
         // Before it is looked for: from here on it is not collected.
         let lease = self.inner.leases().take(*digest);
@@ -185,13 +212,6 @@ impl ImageStore {
             self.inner.touch(digest);
         }
         Ok(found.map(|image| Image { lease, ..image }))
-    }
-
-    /// The manifest that a digest stands for: itself, or where the index leads that it is of, if
-    /// that has been here.
-    #[must_use]
-    pub fn follow(&self, digest: &Digest) -> Digest {
-        self.inner.resolve_alias(digest).unwrap_or(*digest)
     }
 
     /// All converted images, in the order of their digests.
@@ -259,7 +279,7 @@ impl Inner {
         Ok(())
     }
 
-    fn alias(&self, index: &Digest) -> PathBuf {
+    pub(crate) fn alias(&self, index: &Digest) -> PathBuf {
         self.dir.join(format!("{}.alias", index.file_stem()))
     }
 
@@ -304,14 +324,32 @@ impl Inner {
         }
     }
 
-    fn turn(&self, digest: Digest) -> Arc<tokio::sync::Mutex<()>> {
+    /// Whether who asks has been given the image before, by this repository.
+    fn is_proven(&self, resolved: &Resolved) -> bool {
+        let Some(asker) = &resolved.asker else {
+            return true;
+        };
+        self.layers.proofs.has(&resolved.digest, &asker.image)
+    }
+
+    fn note_proven(&self, resolved: &Resolved) {
+        if let Some(asker) = &resolved.asker {
+            for digest in [&resolved.digest, &resolved.named] {
+                self.layers.proofs.note(digest, &asker.image);
+            }
+        }
+    }
+
+    fn turn(&self, resolved: &Resolved) -> Arc<tokio::sync::Mutex<()>> {
+        let server = resolved.asker.as_ref().map(|asker| asker.server.clone());
+        let key = (server, resolved.digest);
         let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         turns.retain(|_, turn| turn.strong_count() > 0);
-        if let Some(turn) = turns.get(&digest).and_then(Weak::upgrade) {
+        if let Some(turn) = turns.get(&key).and_then(Weak::upgrade) {
             return turn;
         }
         let turn = Arc::default();
-        turns.insert(digest, Arc::downgrade(&turn));
+        turns.insert(key, Arc::downgrade(&turn));
         turn
     }
 

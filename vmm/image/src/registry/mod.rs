@@ -127,10 +127,6 @@ impl Registry {
 }
 
 impl Blobs for Registry {
-    fn server(&self) -> Option<&str> {
-        Some(self.reference.host())
-    }
-
     fn may_read(&self, descriptor: &Descriptor) -> bool {
         let url = self.url("blobs", &descriptor.digest.to_string());
         let allowed = self.runtime.block_on(self.client.may_get(&url));

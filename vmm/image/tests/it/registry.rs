@@ -1,5 +1,7 @@
 //! A registry that can be made difficult.
 
+mod provenance;
+
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -43,6 +45,8 @@ struct Behaviour {
     ranges: bool,
     /// Says 503 so many times.
     unavailable: Mutex<u32>,
+    /// Says yes to whoever asks whether it has something.
+    boasts: bool,
     tags: BTreeMap<String, Digest>,
     blobs: BTreeMap<Digest, Vec<u8>>,
 }
@@ -52,6 +56,7 @@ struct Behaviour {
 struct Registry {
     address: SocketAddr,
     asked: Arc<Mutex<Vec<Asked>>>,
+    accepting: tokio::task::AbortHandle,
 }
 
 #[derive(Debug, Clone)]
@@ -63,6 +68,127 @@ struct Asked {
 }
 
 type Body = BoxBody<Bytes, std::io::Error>;
+fn answer(
+    address: SocketAddr,
+    kept: &Mutex<Vec<Asked>>,
+    behaviour: &Behaviour,
+    request: &Request<Incoming>,
+) -> Response<Body> {
+    let header = |name| {
+        request
+            .headers()
+            .get(name)
+            .map(|value| value.to_str().unwrap().to_owned())
+    };
+    let asked = Asked {
+        path: request.uri().to_string(),
+        authorization: header(AUTHORIZATION),
+        range: header(RANGE),
+        head: request.method() == hyper::Method::HEAD,
+    };
+    kept.lock().unwrap().push(asked.clone());
+
+    let path = request.uri().path();
+    let basic = format!(
+        "Basic {}",
+        base64::prelude::BASE64_STANDARD.encode("me:secret")
+    );
+    if path == "/token" {
+        return if asked.authorization == Some(basic) {
+            text(StatusCode::OK, json!({"token": "t0ken"}).to_string())
+        } else {
+            text(StatusCode::UNAUTHORIZED, String::new())
+        };
+    }
+    let (challenge, wanted) = match behaviour.auth {
+        Auth::None => (String::new(), None),
+        Auth::Basic => ("Basic realm=\"x\"".to_owned(), Some(basic)),
+        Auth::Token => (
+            format!(
+                r#"Bearer realm="http://{}/token",service="here",scope="repository:a/b:pull""#,
+                address
+            ),
+            Some("Bearer t0ken".to_owned()),
+        ),
+    };
+    if wanted.is_some() && asked.authorization != wanted {
+        let mut response = text(StatusCode::UNAUTHORIZED, String::new());
+        response
+            .headers_mut()
+            .insert(WWW_AUTHENTICATE, challenge.parse().unwrap());
+        return response;
+    }
+    {
+        let mut unavailable = behaviour.unavailable.lock().unwrap();
+        if *unavailable > 0 {
+            *unavailable -= 1;
+            return text(StatusCode::SERVICE_UNAVAILABLE, String::new());
+        }
+    }
+    if behaviour.boasts && asked.head {
+        return text(StatusCode::OK, String::new());
+    }
+    let elsewhere = behaviour
+        .elsewhere
+        .or(behaviour.circular.then_some(address));
+    if let (Some(elsewhere), true) = (elsewhere, path.contains("/blobs/")) {
+        let mut response = text(StatusCode::TEMPORARY_REDIRECT, String::new());
+        let to = format!("http://{elsewhere}{path}");
+        response.headers_mut().insert(LOCATION, to.parse().unwrap());
+        return response;
+    }
+    let blob = path.strip_prefix("/v2/a/b/").and_then(|rest| {
+        let name = rest.split('/').nth(1)?;
+        let digest = behaviour
+            .tags
+            .get(name)
+            .copied()
+            .or_else(|| name.parse().ok())?;
+        behaviour.blobs.get(&digest)
+    });
+    match blob {
+        Some(blob) => send(behaviour, blob, asked.range.as_deref()),
+        None => text(StatusCode::NOT_FOUND, json!({"errors": []}).to_string()),
+    }
+}
+
+fn send(behaviour: &Behaviour, blob: &[u8], range: Option<&str>) -> Response<Body> {
+    let from: usize = match range.filter(|_| behaviour.ranges) {
+        Some(range) => range
+            .strip_prefix("bytes=")
+            .unwrap()
+            .strip_suffix('-')
+            .unwrap()
+            .parse()
+            .unwrap(),
+        None => 0,
+    };
+    let rest = &blob[from..];
+    let sent = behaviour.breaks_after.unwrap_or(usize::MAX).min(rest.len());
+    let data = Frame::data(Bytes::copy_from_slice(&rest[..sent]));
+    let breaks = sent < rest.len();
+    let broken = stream::once(async {
+        // The server sends what it has when there is nothing more to be had for now.
+        for _ in 0..8 {
+            tokio::task::yield_now().await;
+        }
+        Err(std::io::Error::other("broken on purpose"))
+    });
+    let frames = stream::iter([Ok(data)]).chain(broken.take(usize::from(breaks)));
+    let mut response = Response::new(BodyExt::boxed(StreamBody::new(frames)));
+    let length = rest.len().to_string();
+    response
+        .headers_mut()
+        .insert("content-length", length.parse().unwrap());
+    if from > 0 {
+        *response.status_mut() = StatusCode::PARTIAL_CONTENT;
+        let range = format!("bytes {from}-{}/{}", blob.len() - 1, blob.len());
+        response
+            .headers_mut()
+            .insert(CONTENT_RANGE, range.parse().unwrap());
+    }
+    response
+}
 
 impl Registry {
     async fn start(change: impl FnOnce(&mut Behaviour)) -> Self {
@@ -75,23 +201,22 @@ impl Registry {
             breaks_after: None,
             ranges: true,
             unavailable: Mutex::new(0),
+            boasts: false,
             tags: BTreeMap::from([("v1".to_owned(), manifest)]),
             blobs: image.blobs,
         };
         change(&mut behaviour);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let registry = Self {
-            address: listener.local_addr().unwrap(),
-            asked: Arc::default(),
-        };
+        let address = listener.local_addr().unwrap();
+        let asked: Arc<Mutex<Vec<Asked>>> = Arc::default();
         let behaviour = Arc::new(behaviour);
-        let server = registry.clone();
-        tokio::spawn(async move {
+        let kept = Arc::clone(&asked);
+        let accepting = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let (behaviour, server) = (Arc::clone(&behaviour), server.clone());
+                let (behaviour, kept) = (Arc::clone(&behaviour), Arc::clone(&kept));
                 tokio::spawn(async move {
                     let service = service_fn(|request| {
-                        let response = server.answer(&behaviour, &request);
+                        let response = answer(address, &kept, &behaviour, &request);
                         async { Ok::<_, Infallible>(response) }
                     });
                     let _ = hyper::server::conn::http1::Builder::new()
@@ -100,123 +225,23 @@ impl Registry {
                 });
             }
         });
-        registry
-    }
-
-    fn answer(&self, behaviour: &Behaviour, request: &Request<Incoming>) -> Response<Body> {
-        let header = |name| {
-            request
-                .headers()
-                .get(name)
-                .map(|value| value.to_str().unwrap().to_owned())
-        };
-        let asked = Asked {
-            path: request.uri().to_string(),
-            authorization: header(AUTHORIZATION),
-            range: header(RANGE),
-            head: request.method() == hyper::Method::HEAD,
-        };
-        self.asked.lock().unwrap().push(asked.clone());
-
-        let path = request.uri().path();
-        let basic = format!(
-            "Basic {}",
-            base64::prelude::BASE64_STANDARD.encode("me:secret")
-        );
-        if path == "/token" {
-            return if asked.authorization == Some(basic) {
-                text(StatusCode::OK, json!({"token": "t0ken"}).to_string())
-            } else {
-                text(StatusCode::UNAUTHORIZED, String::new())
-            };
-        }
-        let (challenge, wanted) = match behaviour.auth {
-            Auth::None => (String::new(), None),
-            Auth::Basic => ("Basic realm=\"x\"".to_owned(), Some(basic)),
-            Auth::Token => (
-                format!(
-                    r#"Bearer realm="http://{}/token",service="here",scope="repository:a/b:pull""#,
-                    self.address
-                ),
-                Some("Bearer t0ken".to_owned()),
-            ),
-        };
-        if wanted.is_some() && asked.authorization != wanted {
-            let mut response = text(StatusCode::UNAUTHORIZED, String::new());
-            response
-                .headers_mut()
-                .insert(WWW_AUTHENTICATE, challenge.parse().unwrap());
-            return response;
-        }
-        {
-            let mut unavailable = behaviour.unavailable.lock().unwrap();
-            if *unavailable > 0 {
-                *unavailable -= 1;
-                return text(StatusCode::SERVICE_UNAVAILABLE, String::new());
-            }
-        }
-        let elsewhere = behaviour
-            .elsewhere
-            .or(behaviour.circular.then_some(self.address));
-        if let (Some(elsewhere), true) = (elsewhere, path.contains("/blobs/")) {
-            let mut response = text(StatusCode::TEMPORARY_REDIRECT, String::new());
-            let to = format!("http://{elsewhere}{path}");
-            response.headers_mut().insert(LOCATION, to.parse().unwrap());
-            return response;
-        }
-        let blob = path.strip_prefix("/v2/a/b/").and_then(|rest| {
-            let name = rest.split('/').nth(1)?;
-            let digest = behaviour
-                .tags
-                .get(name)
-                .copied()
-                .or_else(|| name.parse().ok())?;
-            behaviour.blobs.get(&digest)
-        });
-        match blob {
-            Some(blob) => self.send(behaviour, blob, asked.range.as_deref()),
-            None => text(StatusCode::NOT_FOUND, json!({"errors": []}).to_string()),
+        Self {
+            address,
+            asked,
+            accepting: accepting.abort_handle(),
         }
     }
 
-    fn send(&self, behaviour: &Behaviour, blob: &[u8], range: Option<&str>) -> Response<Body> {
-        let from: usize = match range.filter(|_| behaviour.ranges) {
-            Some(range) => range
-                .strip_prefix("bytes=")
-                .unwrap()
-                .strip_suffix('-')
-                .unwrap()
-                .parse()
-                .unwrap(),
-            None => 0,
-        };
-        let rest = &blob[from..];
-        let sent = behaviour.breaks_after.unwrap_or(usize::MAX).min(rest.len());
-        let data = Frame::data(Bytes::copy_from_slice(&rest[..sent]));
-        let breaks = sent < rest.len();
-        let broken = stream::once(async {
-            // The server sends what it has when there is nothing more to be had for now.
-            for _ in 0..8 {
-                tokio::task::yield_now().await;
-            }
-            Err(std::io::Error::other("broken on purpose"))
-        });
-        let frames = stream::iter([Ok(data)]).chain(broken.take(usize::from(breaks)));
-        let mut response = Response::new(BodyExt::boxed(StreamBody::new(frames)));
-        let length = rest.len().to_string();
-        response
-            .headers_mut()
-            .insert("content-length", length.parse().unwrap());
-        if from > 0 {
-            *response.status_mut() = StatusCode::PARTIAL_CONTENT;
-            let range = format!("bytes {from}-{}/{}", blob.len() - 1, blob.len());
-            response
-                .headers_mut()
-                .insert(CONTENT_RANGE, range.parse().unwrap());
+    /// Nobody reaches it any more.
+    async fn goes_down(&self) {
+        self.accepting.abort();
+        while tokio::net::TcpStream::connect(self.address).await.is_ok() {
+            tokio::task::yield_now().await;
         }
-        response
     }
+}
 
+impl Registry {
     fn asked(&self) -> Vec<Asked> {
         self.asked.lock().unwrap().clone()
     }
@@ -231,6 +256,7 @@ impl Registry {
                     username: username.to_owned(),
                     password: password.to_owned(),
                 }),
+                ..RegistryOptions::default()
             },
         }
     }
@@ -647,7 +673,7 @@ async fn an_image_pinned_by_its_index_is_found_without_asking() {
     let asked = registry.asked().len();
     assert_eq!(ensure(&workshop, &source).await.unwrap(), first);
     assert_eq!(registry.asked().len(), asked);
-    assert_eq!(workshop.store().follow(&index), first.digest);
+    assert_eq!(workshop.store().given(&source), Some(first.digest));
 }
 
 #[tokio::test]
@@ -729,6 +755,7 @@ async fn what_a_crash_leaves_is_removed_at_the_next_start() {
         left,
         [
             "layers".to_owned(),
+            "proofs".to_owned(),
             format!("{two}.erofs"),
             format!("{two}.json")
         ]

@@ -209,7 +209,7 @@ impl Workshop {
         let left: Vec<_> = std::fs::read_dir(self.path("store"))
             .unwrap()
             .map(|entry| entry.unwrap().file_name())
-            .filter(|name| name != "layers")
+            .filter(|name| name != "layers" && name != "proofs")
             .collect();
         assert!(left.is_empty(), "left behind: {left:?}");
         for (name, content) in self.layers() {

@@ -1,12 +1,15 @@
-//! When an app can be spoken to.
+//! Connections to apps.
 
+use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures::future::select_ok;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 
+/// A Machine that runs answers a connection at once.
+const CONNECT: Duration = Duration::from_secs(2);
 /// First pause after a refused connection. Nothing announces that an app listens, so it is tried: soon at
 /// first, for a resumed app listens already and a quick one starts in milliseconds.
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
@@ -14,17 +17,47 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// A connection that is not answered in this time is tried anew, rather than waiting for TCP's own second
 /// attempt after a second.
 const ATTEMPT: Duration = Duration::from_millis(250);
+/// A Machine that ends with requests under way says nothing: its kernel is gone, and nobody speaks for its
+/// address until it runs again. Probes find that out, or meet the new kernel, which resets them.
+const PROBES: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
+    .with_time(Duration::from_secs(5))
+    .with_interval(Duration::from_secs(1))
+    .with_retries(5);
 
-/// Waits until one of the addresses accepts a connection, and tells which; there must be one. The caller
+/// Connects to an app that should listen.
+pub async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    timeout(CONNECT, dial(address)).await?
+}
+
+async fn dial(address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    socket.set_nodelay(true)?;
+    socket2::SockRef::from(&socket).set_tcp_keepalive(&PROBES)?;
+    socket.connect(address).await
+}
+
+/// Whether a connection could not be made for what this host has too little of, which says nothing of the Machine.
+pub fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::EADDRNOTAVAIL)
+    )
+}
+
+/// Waits until one of the addresses accepts a connection: which, and that connection. There must be one. The caller
 /// sets the limit.
-pub async fn accepts(addresses: &[SocketAddr]) -> SocketAddr {
+pub async fn accepts(addresses: &[SocketAddr]) -> (SocketAddr, TcpStream) {
     let mut pause = FIRST_PAUSE;
     loop {
         let attempts = addresses.iter().map(|&address| {
-            Box::pin(async move { TcpStream::connect(address).await.map(|_| address) })
+            Box::pin(async move { dial(address).await.map(|stream| (address, stream)) })
         });
         match timeout(ATTEMPT, select_ok(attempts)).await {
-            Ok(Ok((address, _others))) => return address,
+            Ok(Ok((accepted, _others))) => return accepted,
             Ok(Err(_)) => {}
             // Not refused: the next should be there when its guest runs.
             Err(_) => continue,
@@ -45,7 +78,7 @@ mod tests {
         let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let v4 = app.local_addr().unwrap();
         let v6 = SocketAddr::new("::1".parse().unwrap(), v4.port());
-        assert_eq!(accepts(&[v6, v4]).await, v4);
+        assert_eq!(accepts(&[v6, v4]).await.0, v4);
     }
 
     #[tokio::test]
@@ -60,6 +93,6 @@ mod tests {
         };
         let addresses = [address];
         let (found, _app) = tokio::join!(accepts(&addresses), listen);
-        assert_eq!(found, address);
+        assert_eq!(found.0, address);
     }
 }
