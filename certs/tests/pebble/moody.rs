@@ -120,8 +120,9 @@ async fn answer(
         .await
         .map_err(std::io::Error::other)?
         .to_bytes();
+    let processing = mood.lock().processing;
     if path.starts_with(ORDER)
-        && let Some(retry_after) = mood.lock().processing
+        && let Some(retry_after) = processing
         && let Ok(mut order) = serde_json::from_slice::<serde_json::Value>(&body)
         && order["status"] == "valid"
     {

@@ -1,11 +1,13 @@
 //! A directory that says when it wants to be asked again.
 
+use std::time::Duration;
+
 use http::StatusCode;
 use jiff::{SignedDuration, Timestamp};
 use tern_catalog::{Certificate, CertificateState, ChallengeKind, Hostname};
 
 use crate::moody::Moody;
-use crate::world::{LONG, World};
+use crate::world::{LONG, PATIENCE, World};
 
 async fn moody() -> (World, Moody) {
     let world = World::new(&[ChallengeKind::TlsAlpn01], LONG).await;
@@ -100,9 +102,14 @@ async fn an_order_that_is_long_in_the_making_is_followed_to_its_end() {
     world.catalog.put(&over).await.unwrap();
     let before = moody.mood.lock().looks;
     let world = world.restart(|_| {}).await;
-    while moody.mood.lock().looks < before + 2 {
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
+    let looked = async {
+        while moody.mood.lock().looks < before + 2 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, looked)
+        .await
+        .expect("the same order is looked at again");
     moody.mood.lock().processing = None;
     let issued = world.issued(&name).await;
     assert_eq!(

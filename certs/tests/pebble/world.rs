@@ -38,7 +38,7 @@ pub struct World {
 }
 
 /// Longest that anything may take: the CA's waits, on a machine that has other things to do.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 /// As issued by a public CA: what has nothing to do with renewal is not to meet it.
 pub const LONG: Duration = Duration::from_secs(90 * 24 * 3600);
 pub const ACME_TLS: &[u8] = b"acme-tls/1";
