@@ -13,16 +13,19 @@ impl Hostname {
     /// A name as somebody wrote it, made what it is stored as (UTS #46, not transitional).
     pub fn typed(given: &str) -> Result<Self, NameError> {
         let refused = |rule| NameError::new("host name", given, rule);
+        let address = "it is an IP address; point a host name at it, and add that";
         let text = given.trim();
         let text = text.strip_suffix('.').unwrap_or(text);
-        if text.parse::<std::net::IpAddr>().is_ok() || ends_in_a_number(text) {
-            return Err(refused(
-                "it is an IP address; point a host name at it, and add that",
-            ));
+        if text.parse::<std::net::IpAddr>().is_ok() {
+            return Err(refused(address));
         }
         let ascii = idna::domain_to_ascii(text).map_err(|_| {
             refused("use DNS labels joined by dots, in any script that domain names may have")
         })?;
+        // After it is mapped: digits have other forms too.
+        if ends_in_a_number(&ascii) {
+            return Err(refused(address));
+        }
         let hostname: Self = ascii.parse()?;
         if PRIVATE.contains(&hostname.last_label()) {
             return Err(refused(
@@ -58,7 +61,6 @@ fn ends_in_a_number(text: &str) -> bool {
     let last = text.rsplit_once('.').map_or(text, |(_, last)| last);
     let hexadecimal = last
         .strip_prefix("0x")
-        .or_else(|| last.strip_prefix("0X"))
         .is_some_and(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit()));
     hexadecimal || (!last.is_empty() && last.bytes().all(|b| b.is_ascii_digit()))
 }
@@ -100,6 +102,7 @@ mod tests {
             ("1.2.3.4", "IP address"),
             ("1.2.3.4.", "IP address"),
             ("127.1", "IP address"),
+            ("１.２.３.４", "IP address"),
             ("0x7f.0x1", "IP address"),
             ("shop.0X7F", "IP address"),
             ("::1", "IP address"),
