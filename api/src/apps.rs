@@ -129,6 +129,7 @@ pub async fn destroy(
 ) -> Result<StatusCode, ApiError> {
     let snapshot = shared.view.snapshot();
     caller.app(&snapshot, &name)?;
+    let there = still_there(&shared, &name).await?;
     let machines: Vec<_> = snapshot
         .machines_of(&name)
         .map(|(m, _)| m.id.clone())
@@ -185,12 +186,18 @@ pub async fn destroy(
                 key: tern_catalog::Record::key(&**r),
             }),
     );
+    // Each for this very app: one that is not answered and lands late must not take away what the name's next owner
+    // has by then.
+    let transaction = |ops| Transaction {
+        compares: vec![there.clone()],
+        ops,
+    };
     // The app itself is in the last: what fails before leaves an app that can be destroyed again.
     while ops.len() > limits::MAX_OPS {
         let rest = ops.split_off(ops.len() - limits::MAX_OPS);
-        shared.catalog.store().commit(Transaction::of(rest)).await?;
+        shared.catalog.store().commit(transaction(rest)).await?;
     }
-    let revision = shared.catalog.store().commit(Transaction::of(ops)).await?;
+    let revision = shared.catalog.store().commit(transaction(ops)).await?;
     shared.seen(revision).await;
     // Whoever takes the name next must not find this owner's images under it.
     if let Err(error) = shared.registry.forget(&name) {
@@ -223,4 +230,90 @@ fn shape(snapshot: &Snapshot, app: &App) -> Value {
         "organization": {"slug": app.organization, "name": organization.map(|o| &o.name)},
         "created_at": app.created_at.as_millisecond(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use async_trait::async_trait;
+    use axum::body::Body;
+    use http::Method;
+    use parking_lot::Mutex;
+    use tern_catalog::{
+        Catalog, Entry, LeaseId, Listing, Revision, Store, StoreError, Transaction, Watch,
+    };
+    use tower::ServiceExt as _;
+
+    use crate::testing::{ADMIN, World};
+
+    /// A store that leaves a commit that deletes an app unanswered, and does it only when told.
+    struct Late {
+        store: Arc<dyn Store>,
+        held: Mutex<Option<Transaction>>,
+    }
+
+    #[async_trait]
+    impl Store for Late {
+        async fn get(&self, key: &str) -> Result<Option<Entry>, StoreError> {
+            self.store.get(key).await
+        }
+        async fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
+            self.store.list(prefix).await
+        }
+        async fn commit(&self, transaction: Transaction) -> Result<Revision, StoreError> {
+            *self.held.lock() = Some(transaction);
+            Err(StoreError::Unknown("the answer is lost".to_owned()))
+        }
+        async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, StoreError> {
+            self.store.watch(prefix, after).await
+        }
+        async fn grant(&self, ttl: Duration) -> Result<LeaseId, StoreError> {
+            self.store.grant(ttl).await
+        }
+        async fn keep_alive(&self, lease: LeaseId) -> Result<(), StoreError> {
+            self.store.keep_alive(lease).await
+        }
+        async fn revoke(&self, lease: LeaseId) -> Result<(), StoreError> {
+            self.store.revoke(lease).await
+        }
+    }
+
+    #[tokio::test]
+    async fn a_removal_that_lands_late_leaves_the_names_next_owner_alone() {
+        let world = World::new().await;
+        let body = || Body::from(r#"{"app_name":"shop","org_slug":"personal"}"#);
+        let create = || world.call(ADMIN, Method::POST, "/v1/apps", body());
+        assert_eq!(create().await.status, 201);
+        let late = Arc::new(Late {
+            store: Arc::clone(world.catalog.store()),
+            held: Mutex::new(None),
+        });
+        let mut shared = world.shared.clone();
+        shared.catalog = Catalog::new(Arc::clone(&late) as Arc<dyn Store>);
+        let request = http::Request::delete("/v1/apps/shop")
+            .header("authorization", format!("Bearer {ADMIN}"))
+            .body(Body::empty())
+            .unwrap();
+        let answer = crate::routes::router(shared)
+            .oneshot(request)
+            .await
+            .unwrap();
+        assert_eq!(answer.status(), 503);
+
+        // It is looked at, done again, and the name is taken by somebody else.
+        let path = "/v1/apps/shop";
+        let removed = world.call(ADMIN, Method::DELETE, path, Body::empty()).await;
+        assert_eq!(removed.status, 202);
+        assert_eq!(create().await.status, 201);
+        let held = late.held.lock().take().unwrap();
+        let outcome = world.catalog.store().commit(held).await;
+        assert!(
+            matches!(outcome, Err(StoreError::Conflict { .. })),
+            "{outcome:?}"
+        );
+        let found = world.call(ADMIN, Method::GET, path, Body::empty()).await;
+        assert_eq!(found.status, 200);
+    }
 }

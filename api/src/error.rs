@@ -48,6 +48,11 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, format!("{what} not found"))
     }
 
+    /// 502: another host, which must answer, does not.
+    pub fn unreachable(text: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_GATEWAY, text)
+    }
+
     /// 408: a wait that was in vain.
     pub fn timeout(text: impl Into<String>) -> Self {
         Self::new(StatusCode::REQUEST_TIMEOUT, text)

@@ -295,6 +295,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_invite_is_the_operators_to_make_and_lasts_a_day_at_most() {
+        let world = World::new().await;
+        let invite = async |token: &str, body: Value| {
+            let path = "/v1/hosts/invites";
+            let answer = world.call(token, Method::POST, path, body.to_string());
+            answer.await
+        };
+        let body = json!({"region": "ams"});
+        let made = invite(ADMIN, body.clone()).await;
+        assert_eq!(made.status, StatusCode::CREATED);
+        assert_eq!(made.json()["join"], "address/fingerprint/secret");
+        assert_eq!(invite(RIVAL, body).await.status, StatusCode::FORBIDDEN);
+        for ttl in [0, 59, 86_401] {
+            let refused = invite(ADMIN, json!({"region": "ams", "ttl_seconds": ttl})).await;
+            assert_eq!(refused.status, StatusCode::UNPROCESSABLE_ENTITY, "{ttl}");
+        }
+        let refused = invite(ADMIN, json!({})).await;
+        assert_eq!(refused.status, StatusCode::PRECONDITION_FAILED);
+        assert_eq!(refused.json()["error"], "no region");
+    }
+
+    #[tokio::test]
     async fn what_is_too_large_for_every_host_is_refused_with_what_they_have() {
         let world = World::new().await;
         world.app("shop").await;

@@ -13,8 +13,10 @@ mod certificates;
 mod error;
 mod exec;
 mod extract;
+mod forward;
 mod gateway;
 mod hosts;
+mod invites;
 mod lease;
 mod logs;
 mod machines;
@@ -43,6 +45,7 @@ pub use gateway::{
     ExecFeed, ExecOutput, ExecRequest, ExecSession, GatewayError, HostGateway, LogLine, LogQuery,
     MachineMemory, StartPhase, StartTrace,
 };
+pub use invites::{Invitation, Inviter};
 pub use registry::REGISTRY_NAME;
 pub use secrets::SecretSealer;
 pub use server::{ApiConfig, ApiServer};

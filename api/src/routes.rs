@@ -23,8 +23,8 @@ use crate::rights::Right::{App, Known, Organization, OrganizationInBody, Own, Pl
 use crate::rights::{Denied, OrganizationRight, Right};
 use crate::server::Shared;
 use crate::{
-    apps, certificates, hosts, lease, logs, machines, orgs, peers, platform, registry, releases,
-    secrets, tokens, volumes,
+    apps, certificates, forward, hosts, invites, lease, logs, machines, orgs, peers, platform,
+    registry, releases, secrets, tokens, volumes,
 };
 
 /// Largest body of a call: a configuration with files in it, or a manifest, of which the registry's specification asks
@@ -34,6 +34,8 @@ const MAX_BODY_BYTES: usize = 4 << 20;
 /// Tells a call in our log and the caller's.
 const REQUEST_ID: HeaderName = HeaderName::from_static("fly-request-id");
 
+/// What the paths of one Machine begin with.
+const MACHINE: &str = "/v1/apps/{app}/machines/{id}";
 /// What the registry's paths begin with.
 const REGISTRY: &str = "/v2/";
 
@@ -85,12 +87,14 @@ pub fn table() -> Vec<Route> {
             peers::remove,
         ),
         get("/v1/hosts", Platform, hosts::list),
+        post("/v1/hosts/invites", Platform, invites::create),
         get("/v1/hosts/{id}", Platform, hosts::get),
         delete("/v1/hosts/{id}", Platform, hosts::remove),
         post("/v1/hosts/{id}/cordon", Platform, hosts::cordon),
         post("/v1/hosts/{id}/uncordon", Platform, hosts::uncordon),
         // Which tokens: `tokens.rs` asks what the caller's own covers.
         get("/v1/tokens", Own, tokens::list),
+        get("/v1/tokens/current", Own, tokens::current_one),
         post("/v1/tokens", Own, tokens::create),
         delete("/v1/tokens/{id}", Own, tokens::revoke),
     ]);
@@ -146,6 +150,11 @@ fn app_routes() -> Vec<Route> {
         get("/v1/apps/{app}/secrets/{name}", App(Read), secrets::get),
         post("/v1/apps/{app}/secrets/{name}", App(Deploy), secrets::set),
         delete("/v1/apps/{app}/secrets/{name}", App(Deploy), secrets::unset),
+        post(
+            "/v1/apps/{app}/deploy_token",
+            App(Deploy),
+            tokens::create_to_deploy,
+        ),
         // From here on: what Fly.io keeps outside its Machines API.
         get("/v1/apps/{app}/logs", App(Read), logs::stream),
         get("/v1/apps/{app}/lease", App(Read), lease::get),
@@ -261,7 +270,13 @@ pub fn router(shared: Shared) -> Router {
     let (mut api, mut images) = (Router::new(), Router::new());
     for route in table() {
         let gate = middleware::from_fn_with_state((shared.clone(), route.right), guard);
-        let guarded = route.handler.route_layer(gate);
+        let mut handler = route.handler;
+        if route.path.starts_with(MACHINE) {
+            // Inside the gate: what may not be done here is not asked of others.
+            let elsewhere = middleware::from_fn_with_state(shared.clone(), forward::to_host);
+            handler = handler.route_layer(elsewhere);
+        }
+        let guarded = handler.route_layer(gate);
         if route.path.starts_with(REGISTRY) {
             images = images.route(route.path, guarded);
         } else {

@@ -26,6 +26,7 @@ use tern_guest::ExitStatus;
 use tower::ServiceExt as _;
 
 use crate::auth::token_hash;
+use crate::forward::Forwarder;
 use crate::gateway::{
     ExecOutput, ExecRequest, ExecSession, GatewayError, HostGateway, LogLine, LogQuery,
     MachineMemory, StartPhase, StartTrace,
@@ -96,6 +97,7 @@ pub struct FakeGateway {
     pub memory_limit: AtomicU32,
     /// What commands do, in the order they are asked for; others say what they are.
     pub sessions: Mutex<VecDeque<ExecSession>>,
+    commands: AtomicU32,
     /// Images that hosts were to have, in order.
     pub prepared: Mutex<Vec<String>>,
 }
@@ -143,12 +145,15 @@ impl World {
         let registry_dir = files.path().join("registry");
         let config = ApiConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
+            host: HostId(1),
+            shared: false,
             registry_dir: registry_dir.clone(),
             region: "local".into(),
             domain: Some("tern.test".into()),
             service_ports: PortRanges::default(),
             internal_token: "internal".into(),
             sealer: Arc::new(FakeSealer),
+            inviter: Arc::new(FakeInviter),
         };
         let shared = Shared {
             config: Arc::new(config),
@@ -156,6 +161,7 @@ impl World {
             view,
             gateway: gateway.clone(),
             registry: Arc::new(Registry::open(&registry_dir).unwrap()),
+            forwarder: Forwarder::new(|_| "127.0.0.1:9".parse().unwrap()),
         };
         Self {
             router: crate::routes::router(shared.clone()),
@@ -234,6 +240,49 @@ impl World {
     }
 }
 
+/// Another host's API on the same catalog; ends with this.
+pub struct SecondHost {
+    pub gateway: Arc<FakeGateway>,
+    _end: tokio_util::sync::DropGuard,
+}
+
+/// Where the only other host of a test is.
+static SECOND: std::sync::OnceLock<std::net::SocketAddr> = std::sync::OnceLock::new();
+
+impl World {
+    /// Starts the API of another host, and has this one know where it is.
+    pub async fn as_host(&mut self, host: HostId) -> SecondHost {
+        let gateway = Arc::new(FakeGateway::default());
+        let config = ApiConfig {
+            host,
+            ..ApiConfig::clone(&self.shared.config)
+        };
+        let server = crate::ApiServer::bind(
+            config,
+            self.catalog.clone(),
+            self.shared.view.clone(),
+            gateway.clone(),
+        );
+        let server = server.await.unwrap();
+        // nextest runs each test in a process of its own.
+        SECOND.set(server.local_addr().unwrap()).unwrap();
+        let end = tokio_util::sync::CancellationToken::new();
+        tokio::spawn(server.run(end.clone()));
+        self.shared.forwarder = Forwarder::new(|_| *SECOND.get().unwrap());
+        self.router = crate::routes::router(self.shared.clone());
+        SecondHost {
+            gateway,
+            _end: end.drop_guard(),
+        }
+    }
+}
+
+impl FakeGateway {
+    pub fn commands(&self) -> u32 {
+        self.commands.load(Ordering::Relaxed)
+    }
+}
+
 /// The record of a token that never ends.
 pub fn token_of(token: &str, organization: Option<OrgSlug>, scope: Scope) -> Token {
     Token {
@@ -268,6 +317,25 @@ impl std::fmt::Debug for Answer {
             self.status,
             String::from_utf8_lossy(&self.body)
         )
+    }
+}
+
+#[derive(Debug)]
+struct FakeInviter;
+
+#[async_trait]
+impl crate::Inviter for FakeInviter {
+    async fn invite(
+        &self,
+        region: Option<String>,
+        time: Duration,
+    ) -> Result<crate::Invitation, String> {
+        let region = region.ok_or("no region")?;
+        Ok(crate::Invitation {
+            join: "address/fingerprint/secret".into(),
+            region,
+            expires_at: Timestamp::now() + time,
+        })
     }
 }
 
@@ -425,6 +493,7 @@ impl HostGateway for FakeGateway {
     }
 
     async fn exec(&self, _: &MachineId, request: ExecRequest) -> Result<ExecSession, GatewayError> {
+        self.commands.fetch_add(1, Ordering::Relaxed);
         if request.command[0] == "absent" {
             return Err(GatewayError::NotRunning("it is not running".into()));
         }

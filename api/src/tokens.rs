@@ -19,6 +19,7 @@ use crate::apps;
 use crate::auth::{Caller, generation, lineage, token_hash};
 use crate::error::ApiError;
 use crate::extract::{Json, Path, Query};
+use crate::machines::optional;
 use crate::rights::{AppRight, Denied, OrganizationRight, Principal};
 use crate::server::Shared;
 
@@ -65,6 +66,11 @@ enum Kind {
 }
 
 #[derive(Debug, Default, Deserialize)]
+struct ToDeploy {
+    expiry: Option<GoDuration>,
+}
+
+#[derive(Debug, Default, Deserialize)]
 pub struct RevokeQuery {
     /// What it has made stays good.
     #[serde(default)]
@@ -81,15 +87,47 @@ pub async fn list(State(shared): State<Shared>, caller: Caller) -> Json<Value> {
     Json(json!({"tokens": shown}))
 }
 
+/// `GET /v1/tokens/current`: what the call is sent with.
+pub async fn current_one(caller: Caller) -> Json<Value> {
+    let now = Timestamp::now();
+    let own: Vec<Value> = caller.token().map(|t| shape(t, now)).into_iter().collect();
+    Json(json!({"tokens": own}))
+}
+
 /// `POST /v1/tokens`: the only answer that ever holds the token.
 pub async fn create(
     State(shared): State<Shared>,
     caller: Caller,
     Json(create): Json<Create>,
 ) -> Result<(StatusCode, Json<Value>), ApiError> {
+    let made = mint(&shared, &caller, &create).await?;
+    Ok((StatusCode::CREATED, Json(made)))
+}
+
+/// `POST /v1/apps/{app}/deploy_token`, as Fly.io has it: a token to deploy that app.
+pub async fn create_to_deploy(
+    State(shared): State<Shared>,
+    caller: Caller,
+    Path(app): Path<AppName>,
+    body: bytes::Bytes,
+) -> Result<Json<Value>, ApiError> {
+    let asked: ToDeploy = optional(&body)?;
+    let create = Create {
+        name: "deploy token".to_owned(),
+        org_slug: None,
+        scope: Kind::Deploy,
+        apps: [app].into(),
+        expiry: asked.expiry,
+    };
+    let made = mint(&shared, &caller, &create).await?;
+    Ok(Json(json!({"token": made["token"]})))
+}
+
+/// What is made, with the token.
+async fn mint(shared: &Shared, caller: &Caller, create: &Create) -> Result<Value, ApiError> {
     let (snapshot, now) = (shared.view.snapshot(), Timestamp::now());
     let parent = caller.token().ok_or(Denied::Unknown)?;
-    let (organization, scope) = wanted(&snapshot, &caller, &create)?;
+    let (organization, scope) = wanted(&snapshot, caller, create)?;
     let secret = format!("tern_{}", hex::encode(rand::random::<[u8; TOKEN_BYTES]>()));
     let token = Token {
         hash: token_hash(&secret),
@@ -114,7 +152,7 @@ pub async fn create(
             "this token was made by one that was made by another, and so on; ask with one of the first of them",
         ));
     }
-    sweep(&shared, &snapshot, now).await?;
+    sweep(shared, &snapshot, now).await?;
     let beside = snapshot.tokens.values();
     if beside
         .filter(|t| t.organization == token.organization)
@@ -125,9 +163,9 @@ pub async fn create(
             "there are {MAX_TOKENS} tokens already; revoke some, see `tern tokens list`"
         )));
     }
-    let mut compares = vec![Compare::absent(&token), current(&shared, parent).await?.1];
+    let mut compares = vec![Compare::absent(&token), current(shared, parent).await?.1];
     for app in token.scope.apps().into_iter().flat_map(TokenApps::keys) {
-        compares.push(apps::still_there(&shared, app).await?);
+        compares.push(apps::still_there(shared, app).await?);
     }
     let transaction = Transaction {
         compares,
@@ -137,7 +175,7 @@ pub async fn create(
     shared.seen(revision).await;
     let mut shown = shape(&token, now);
     shown["token"] = json!(secret);
-    Ok((StatusCode::CREATED, Json(shown)))
+    Ok(shown)
 }
 
 /// `DELETE /v1/tokens/{id}`: it, and all that it has made, unless that is to be kept.

@@ -30,7 +30,7 @@ pub use snapshot::{Snapshot, Unreadable};
 pub struct View {
     current: Arc<ArcSwap<Snapshot>>,
     revision: watch::Receiver<Revision>,
-    /// When the store last said that the picture is current.
+    /// When the store was asked for what the picture is known to hold.
     heard: Arc<Mutex<Instant>>,
     /// Ends the follower with the last clone.
     _follower: Arc<Follower>,
@@ -47,11 +47,12 @@ const STALE_AFTER: Duration = PROGRESS_EVERY.saturating_mul(5);
 impl View {
     /// Reads everything, and follows what comes from then on.
     pub async fn follow(store: Arc<dyn Store>) -> Result<Self, CatalogError> {
+        let asked = Instant::now();
         let mut keys = HashSet::new();
         let first = read(&*store, &Snapshot::default(), &mut keys).await?;
         let (announce, revision) = watch::channel(first.revision);
         let current = Arc::new(ArcSwap::from_pointee(first));
-        let heard = Arc::new(Mutex::new(Instant::now()));
+        let heard = Arc::new(Mutex::new(asked));
         let follower = Follow {
             store,
             current: Arc::clone(&current),
@@ -140,12 +141,12 @@ impl Follow {
         loop {
             let before = self.current.load().revision;
             let ended = self.follow(before, &mut keys).await;
+            let asked = Instant::now();
             match ended {
                 // Too far behind: what is missing can only be had by reading everything.
                 StoreError::Compacted { .. } => match self.read_all(&mut keys).await {
                     Ok(()) => {
-                        *self.heard.lock() = Instant::now();
-                        continue;
+                        self.hear(asked);
                     }
                     Err(error) => tracing::warn!(%error, "the catalog cannot be read"),
                 },
@@ -184,7 +185,7 @@ impl Follow {
                     }
                     self.show(next);
                 }
-                Some(Ok(WatchEvent::Progress(revision))) => {
+                Some(Ok(WatchEvent::Progress { revision, asked })) => {
                     // Others' commits count too: who waits for a revision learns that it has passed, and
                     // a later watch need not ask for what was compacted since.
                     let current = self.current.load();
@@ -193,12 +194,17 @@ impl Follow {
                         next.revision = revision;
                         self.show(next);
                     }
-                    *self.heard.lock() = Instant::now();
+                    self.hear(asked);
                 }
                 Some(Err(error)) => return error,
                 None => return StoreError::Unavailable("the watch has ended".to_owned()),
             }
         }
+    }
+
+    fn hear(&self, asked: Instant) {
+        let mut heard = self.heard.lock();
+        *heard = asked.max(*heard);
     }
 
     fn show(&self, snapshot: Snapshot) {

@@ -12,6 +12,8 @@ use tern_catalog::{
 };
 use tern_host::{AllowedPrefix, SnapshotCache};
 
+use crate::serve::Ticket;
+
 /// Run apps on your own servers: KVM Machines behind HTTPS, asleep while nobody calls.
 ///
 /// Describe an app in a `fly.toml` beside its Dockerfile, run `tern launch` once and `tern deploy`
@@ -146,6 +148,15 @@ pub enum Hosts {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Print what lets one more server into this cloud: a command line that is good once, and for a while
+    Invite {
+        /// The region of the new server. Default: this one's
+        #[arg(long)]
+        region: Option<String>,
+        /// How long it is good, a day at most
+        #[arg(long, default_value = "1h", value_parser = duration)]
+        ttl: Duration,
     },
     /// Put no new Machines on a server; those that are there go on
     Cordon {
@@ -337,9 +348,22 @@ pub struct Serve {
     pub data_dir: PathBuf,
     #[command(flatten)]
     pub etcd: Etcd,
-    /// This host's region
-    #[arg(long, env = "TERN_REGION", default_value = "local")]
-    pub region: String,
+    /// Join the cloud of another server, by what `tern hosts invite` printed there: etcd, keys and region come from it.
+    /// Good once; a data directory that has joined needs it no more, and leaves it aside
+    #[arg(
+        long,
+        env = "TERN_JOIN",
+        hide_env_values = true,
+        value_name = "INVITE",
+        conflicts_with = "etcd"
+    )]
+    pub join: Option<Ticket>,
+    /// Where servers that join are let in, while there is an invite that may be used
+    #[arg(long, default_value = "[::]:4281", value_name = "ADDRESS")]
+    pub join_listen: SocketAddr,
+    /// This host's region. Default: what its invite said, else `local`
+    #[arg(long, env = "TERN_REGION")]
+    pub region: Option<String>,
     /// Apps get the host name APP.DOMAIN; point *.DOMAIN at this server
     #[arg(long, env = "TERN_DOMAIN")]
     pub domain: Option<String>,
@@ -377,6 +401,9 @@ pub struct Serve {
     /// Serve no HTTP/3. It takes the same ports of UDP as HTTPS takes of TCP
     #[arg(long)]
     pub no_http3: bool,
+    /// Do not wake a suspended Machine when a client's TLS handshake names its app, but only when its request comes
+    #[arg(long)]
+    pub no_early_wake: bool,
     /// Where WireGuard listens (UDP)
     #[arg(long, default_value = "[::]:51820")]
     pub wireguard: SocketAddr,
@@ -936,24 +963,75 @@ pub enum Orgs {
 #[derive(Debug, Subcommand)]
 pub enum Tokens {
     /// Make a token and print it; it is shown only once
-    Create {
-        /// Its name, to know it by later
-        name: String,
-        /// Good for this organization only; without it, for everything
+    Create(CreateToken),
+    /// List tokens: what each may do, until when, and its last characters
+    List {
+        /// Of this organization only
         #[arg(short, long)]
         org: Option<OrgSlug>,
-    },
-    /// List tokens
-    List {
         /// Print JSON
-        #[arg(long)]
+        #[arg(short, long)]
         json: bool,
     },
-    /// Take a token back
+    /// Take tokens back, with all that were made with them
     Revoke {
-        /// Its id, from `tern tokens list`
-        id: String,
+        /// Their ids, from `tern tokens list`
+        #[arg(required = true)]
+        ids: Vec<String>,
+        /// Leave those that were made with them good
+        #[arg(long)]
+        keep_made: bool,
+        /// Do not ask
+        #[arg(short, long)]
+        yes: bool,
     },
+}
+
+/// `tern tokens create`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct CreateToken {
+    /// What it may do
+    #[arg(value_enum, required_unless_present = "scope")]
+    pub kind: Option<TokenScope>,
+    /// The same, as an option
+    #[arg(short, long, value_enum, conflicts_with = "kind")]
+    pub scope: Option<TokenScope>,
+    /// Its name, to know it by later
+    #[arg(short, long)]
+    pub name: Option<String>,
+    /// The apps that it is for (deploy, machine-exec). Default: the one fly.toml names
+    #[arg(short, long, env = "FLY_APP", value_delimiter = ',')]
+    pub app: Vec<AppName>,
+    /// The fly.toml, or the directory it is in
+    #[arg(short, long, default_value = "fly.toml")]
+    pub config: PathBuf,
+    /// The organization that it is for (org, readonly). Default: the only one there is
+    #[arg(short, long)]
+    pub org: Option<OrgSlug>,
+    /// How long it is good, as in 720h. Default: for ever
+    #[arg(short = 'x', long, value_parser = duration)]
+    pub expiry: Option<Duration>,
+    /// Print JSON
+    #[arg(short, long)]
+    pub json: bool,
+}
+
+/// What a token may do. Named as flyctl's `tokens create` names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TokenScope {
+    /// Deploy some apps
+    Deploy,
+    /// Everything in an organization
+    #[value(alias = "full")]
+    Org,
+    /// See everything in an organization
+    #[value(alias = "read")]
+    Readonly,
+    /// Run commands in the Machines of some apps
+    #[value(alias = "machine_exec")]
+    MachineExec,
+    /// Everything there is
+    Admin,
 }
 
 #[derive(Debug, Subcommand)]
@@ -1100,6 +1178,31 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory as _;
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_token_is_asked_for_as_flyctl_does_or_by_options() {
+        let create = |options: &[&str]| {
+            let words = ["tern", "tokens", "create"].iter().chain(options);
+            match Args::try_parse_from(words)?.command {
+                Command::Tokens(Tokens::Create(create)) => Ok::<_, clap::Error>(create),
+                _ => panic!("not create"),
+            }
+        };
+        let flyctl = create(&["deploy", "-a", "shop", "-x", "720h", "-n", "ci"]).unwrap();
+        assert_eq!(flyctl.kind, Some(TokenScope::Deploy));
+        assert_eq!(flyctl.expiry, Some(Duration::from_secs(720 * 3600)));
+        let exec = create(&["--scope", "machine-exec", "--app", "shop,blog"]).unwrap();
+        assert_eq!(exec.scope, Some(TokenScope::MachineExec));
+        assert_eq!(exec.app.len(), 2);
+        for bad in [
+            &[][..],
+            &["ci"],
+            &["deploy", "--scope=org"],
+            &["org", "--expiry=soon"],
+        ] {
+            assert!(create(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

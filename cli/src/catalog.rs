@@ -81,7 +81,12 @@ async fn move_all(from: StoreKind, to: StoreKind, data_dir: &Path, etcd: &Etcd) 
     let source = open_kind(from, data_dir, etcd).await?;
     transfer::refuse_moved(&*source).await?;
     let target = open_kind(to, data_dir, etcd).await?;
-    let moved = transfer::copy(&*source, &*target).await?;
+    // A file is ours alone while it is open.
+    let leave_for = match from {
+        StoreKind::Sqlite => None,
+        StoreKind::Etcd => Some(format!("SQLite, in {}", file.display())),
+    };
+    let moved = transfer::copy(&*source, &*target, leave_for.as_deref()).await?;
     let members = etcd.members.join(",");
     let next = match from {
         StoreKind::Sqlite => {
@@ -94,7 +99,6 @@ async fn move_all(from: StoreKind, to: StoreKind, data_dir: &Path, etcd: &Etcd) 
             )
         }
         StoreKind::Etcd => {
-            transfer::mark_moved(&*source, &format!("SQLite, in {}", file.display())).await?;
             "etcd keeps its records and is not served from any more. Start `tern serve` without --etcd now.".to_owned()
         }
     };

@@ -97,6 +97,7 @@ pub async fn create(
         guest: Some(&config.guest),
         starts: !create.skip_launch,
         volume: volume.map(|v| (&v.id, v.host)),
+        image_on: is_ours(&config.image).then_some(shared.config.host),
     };
     let chosen = place::on(&snapshot, &wanted)?;
     if chosen.region != wanted.region {
@@ -198,6 +199,13 @@ pub async fn update(
         answer["nonce"] = lease.nonce.into();
     }
     Ok(Json(answer))
+}
+
+/// Whether an image is in the registry of the host that is spoken to, where no other host has it.
+fn is_ours(image: &str) -> bool {
+    image
+        .split_once('/')
+        .is_some_and(|(registry, _)| registry == crate::REGISTRY_NAME)
 }
 
 /// What was asked for in vain, told beside what was done.

@@ -33,6 +33,8 @@ pub struct Wanted<'a> {
     pub starts: bool,
     /// The volume that ties it to a host.
     pub volume: Option<(&'a VolumeId, HostId)>,
+    /// The only host whose registry has its image.
+    pub image_on: Option<HostId>,
 }
 
 /// A host as placement sees it.
@@ -63,6 +65,8 @@ pub enum Lack {
     Unreachable(Option<Timestamp>),
     /// It gets nothing new.
     Cordoned,
+    /// The image was pushed to another host's registry.
+    Image(HostId),
     /// It has less memory than that, whatever runs.
     Size {
         /// MiB.
@@ -127,6 +131,9 @@ impl Candidate<'_> {
         if self.cordoned {
             return Some(Lack::Cordoned);
         }
+        if let Some(other) = wanted.image_on.filter(|has| *has != self.host.id) {
+            return Some(Lack::Image(other));
+        }
         let needed = wanted.guest?.needs(self.all);
         let (all, taken) = (self.all, self.taken);
         if needed.memory_mib > all.memory_mib {
@@ -165,6 +172,10 @@ impl fmt::Display for Lack {
             Self::Unreachable(Some(since)) => write!(f, "is unreachable since {since:.0}"),
             Self::Unreachable(None) => f.write_str("is unreachable"),
             Self::Cordoned => f.write_str("is cordoned"),
+            Self::Image(other) => write!(
+                f,
+                "has not the image, which was pushed to the registry of host {other}"
+            ),
             Self::Size { needed, all } => {
                 write!(
                     f,
@@ -377,7 +388,8 @@ mod tests {
             1
         };
         let cpus = (u64::from(guest.cpus) * each).min(c.all.cpu_sixteenths);
-        let fits = memory <= c.all.memory_mib;
+        let has_image = wanted.image_on.is_none_or(|has| has == c.host.id);
+        let fits = has_image && memory <= c.all.memory_mib;
         let free = memory + c.taken.memory_mib <= c.all.memory_mib
             && (cpus == 0 || cpus + c.taken.cpu_sixteenths <= c.all.cpu_sixteenths);
         there && c.alive.is_ok() && !c.cordoned && fits && (!wanted.starts || free)
@@ -392,6 +404,7 @@ mod tests {
             own in any::<bool>(),
             starts in any::<bool>(),
             tied in prop::option::weighted(0.2, 1..7u32),
+            image_on in prop::option::weighted(0.2, 1..7u32),
         ) {
             let guest = guest(cpus, memory, if own { "performance" } else { "shared" });
             let app: AppName = "shop".parse().unwrap();
@@ -402,6 +415,7 @@ mod tests {
                 guest: Some(&guest),
                 starts,
                 volume: tied.map(|id| (&volume, HostId(id))),
+                image_on: image_on.map(HostId),
             };
             with(&facts, |candidates| {
                 let regions: BTreeSet<&str> =
@@ -455,6 +469,7 @@ mod tests {
                     guest: Some(&guest),
                     starts: true,
                     volume: None,
+                    image_on: None,
                 };
                 let id = with(&facts, |candidates| choose(&wanted, candidates)).unwrap();
                 let taken = &mut facts[id.0 as usize - 1];

@@ -178,6 +178,25 @@ async fn a_token_makes_none_that_lasts_longer_than_itself() {
 }
 
 #[tokio::test]
+async fn a_deploy_token_is_had_as_from_fly_and_says_what_it_is() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let body = json!({"expiry": "1h"});
+    let made = world.post("/v1/apps/shop/deploy_token", body).await;
+    assert_eq!(made.status, StatusCode::OK, "{made:?}");
+    let token = made.json()["token"].as_str().unwrap().to_owned();
+    let path = "/v1/tokens/current";
+    let own = world.call(&token, Method::GET, path, Body::empty()).await;
+    let own = &own.json()["tokens"];
+    assert_eq!(own.as_array().unwrap().len(), 1);
+    assert_eq!(
+        (&own[0]["scope"], &own[0]["apps"]),
+        (&json!("deploy"), &json!(["shop"]))
+    );
+    assert!(own[0]["expires_at"].is_string());
+}
+
+#[tokio::test]
 async fn what_makes_no_sense_is_refused_with_its_field() {
     let world = World::new().await;
     world.app("shop").await;

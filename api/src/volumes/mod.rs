@@ -109,6 +109,7 @@ pub async fn create(
         guest: None,
         starts: false,
         volume: origin.map(|o| (&o.id, o.host)),
+        image_on: None,
     };
     let host = place::on(&snapshot, &wanted)?;
     let (host, region) = (host.id, host.region.clone());

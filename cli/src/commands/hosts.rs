@@ -43,6 +43,13 @@ struct Share<T> {
 }
 
 #[derive(Debug, Deserialize)]
+struct Invite {
+    join: String,
+    region: String,
+    expires_at: Timestamp,
+}
+
+#[derive(Debug, Deserialize)]
 struct All {
     hosts: Vec<Host>,
 }
@@ -79,6 +86,16 @@ pub async fn run(client: &Client, args: Hosts) -> Result<ExitCode> {
             } else {
                 host.show();
             }
+        }
+        Hosts::Invite { region, ttl } => {
+            let ask = json!({"region": region, "ttl_seconds": ttl.as_secs()});
+            let made: Invite = client.post("/v1/hosts/invites", &ask).await?;
+            println!("tern serve --join {}", made.join);
+            eprintln!(
+                "Run it on the new server, once, until {:.0}. It will be in region {}. Whoever has this line has this cloud's \
+                 secrets: keep it to yourself.",
+                made.expires_at, made.region
+            );
         }
         Hosts::Cordon { id } => {
             let left: Host = client

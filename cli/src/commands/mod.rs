@@ -15,6 +15,7 @@ mod secrets;
 mod status;
 #[cfg(test)]
 mod testing;
+mod tokens;
 mod volumes;
 mod wire;
 mod wireguard;
@@ -69,7 +70,7 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Certs(args) => certs::run(&client, args).await,
         Command::Hosts(args) => hosts::run(&client, args).await,
         Command::Orgs(args) => orgs::orgs(&client, args).await,
-        Command::Tokens(args) => orgs::tokens(&client, args).await,
+        Command::Tokens(args) => tokens::run(&client, args).await,
         Command::Serve(_)
         | Command::Doctor(_)
         | Command::Host(_)

@@ -39,6 +39,20 @@ pub struct World {
     pub files: tempfile::TempDir,
 }
 
+#[derive(Debug)]
+struct NoInvites;
+
+#[async_trait]
+impl tern_api::Inviter for NoInvites {
+    async fn invite(
+        &self,
+        _: Option<String>,
+        _: std::time::Duration,
+    ) -> Result<tern_api::Invitation, String> {
+        Err("this cloud's catalog is a file".to_owned())
+    }
+}
+
 /// What its apps do.
 pub struct FakeHost {
     view: View,
@@ -120,12 +134,15 @@ impl World {
         let sealer = Sealer::load_or_create(&files.path().join("seal.key")).unwrap();
         let config = ApiConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
+            host: HostId(1),
+            shared: false,
             registry_dir: files.path().join("registry"),
             region: "local".into(),
             domain: Some("tern.test".into()),
             service_ports: PortRanges::default(),
             internal_token: "internal".into(),
             sealer: Arc::new(crate::serve::adapters::SecretKey(sealer)),
+            inviter: Arc::new(NoInvites),
         };
         let server = ApiServer::bind(config, catalog.clone(), view.clone(), host)
             .await

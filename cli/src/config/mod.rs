@@ -66,6 +66,17 @@ pub fn parse(argv: Vec<OsString>) -> Result<Args, Refused> {
     parse_with(argv, Path::new(PATH))
 }
 
+/// What this server's file says of its data directory.
+pub fn data_dir() -> Option<String> {
+    data_dir_of(&load(Path::new(PATH)).ok()?)
+}
+
+fn data_dir_of(settings: &[Setting]) -> Option<String> {
+    let said = settings.iter().find(|s| s.id == "data_dir")?;
+    let argument = said.arguments.first()?;
+    Some(argument.strip_prefix("--data-dir=")?.to_owned())
+}
+
 fn parse_with(mut argv: Vec<OsString>, default: &Path) -> Result<Args, Refused> {
     let root = Args::command();
     // First for what is there: what is missing may be in the file, and what is wrong is told below.

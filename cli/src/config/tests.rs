@@ -81,7 +81,7 @@ fn every_kind_of_value_is_taken() {
         machine_disk_bandwidth = 1048576
         wake_timeout = \"30s\"
         memory_overcommit = 1.5
-        max_connections = 7
+        max_client_connections = 7
         no_http3 = true
         log_json = false
         cpu_template = \"x86-64-v2\"
@@ -97,7 +97,7 @@ fn every_kind_of_value_is_taken() {
     assert_eq!(serve.wake_timeout, Duration::from_secs(30));
     assert!((serve.memory_overcommit - 1.5).abs() < f64::EPSILON);
     assert_eq!(
-        (serve.max_connections, serve.no_http3, serve.log_json),
+        (serve.max_client_connections, serve.no_http3, serve.log_json),
         (7, true, false)
     );
     assert_eq!(serve.cpu_template, CpuTemplate::X86_64V2);
@@ -108,7 +108,7 @@ fn every_kind_of_value_is_taken() {
 #[test]
 fn every_problem_is_told_with_its_line_and_what_to_write() {
     let file = "\
-max_connections = 1
+max_client_connections = 1
 regoin = \"fra\"
 autostop-after = \"1m\"
 wake_timeout = \"30 parsecs\"
@@ -158,13 +158,16 @@ members = 3
 
 #[test]
 fn a_flag_goes_before_the_file() {
-    let file = "region = \"file\"\nhttp = [\"127.0.0.1:81\"]\nmax_connections = 2\nno_http3 = true";
+    let file =
+        "region = \"file\"\nhttp = [\"127.0.0.1:81\"]\nmax_client_connections = 2\nno_http3 = true";
     let serve = serve_with(file, &["--region", "flag", "--http", "127.0.0.1:82"]).unwrap();
-    assert_eq!((serve.region.as_str(), serve.max_connections), ("flag", 2));
+    assert_eq!(serve.region.as_deref(), Some("flag"));
+    assert_eq!(serve.max_client_connections, 2);
     // Not added to the file's list: instead of it.
     assert_eq!(serve.http, ["127.0.0.1:82".parse().unwrap()]);
     assert!(serve.no_http3);
-    assert_eq!(serve_with(file, &["--"]).unwrap().region, "file");
+    let serve = serve_with(file, &["--"]).unwrap();
+    assert_eq!(serve.region.as_deref(), Some("file"));
 }
 
 #[test]
@@ -182,9 +185,10 @@ fn the_environment_goes_before_the_file_and_a_flag_before_both() {
         return;
     }
     let file = "region = \"file\"";
-    assert_eq!(serve_with(file, &[]).unwrap().region, "environment");
+    let serve = serve_with(file, &[]).unwrap();
+    assert_eq!(serve.region.as_deref(), Some("environment"));
     let flag = serve_with(file, &["--region", "flag"]).unwrap();
-    assert_eq!(flag.region, "flag");
+    assert_eq!(flag.region.as_deref(), Some("flag"));
 }
 
 #[test]
@@ -239,7 +243,13 @@ fn a_file_that_is_named_must_be_there_and_the_default_need_not() {
 fn commands_about_the_same_server_read_the_same_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tern.toml");
-    std::fs::write(&path, "data_dir = \"/srv/tern\"\nmax_connections = 3\n").unwrap();
+    std::fs::write(
+        &path,
+        "data_dir = \"/srv/tern\"\nmax_client_connections = 3\n",
+    )
+    .unwrap();
+    let said = data_dir_of(&load(&path).unwrap());
+    assert_eq!(said.as_deref(), Some("/srv/tern"));
     let parse = |line: &str| {
         let argv = line.split(' ').map(OsString::from).collect();
         parse_with(argv, &path).unwrap().command

@@ -105,7 +105,7 @@ impl MachineControl for HostAdapter {
 #[async_trait]
 impl HostGateway for HostAdapter {
     async fn prepare(&self, id: &MachineId, image: &str) -> Result<(), GatewayError> {
-        // Every Machine is on this host as yet.
+        // Another host's Machine is asked of that host's API (`tern_api`, `forward`).
         self.agent.prepare(id, image).await.map_err(gateway_error)
     }
 

@@ -7,7 +7,9 @@
 pub(crate) mod adapters;
 mod bootstrap;
 mod identity;
+mod join;
 mod metrics;
+mod systemd;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -31,6 +33,11 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::{CpuTemplate, Serve};
 use adapters::{HostAdapter, SecretKey};
+pub use join::Ticket;
+
+/// What to look for where there is no KVM.
+const WHERE_KVM_IS: &str = "Tern needs a bare-metal server with virtualization (VT-x, AMD-V) on in its firmware, or a virtual \
+     server that is given nested virtualization: docs/install.md names both kinds, and `tern doctor` looks closer";
 
 /// Longest that requests under way may take once the server is told to end.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -65,9 +72,10 @@ pub fn run(args: Serve) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn serve(args: Serve) -> Result<()> {
+async fn serve(mut args: Serve) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let manager = systemd::Manager::find();
     let descriptors = raise_descriptors()?;
     // Early: an address that is taken is told before anything has begun.
     let measured = match args.metrics.0 {
@@ -86,14 +94,15 @@ async fn serve(args: Serve) -> Result<()> {
     }
 
     let _lock = lock(&args.data_dir)?;
+    let key = MeshKey::load_or_create(&args.data_dir.join("keys/wireguard.key"))?;
+    let region = settle_cloud(&mut args, &key).await?;
     let store = crate::catalog::open(&args.data_dir, &args.etcd).await?;
     let own_catalog = args.etcd.members.is_empty();
     let catalog = Catalog::new(Arc::clone(&store));
-    let key = MeshKey::load_or_create(&args.data_dir.join("keys/wireguard.key"))?;
     let seal_key = args.data_dir.join("keys/seal.key");
     let sealer = Sealer::load_or_create(&seal_key)?;
     let asker = identity::Asker {
-        host: this_host(&args, &key),
+        host: this_host(&args, &region, &key),
         data_dir: &args.data_dir,
         sealer: &sealer,
         own_catalog,
@@ -142,12 +151,13 @@ async fn serve(args: Serve) -> Result<()> {
         https: args.https.clone(),
         service_addresses: service_addresses(&args),
         service_ports: service_ports.clone(),
-        region: args.region.clone(),
+        region: region.clone(),
         host,
         autostop_after: args.autostop_after,
         wake_timeout: args.wake_timeout,
         threads: EdgeConfig::threads_of_this_host(),
         http3: !args.no_http3,
+        early_wake: !args.no_early_wake,
         limits: Limits {
             connections: edge_connections(&args, descriptors),
             connections_of_client: args.max_client_connections,
@@ -160,10 +170,24 @@ async fn serve(args: Serve) -> Result<()> {
         .context("the edge")?;
     let measured_view = view.clone();
     let present = (catalog.clone(), view.clone());
+    let door = join::DoorConfig {
+        host,
+        data_dir: args.data_dir.clone(),
+        etcd: args.etcd.clone(),
+        region: region.clone(),
+        listen: args.join_listen,
+        announced: SocketAddr::new(endpoint(&args).ip(), args.join_listen.port()),
+    };
+    let door = join::Door::new(catalog.clone(), door)
+        .await
+        .context("the door for new servers")?;
     let api = ApiConfig {
         listen: args.api,
+        host,
+        shared: !own_catalog,
+        inviter: Arc::new(join::Invites(door)),
         registry_dir: args.data_dir.join("registry"),
-        region: args.region.clone(),
+        region,
         domain: args.domain.clone(),
         service_ports,
         internal_token,
@@ -183,6 +207,7 @@ async fn serve(args: Serve) -> Result<()> {
         tokio::spawn(metrics::serve(listener, sources, end.clone()));
     }
     tracing::info!(api = %args.api, data = %args.data_dir.display(), "serving");
+    manager.ready();
 
     let ended = tokio::select! {
         _ = terminate.recv() => None,
@@ -192,7 +217,9 @@ async fn serve(args: Serve) -> Result<()> {
             Some(anyhow::Error::from(error))
         }
         error = agent.failed() => Some(anyhow::Error::from(error).context("the agent has failed")),
+        () = manager.stay_alive() => None,
     };
+    manager.stopping();
     tracing::info!("ending; Machines go on");
     end.cancel();
     edge.drain(DRAIN).await;
@@ -217,12 +244,12 @@ struct Files {
 impl Files {
     fn find(args: &Serve) -> Result<Self> {
         let own = std::env::current_exe().context("this program does not know where it is")?;
-        let beside = own.parent().unwrap_or(Path::new("/"));
+        let beside = &files_dir(&own);
         let find = |given: &Option<PathBuf>, name: &str, flag: &str| {
             let path = given.clone().unwrap_or_else(|| beside.join(name));
             if !path.exists() {
                 bail!(
-                    "there is no {}; build it with `make build`, or say where it is with --{flag}",
+                    "there is no {}; build it with `make build`, install it with `make install`, or say where it is with --{flag}",
                     path.display()
                 );
             }
@@ -236,6 +263,16 @@ impl Files {
     }
 }
 
+/// Where the monitor is and what Machines boot: `../lib/tern` of an installed program, else beside it, where it was built.
+fn files_dir(program: &Path) -> PathBuf {
+    let beside = program.parent().unwrap_or(Path::new("/"));
+    let installed = beside.with_file_name("lib").join("tern");
+    match installed.is_dir() {
+        true => installed,
+        false => beside.to_owned(),
+    }
+}
+
 /// Refuses to serve where no Machine could run, rather than failing at the first deploy.
 async fn probe(vmm: &Path, template: CpuTemplate) -> Result<()> {
     let template = template.to_possible_value().context("a template")?;
@@ -246,7 +283,7 @@ async fn probe(vmm: &Path, template: CpuTemplate) -> Result<()> {
     let output = output.with_context(|| format!("{} cannot be started", vmm.display()))?;
     if !output.status.success() {
         bail!(
-            "this machine cannot run Machines: {}",
+            "this machine cannot run Machines: {}\n{WHERE_KVM_IS}",
             String::from_utf8_lossy(&output.stderr).trim()
         );
     }
@@ -362,7 +399,7 @@ fn access_log(args: &Serve) -> Option<AccessLogConfig> {
 fn service_ports(args: &Serve) -> PortRanges {
     let public = args.http.iter().chain(&args.https);
     let own = public
-        .chain([&args.api, &args.wireguard])
+        .chain([&args.api, &args.wireguard, &args.join_listen])
         .chain(&args.metrics.0);
     let own: Vec<u16> = own.map(SocketAddr::port).collect();
     args.service_ports.clone().without(&own)
@@ -393,17 +430,40 @@ fn endpoint(args: &Serve) -> SocketAddr {
 }
 
 /// This server, as the catalog should know it; its number is not known yet.
-fn this_host(args: &Serve, key: &MeshKey) -> Host {
+fn this_host(args: &Serve, region: &str, key: &MeshKey) -> Host {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = Some(name.trim()).filter(|name| !name.is_empty());
     Host {
         id: HostId(0),
         name: name.unwrap_or("host").to_owned(),
-        region: args.region.clone(),
+        region: region.to_owned(),
         public_key: key.public_key().to_string(),
         endpoint: endpoint(args),
         started_at: jiff::Timestamp::now(),
     }
+}
+
+/// Joins a cloud where that is asked for, takes etcd from an earlier time where no flag says, and tells the region.
+async fn settle_cloud(args: &mut Serve, key: &MeshKey) -> Result<String> {
+    let mut joined = join::remembered(&args.data_dir)?;
+    if let Some(ticket) = &args.join {
+        match joined {
+            Some(_) => {
+                tracing::info!("this data directory has joined before: --join is left aside")
+            }
+            None => {
+                let public_key = key.public_key().to_string();
+                join::join(&args.data_dir, ticket, &public_key).await?;
+                joined = join::remembered(&args.data_dir)?;
+            }
+        }
+    }
+    let (etcd, region) = joined.unzip();
+    if let Some(etcd) = etcd.filter(|_| args.etcd.members.is_empty()) {
+        args.etcd = etcd;
+    }
+    let region = args.region.clone().or(region);
+    Ok(region.unwrap_or_else(|| "local".to_owned()))
 }
 
 /// One server a data directory. Whoever has the lock knows that its host's former life here has ended.
@@ -444,12 +504,25 @@ fn log(json: bool) {
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
-    if json { log.json().init() } else { log.init() }
+    match json {
+        true => log.json().init(),
+        false if systemd::logs_to_journal() => log.event_format(systemd::Journal::new()).init(),
+        false => log.init(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_installed_program_finds_its_files_in_lib() {
+        let root = tempfile::tempdir().unwrap();
+        let program = root.path().join("bin/tern");
+        assert_eq!(files_dir(&program), root.path().join("bin"));
+        std::fs::create_dir_all(root.path().join("lib/tern")).unwrap();
+        assert_eq!(files_dir(&program), root.path().join("lib/tern"));
+    }
 
     #[test]
     fn a_host_without_vhost_net_says_what_to_do() {

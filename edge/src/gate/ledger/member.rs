@@ -65,6 +65,8 @@ pub struct Member {
     /// Counts lives.
     pub epoch: u64,
     pub last_active: Instant,
+    /// It was woken before anybody asked for it, and nobody has since.
+    pub early: bool,
     /// Connections that failed since the last that did not.
     pub doubts: u32,
     /// Where the app was found to listen.
@@ -103,6 +105,7 @@ impl Member {
             earlier: 0,
             epoch: 0,
             last_active: now,
+            early: false,
             doubts: 0,
             proven: Vec::new(),
             failures: 0,

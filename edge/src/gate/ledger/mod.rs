@@ -196,6 +196,40 @@ impl<W> Ledger<W> {
         Arrival::Waits(ticket)
     }
 
+    /// A request may come soon: where it would have to wait for a Machine that lies in memory, that one is woken now. One
+    /// that must boot is not. Whose start it is, for [`Ledger::is_wasted`].
+    pub fn early(
+        &mut self,
+        port: Port,
+        now: Now,
+        acts: &mut Vec<Act<W>>,
+    ) -> Option<Arc<MachineId>> {
+        if self.survey(port, now.at).hope {
+            return None;
+        }
+        let found = self.offers(port).find(|(_, member, offer)| {
+            let rests = member.rests_until(now.at);
+            member.may_start(offer)
+                && member.state() == Some(MachineState::Suspended)
+                && rests.is_some_and(|at| at <= now.at)
+        });
+        let slot = found.map(|(slot, ..)| slot)?;
+        let start = self.start(slot, port, now.at)?;
+        let machine = Arc::clone(&start.machine);
+        if let Some(member) = self.member(start.slot) {
+            member.early = true;
+        }
+        acts.push(Act::Start(start));
+        Some(machine)
+    }
+
+    /// Whether a Machine was woken early, and nobody has asked for it since.
+    pub fn is_wasted(&self, id: &MachineId) -> bool {
+        let slot = self.position(id);
+        let member = slot.and_then(|s| self.members[s.0].as_ref());
+        member.is_some_and(|m| m.early)
+    }
+
     /// Who waits goes away. Whether it still waited.
     pub fn cancel(&mut self, port: Port, ticket: Ticket) -> bool {
         let queue = self.queue(port);
@@ -518,23 +552,27 @@ impl<W> Ledger<W> {
                 return;
             };
             room += offer.soft;
-            self.starts += 1;
-            let number = self.starts;
-            let Some(member) = &mut self.members[slot] else {
+            let Some(start) = self.start(slot, port, now) else {
                 return;
             };
-            let Some(address) = member.private(port) else {
-                return;
-            };
-            member.belief = Belief::Waking { number, begun: now };
-            acts.push(Act::Start(Start {
-                slot: Slot(slot),
-                number,
-                machine: Arc::clone(&member.id),
-                port,
-                address,
-            }));
+            acts.push(Act::Start(start));
         }
+    }
+
+    fn start(&mut self, slot: usize, port: Port, now: Instant) -> Option<Start> {
+        let member = self.members.get_mut(slot)?.as_mut()?;
+        let address = member.private(port)?;
+        self.starts += 1;
+        let number = self.starts;
+        member.belief = Belief::Waking { number, begun: now };
+        member.early = false;
+        Some(Start {
+            slot: Slot(slot),
+            number,
+            machine: Arc::clone(&member.id),
+            port,
+            address,
+        })
     }
 
     fn grant(&mut self, slot: usize, port: Port, now: Instant) -> Option<Grant> {
@@ -542,6 +580,7 @@ impl<W> Ledger<W> {
         let address = member.address(port)?;
         member.in_flight += 1;
         member.last_active = now;
+        member.early = false;
         Some(Grant {
             slot: Slot(slot),
             port,

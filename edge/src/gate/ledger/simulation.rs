@@ -224,7 +224,13 @@ impl World {
                     self.says(&id, state);
                 }
             }
-            94..96 => {
+            94 => {
+                let mut acts = Vec::new();
+                let port = PORTS[self.random.random_range(0..2)];
+                self.ledger.early(port, self.now, &mut acts);
+                self.perform(acts);
+            }
+            95 => {
                 if let Some(id) = self.machine() {
                     self.machines.remove(&id);
                     self.ledger.forget(&id);

@@ -248,6 +248,29 @@ fn a_start_that_hangs_is_not_waited_for_while_one_runs() {
 }
 
 #[test]
+fn who_may_ask_soon_wakes_what_lies_in_memory_once_and_nothing_else() {
+    let early = |desk: &mut Desk| {
+        let mut acts = Vec::new();
+        let woken = desk.ledger.early(PORT, desk.now, &mut acts).is_some();
+        desk.done(acts);
+        woken
+    };
+    let mut desk = Desk::new(&[facts(MachineState::Stopped), facts(MachineState::Suspended)]);
+    assert!(early(&mut desk));
+    assert!(!early(&mut desk), "it is on its way");
+    assert_eq!(desk.woken(), [1]);
+    assert!(desk.ledger.is_wasted(&id(1)));
+    // The request finds it waking, and wakes nobody else.
+    desk.arrive();
+    desk.started(Ok(()));
+    assert_eq!((desk.places(), desk.starts.len()), (vec![1], 0));
+    assert!(!desk.ledger.is_wasted(&id(1)));
+    assert!(!early(&mut desk), "one runs");
+    assert!(!early(&mut Desk::running(1)));
+    assert!(!early(&mut Desk::new(&[facts(MachineState::Stopped)])));
+}
+
+#[test]
 fn hard_limits_are_exact_and_turns_are_taken_in_order() {
     let mut desk = Desk::running(1);
     for _ in 0..9 {
