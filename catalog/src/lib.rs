@@ -10,6 +10,7 @@ mod duration;
 mod etcd;
 mod held_lease;
 mod host;
+mod hostname;
 mod machine;
 mod machine_config;
 mod names;
@@ -31,7 +32,8 @@ mod volume;
 pub use address::{HostId, INFRASTRUCTURE, MachineNumber, NetworkId, PrivateAddress, RESOLVER};
 pub use catalog::{Catalog, CatalogError};
 pub use certificate::{
-    AcmeAccount, AcmeChallenge, Certificate, CertificateState, ChallengeKind, SealedKey,
+    AcmeAccount, AcmeChallenge, AcmeUsage, Certificate, CertificateState, ChallengeKind,
+    PendingOrder, SealedKey,
 };
 pub use duration::GoDuration;
 pub use etcd::{EtcdConfig, EtcdStore};

@@ -916,9 +916,18 @@ pub enum Snapshots {
 pub enum Certs {
     /// List an app's host names and their certificates
     List(AppArg),
+    /// Show where the certificate of one host name stands: until when it is valid, what is waited for, when it is tried next
+    Show {
+        /// The host name
+        #[arg(value_parser = Hostname::typed)]
+        hostname: Hostname,
+        #[command(flatten)]
+        app: AppArg,
+    },
     /// Serve the app under another host name too
     Add {
         /// The host name; it must point at this server
+        #[arg(value_parser = Hostname::typed)]
         hostname: Hostname,
         #[command(flatten)]
         app: AppArg,
@@ -926,7 +935,11 @@ pub enum Certs {
     /// Stop serving a host name
     Remove {
         /// The host name
+        #[arg(value_parser = Hostname::typed)]
         hostname: Hostname,
+        /// Also where it is the name that the app has from its creation; `tern certs add` brings that back
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         app: AppArg,
     },
