@@ -321,14 +321,14 @@ mod tests {
         let world = World::new().await;
         world.app("shop").await;
         let config =
-            json!({"image": "example.com/x:1", "guest": {"memory_mb": 1 << 17, "cpus": 8}});
+            json!({"image": "example.com/x:1", "guest": {"memory_mb": 1 << 16, "cpus": 8}});
         let refused = world
             .post("/v1/apps/shop/machines", json!({"config": config}))
             .await;
         let said = refused.json()["error"].to_string();
         assert_eq!(refused.json()["status"], "insufficient_capacity", "{said}");
         assert!(
-            said.contains("host 1 (one) has 65536 MiB of memory"),
+            said.contains("host 1 (one) has 32768 MiB of memory"),
             "{said}"
         );
     }

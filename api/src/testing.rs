@@ -134,7 +134,7 @@ impl World {
             let record = token_of(token, organization, Scope::Full);
             catalog.create(&record).await.unwrap();
         }
-        host(&catalog, 1, "one", "local", 1 << 16).await;
+        host(&catalog, 1, "one", "local", 1 << 15).await;
         let crossed = Arc::new(Crossed {
             store: Arc::clone(&store),
             first: Mutex::new(None),

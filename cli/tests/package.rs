@@ -1,5 +1,7 @@
 //! What `make install`, `make uninstall` and `make deb` do, with the development build, into a directory.
 
+#![allow(clippy::unwrap_used)] // helpers of tests, which clippy does not take for tests
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
