@@ -38,6 +38,7 @@ pub struct World {
     pub catalog: Catalog,
     pub gateway: Arc<FakeGateway>,
     agent: tokio::task::JoinHandle<()>,
+    deletions: tokio::task::JoinHandle<()>,
     _files: tempfile::TempDir,
 }
 
@@ -117,6 +118,7 @@ impl World {
             registry: Arc::new(Registry::open(&registry_dir).unwrap()),
         };
         Self {
+            deletions: tokio::spawn(crate::deletion::finish_all(shared.clone())),
             router: crate::routes::router(shared.clone()),
             shared,
             catalog,
@@ -163,6 +165,16 @@ impl World {
         self.call(ADMIN, Method::POST, path, body.to_string()).await
     }
 
+    /// The host does nothing until it is [back](Self::host_is_back).
+    pub async fn host_goes_away(&mut self) {
+        self.agent.abort();
+        let _ = (&mut self.agent).await;
+    }
+
+    pub fn host_is_back(&mut self) {
+        self.agent = tokio::spawn(agent(self.catalog.clone(), self.shared.view.clone()));
+    }
+
     pub async fn app(&self, name: &str) {
         let answer = self
             .post(
@@ -184,6 +196,7 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         self.agent.abort();
+        self.deletions.abort();
     }
 }
 

@@ -73,8 +73,9 @@ impl Client {
     /// An error unless this client may use the app's repository.
     fn must(&self, shared: &Shared, app: &AppName) -> Result<(), Refusal> {
         match self.0.app(&shared.view.snapshot(), app) {
-            Ok(_) => Ok(()),
-            Err(_) => Err(Refusal::new(
+            // What comes to one that is being removed would be its next owner's.
+            Ok(app) if !app.deleting => Ok(()),
+            _ => Err(Refusal::new(
                 StatusCode::NOT_FOUND,
                 "NAME_UNKNOWN",
                 format!(
