@@ -1,12 +1,12 @@
 # Everything a person can run here. Each target installs what it lacks and says so.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help demo test check check-deep bench bench-edge bench-monitor build kernel fmt clean
+.PHONY: help demo test check check-deep bench bench-edge bench-monitor build install uninstall deb kernel fmt clean
 
 help:          ## Show this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo:          ## From nothing to an HTTPS reply of a Machine that was asleep, with a timeline
+demo:          ## From nothing to an HTTPS reply of a Machine that was asleep, with a timeline (half an hour at first)
 	@.ci/demo
 
 test:          ## All tests: units here, end-to-end in a host with true KVM
@@ -34,6 +34,19 @@ bench-monitor: ## The monitor beside QEMU's microvm: start, restore, memory
 build:         ## The programs, the guest's kernel and initramfs, the examples' images
 	@.ci/setup build guest demo
 	@.ci/build
+
+install:       ## The service: programs, unit, manual, /etc/tern/tern.toml (DESTDIR= PREFIX=/usr/local); starts nothing
+	@.ci/setup build guest
+	@packaging/package build
+	@packaging/package install
+
+uninstall:     ## Takes them away; configuration, data and Machines stay
+	@packaging/package uninstall
+
+deb:           ## The same as a Debian package, in target/package
+	@.ci/setup build guest
+	@packaging/package build
+	@packaging/package deb
 
 kernel:        ## The guest's small kernel (15 minutes, once): Machines start faster with it
 	@.ci/setup kernel

@@ -52,7 +52,7 @@ pub async fn list(
     let apps: Vec<Value> = snapshot
         .apps
         .values()
-        .filter(|app| caller.may(&app.organization))
+        .filter(|app| caller.sees_app(app))
         .filter(asked)
         .map(|app| shape(&snapshot, app))
         .collect();
@@ -62,11 +62,9 @@ pub async fn list(
 /// `POST /v1/apps`.
 pub async fn create(
     State(shared): State<Shared>,
-    caller: Caller,
     Json(create): Json<Create>,
 ) -> Result<(StatusCode, Json<Value>), ApiError> {
     let (name, org): (AppName, OrgSlug) = (create.app_name.parse()?, create.org_slug.parse()?);
-    caller.must(&org)?;
     let snapshot = shared.view.snapshot();
     let organization = snapshot.organizations.get(&org).ok_or_else(|| {
         ApiError::invalid(format!("there is no organization {org}; see GET /v1/orgs"))
@@ -196,4 +194,90 @@ fn shape(snapshot: &Snapshot, app: &App) -> Value {
         "organization": {"slug": app.organization, "name": organization.map(|o| &o.name)},
         "created_at": app.created_at.as_millisecond(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use async_trait::async_trait;
+    use axum::body::Body;
+    use http::Method;
+    use parking_lot::Mutex;
+    use tern_catalog::{
+        Catalog, Entry, LeaseId, Listing, Revision, Store, StoreError, Transaction, Watch,
+    };
+    use tower::ServiceExt as _;
+
+    use crate::testing::{ADMIN, World};
+
+    /// A store that leaves a commit that deletes an app unanswered, and does it only when told.
+    struct Late {
+        store: Arc<dyn Store>,
+        held: Mutex<Option<Transaction>>,
+    }
+
+    #[async_trait]
+    impl Store for Late {
+        async fn get(&self, key: &str) -> Result<Option<Entry>, StoreError> {
+            self.store.get(key).await
+        }
+        async fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
+            self.store.list(prefix).await
+        }
+        async fn commit(&self, transaction: Transaction) -> Result<Revision, StoreError> {
+            *self.held.lock() = Some(transaction);
+            Err(StoreError::Unknown("the answer is lost".to_owned()))
+        }
+        async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, StoreError> {
+            self.store.watch(prefix, after).await
+        }
+        async fn grant(&self, ttl: Duration) -> Result<LeaseId, StoreError> {
+            self.store.grant(ttl).await
+        }
+        async fn keep_alive(&self, lease: LeaseId) -> Result<(), StoreError> {
+            self.store.keep_alive(lease).await
+        }
+        async fn revoke(&self, lease: LeaseId) -> Result<(), StoreError> {
+            self.store.revoke(lease).await
+        }
+    }
+
+    #[tokio::test]
+    async fn a_removal_that_lands_late_leaves_the_names_next_owner_alone() {
+        let world = World::new().await;
+        let body = || Body::from(r#"{"app_name":"shop","org_slug":"personal"}"#);
+        let create = || world.call(ADMIN, Method::POST, "/v1/apps", body());
+        assert_eq!(create().await.status, 201);
+        let late = Arc::new(Late {
+            store: Arc::clone(world.catalog.store()),
+            held: Mutex::new(None),
+        });
+        let mut shared = world.shared.clone();
+        shared.catalog = Catalog::new(Arc::clone(&late) as Arc<dyn Store>);
+        let request = http::Request::delete("/v1/apps/shop")
+            .header("authorization", format!("Bearer {ADMIN}"))
+            .body(Body::empty())
+            .unwrap();
+        let answer = crate::routes::router(shared)
+            .oneshot(request)
+            .await
+            .unwrap();
+        assert_eq!(answer.status(), 503);
+
+        // It is looked at, done again, and the name is taken by somebody else.
+        let path = "/v1/apps/shop";
+        let removed = world.call(ADMIN, Method::DELETE, path, Body::empty()).await;
+        assert_eq!(removed.status, 202);
+        assert_eq!(create().await.status, 201);
+        let held = late.held.lock().take().unwrap();
+        let outcome = world.catalog.store().commit(held).await;
+        assert!(
+            matches!(outcome, Err(StoreError::Conflict { .. })),
+            "{outcome:?}"
+        );
+        let found = world.call(ADMIN, Method::GET, path, Body::empty()).await;
+        assert_eq!(found.status, 200);
+    }
 }

@@ -1,28 +1,36 @@
 //! Who is asking: bearer tokens, and basic authentication for registry clients.
 //!
-//! Only hashes of tokens are kept, so that a copy of the catalog opens nothing. A token is good for one
-//! organization, or for everything.
+//! Only hashes of tokens are kept, so that a copy of the catalog opens nothing. [`authorize`] decides for every
+//! request, before its handler: `routes.rs` has what each route needs, [`crate::rights`] who has it.
+
+use std::sync::Arc;
 
 use axum::extract::FromRequestParts;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use http::header::AUTHORIZATION;
 use http::request::Parts;
+use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
-use tern_catalog::{App, AppName, OrgSlug, Snapshot};
+use tern_catalog::{App, AppName, OrgSlug, Snapshot, Token};
 
 use crate::error::ApiError;
-use crate::server::Shared;
+use crate::rights::{AppRight, Denied, Principal, Right};
 
 /// Longest token looked at; ours have 69 characters.
 const MAX_TOKEN_BYTES: usize = 512;
 /// Most tokens of one call that are looked at.
 const MAX_TOKENS: usize = 32;
 
-/// Whoever sent a request, as its token says.
+/// Tokens that were made one by another; the first has none above it.
+const MAX_GENERATIONS: usize = 8;
+
+/// Whoever sent a request, and what the route it came by needs.
 #[derive(Debug, Clone)]
 pub struct Caller {
-    organization: Option<OrgSlug>,
+    principal: Principal,
+    /// The token as it is kept; a host's is not.
+    token: Option<Arc<Token>>,
+    right: Right,
 }
 
 /// The hash that is kept of a token.
@@ -30,87 +38,129 @@ pub fn token_hash(token: &str) -> String {
     hex::encode(Sha256::digest(token))
 }
 
-impl Caller {
-    /// May do everything.
-    pub fn is_admin(&self) -> bool {
-        self.organization.is_none()
+/// Decides of a request: who sent it, where that one may do what the route needs with the thing that `named` names.
+/// `None` is anybody, where anybody may. Of several tokens the first that may counts.
+pub fn authorize(
+    snapshot: &Snapshot,
+    internal: &str,
+    now: Timestamp,
+    header: Option<&str>,
+    right: Right,
+    named: Option<&str>,
+) -> Result<Option<Caller>, Denied> {
+    if right == Right::Public {
+        return Ok(None);
     }
-
-    /// May see and change this organization.
-    pub fn may(&self, organization: &OrgSlug) -> bool {
-        self.organization
-            .as_ref()
-            .is_none_or(|own| own == organization)
-    }
-
-    /// An error unless this caller may see and change the organization.
-    pub fn must(&self, organization: &OrgSlug) -> Result<(), ApiError> {
-        if self.may(organization) {
-            Ok(())
-        } else {
-            Err(ApiError::forbidden(format!(
-                "this token is not for organization {organization}"
-            )))
-        }
-    }
-
-    /// An error unless this caller may do everything.
-    pub fn must_be_admin(&self) -> Result<(), ApiError> {
-        if self.is_admin() {
-            Ok(())
-        } else {
-            Err(ApiError::forbidden("this needs a token for everything"))
-        }
-    }
-
-    /// An app that this caller may see and change.
-    pub fn app<'a>(&self, snapshot: &'a Snapshot, name: &AppName) -> Result<&'a App, ApiError> {
-        let app = snapshot
-            .apps
-            .get(name)
-            .ok_or_else(|| ApiError::not_found(format!("app {name}")))?;
-        self.must(&app.organization)?;
-        Ok(app)
-    }
-
-    /// The caller with this `Authorization` header.
-    pub fn find(
-        snapshot: &Snapshot,
-        internal: &str,
-        header: Option<&str>,
-    ) -> Result<Self, ApiError> {
-        let internal = token_hash(internal);
-        // Hashes are compared, so the time it takes tells nothing of the token.
-        let mut hashes = tokens_of(header.unwrap_or_default())
-            .into_iter()
-            .map(|token| token_hash(&token));
-        let known = hashes.find_map(|hash| {
-            if hash == internal {
-                return Some(None);
-            }
-            snapshot
-                .tokens
-                .get(&hash)
-                .map(|token| token.organization.clone())
+    let mut denied = Denied::Unknown;
+    for token in tokens_of(header.unwrap_or_default()) {
+        let known = identify(snapshot, internal, now, &token);
+        let allowed = known.and_then(|(principal, token)| {
+            principal.check(snapshot, right, named)?;
+            Ok(Caller {
+                principal,
+                token,
+                right,
+            })
         });
-        let organization = known.ok_or_else(ApiError::unauthenticated)?;
-        Ok(Self { organization })
+        match allowed {
+            Ok(caller) => return Ok(Some(caller)),
+            Err(other) if other.says() > denied.says() => denied = other,
+            Err(_) => {}
+        }
+    }
+    Err(denied)
+}
+
+fn identify(
+    snapshot: &Snapshot,
+    internal: &str,
+    now: Timestamp,
+    token: &str,
+) -> Result<(Principal, Option<Arc<Token>>), Denied> {
+    // Hashes are compared, so the time it takes tells nothing of the token.
+    let hash = token_hash(token);
+    if hash == token_hash(internal) {
+        return Ok((Principal::Host, None));
+    }
+    let token = snapshot.tokens.get(&hash).ok_or(Denied::Unknown)?;
+    let principal = Principal::of(token).ok_or(Denied::Unknown)?;
+    generation(snapshot, token).ok_or(Denied::Unknown)?;
+    match token.expires_at {
+        Some(end) if token.has_expired(now) => Err(Denied::Expired(format!(
+            "this token ({:?}) has expired at {end:.0}; make a new one with `tern tokens create`",
+            token.name
+        ))),
+        _ => Ok((principal, Some(Arc::clone(token)))),
     }
 }
 
-impl FromRequestParts<Shared> for Caller {
+/// How many tokens are above this one, each made by the one before; `None` where one of them was revoked, and all
+/// that it has made with it.
+pub fn generation(snapshot: &Snapshot, token: &Token) -> Option<usize> {
+    let mut above = token.parent.as_ref();
+    for generation in 0..MAX_GENERATIONS {
+        match above {
+            None => return Some(generation),
+            Some(hash) => above = snapshot.tokens.get(hash)?.parent.as_ref(),
+        }
+    }
+    None
+}
+
+/// This token, the one that has made it, and so on to the first.
+pub fn lineage<'a>(snapshot: &'a Snapshot, token: &'a Token) -> impl Iterator<Item = &'a Token> {
+    let maker = |token: &&Token| {
+        let hash = token.parent.as_ref()?;
+        snapshot.tokens.get(hash).map(|maker| &**maker)
+    };
+    std::iter::successors(Some(token), maker).take(MAX_GENERATIONS)
+}
+
+impl Caller {
+    /// What it may do.
+    pub fn principal(&self) -> &Principal {
+        &self.principal
+    }
+
+    /// Its token, as it is kept.
+    pub fn token(&self) -> Option<&Arc<Token>> {
+        self.token.as_ref()
+    }
+
+    /// The app that the route is about. It was there when the call came in; since then its body has come, and the
+    /// name may be somebody else's by now.
+    pub fn app<'a>(&self, snapshot: &'a Snapshot, name: &AppName) -> Result<&'a App, Denied> {
+        let needed = match self.right {
+            Right::App(needed) => needed,
+            _ => AppRight::Manage,
+        };
+        self.principal.must_have_app(snapshot, name, needed)
+    }
+
+    /// An error unless this caller may have the images of an app that the call names beside its own.
+    pub fn must_pull(&self, snapshot: &Snapshot, name: &AppName) -> Result<(), Denied> {
+        let found = self.principal.must_have_app(snapshot, name, AppRight::Pull);
+        found.map(drop)
+    }
+
+    /// Whether an app is shown to this caller.
+    pub fn sees_app(&self, app: &App) -> bool {
+        self.principal.on_app(app) >= Some(AppRight::Read)
+    }
+
+    /// Whether an organization is shown to this caller.
+    pub fn sees_organization(&self, organization: &OrgSlug) -> bool {
+        self.principal.on_organization(organization).is_some()
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Caller {
     type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, shared: &Shared) -> Result<Self, ApiError> {
-        let header = parts
-            .headers
-            .get(AUTHORIZATION)
-            .and_then(|h| h.to_str().ok());
-        Self::find(
-            &shared.view.snapshot(),
-            &shared.config.internal_token,
-            header,
-        )
+    /// As [`authorize`] has found it before the handler was called.
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let found = parts.extensions.get::<Self>().cloned();
+        found.ok_or_else(|| Denied::Unknown.into())
     }
 }
 

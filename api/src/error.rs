@@ -7,6 +7,7 @@ use serde_json::json;
 use tern_catalog::{CatalogError, NameError, StoreError};
 
 use crate::gateway::GatewayError;
+use crate::rights::Denied;
 
 /// An answer that is not a success: `{"error": "…", "status": "…"}`.
 #[derive(Debug)]
@@ -37,14 +38,6 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, text)
     }
 
-    /// 401. Says nothing of why: whoever guesses learns nothing.
-    pub fn unauthenticated() -> Self {
-        Self::new(
-            StatusCode::UNAUTHORIZED,
-            "Authenticate: token validation error",
-        )
-    }
-
     /// 403.
     pub fn forbidden(text: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, text)
@@ -53,6 +46,11 @@ impl ApiError {
     /// 404.
     pub fn not_found(what: impl std::fmt::Display) -> Self {
         Self::new(StatusCode::NOT_FOUND, format!("{what} not found"))
+    }
+
+    /// 502: another host, which must answer, does not.
+    pub fn unreachable(text: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_GATEWAY, text)
     }
 
     /// 408: a wait that was in vain.
@@ -143,6 +141,23 @@ impl From<CatalogError> for ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         CatalogError::from(error).into()
+    }
+}
+
+impl From<Denied> for ApiError {
+    fn from(denied: Denied) -> Self {
+        match denied {
+            Denied::Unknown => Self::new(
+                StatusCode::UNAUTHORIZED,
+                "Authenticate: token validation error",
+            ),
+            Denied::Expired(text) => {
+                Self::new(StatusCode::UNAUTHORIZED, format!("Authenticate: {text}"))
+            }
+            Denied::NotFound(what) => Self::not_found(what),
+            Denied::Forbidden(text) => Self::forbidden(text),
+            Denied::Malformed(text) => Self::bad_request(text),
+        }
     }
 }
 

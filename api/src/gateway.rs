@@ -1,11 +1,15 @@
 //! What the API asks of a Machine's host directly, because it must happen now and leaves no fact.
 
-use std::time::Duration;
+use std::pin::Pin;
 
 use async_trait::async_trait;
+use bytes::Bytes;
+use futures::Sink;
 use futures::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 use tern_catalog::MachineId;
+use tern_guest::message::TerminalSize;
+use tern_guest::{ExecInput, ExitStatus};
 use thiserror::Error;
 
 /// The way to the agents of hosts. `tern serve` implements it.
@@ -17,12 +21,12 @@ pub trait HostGateway: Send + Sync + 'static {
     /// Whether a running Machine takes connections on this TCP port from outside.
     async fn accepts(&self, machine: &MachineId, port: u16) -> Result<bool, GatewayError>;
 
-    /// Runs a command in a running Machine and answers when it has ended.
+    /// Begins a command in a running Machine.
     async fn exec(
         &self,
         machine: &MachineId,
         request: ExecRequest,
-    ) -> Result<ExecResult, GatewayError>;
+    ) -> Result<ExecSession, GatewayError>;
 
     /// Sends a signal to the app of a running Machine.
     async fn signal(&self, machine: &MachineId, signal: i32) -> Result<(), GatewayError>;
@@ -41,27 +45,47 @@ pub trait HostGateway: Send + Sync + 'static {
 }
 
 /// A command to run.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct ExecRequest {
     /// The command and its arguments.
     pub command: Vec<String>,
-    /// Its input.
-    pub stdin: Vec<u8>,
-    /// Longest it may take.
-    pub timeout: Duration,
+    /// Whether input will follow. Without, it is empty.
+    pub stdin: bool,
+    /// Give it a terminal of this size.
+    pub tty: Option<TerminalSize>,
 }
 
-/// How a command ended.
-#[derive(Debug, Clone, Default)]
-pub struct ExecResult {
-    /// Its exit code, where it exited.
-    pub exit_code: Option<i32>,
-    /// The signal that ended it, where one did.
-    pub exit_signal: Option<i32>,
-    /// Its output.
-    pub stdout: Vec<u8>,
-    /// Its error output.
-    pub stderr: Vec<u8>,
+/// A command that runs. Dropping either half of it ends the command.
+pub struct ExecSession {
+    /// What goes in. An error says that nothing more does; how it ended is told by `outputs`.
+    pub inputs: ExecInputs,
+    /// What comes out, as fast as it is taken. [`ExecOutput::Exit`] is the last; without it the Machine went away.
+    pub outputs: ExecOutputs,
+}
+
+/// The input side of a command.
+pub type ExecInputs = Pin<Box<dyn Sink<ExecFeed, Error = GatewayError> + Send>>;
+/// The output side of a command.
+pub type ExecOutputs = BoxStream<'static, Result<ExecOutput, GatewayError>>;
+
+/// What a command gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExecFeed {
+    /// Bytes of its input; none at all end it.
+    Stdin(Bytes),
+    /// A window size, or a signal.
+    Control(ExecInput),
+}
+
+/// What a command says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExecOutput {
+    /// Bytes of its output, or of its terminal.
+    Stdout(Bytes),
+    /// Bytes of its error output.
+    Stderr(Bytes),
+    /// It has ended.
+    Exit(ExitStatus),
 }
 
 /// What memory a running Machine has, in MiB.

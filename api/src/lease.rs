@@ -283,7 +283,7 @@ mod tests {
         let rival = world
             .call(RIVAL, Method::POST, "/v1/apps/shop/lease", Body::empty())
             .await;
-        assert_eq!(rival.status, StatusCode::FORBIDDEN);
+        assert_eq!(rival.status, StatusCode::NOT_FOUND);
     }
 
     #[tokio::test]

@@ -12,8 +12,12 @@ mod auth;
 mod certificates;
 mod deletion;
 mod error;
+mod exec;
 mod extract;
+mod forward;
 mod gateway;
+mod hosts;
+mod invites;
 mod lease;
 mod logs;
 mod machines;
@@ -23,6 +27,7 @@ mod peers;
 mod platform;
 mod registry;
 mod releases;
+mod rights;
 mod routes;
 mod secrets;
 mod server;
@@ -36,10 +41,12 @@ mod tests;
 
 pub use auth::token_hash;
 pub use error::ApiError;
+pub use exec::{EXEC_MEDIA_TYPE, ExecEnd, ExecStart};
 pub use gateway::{
-    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, MachineMemory,
-    StartPhase, StartTrace,
+    ExecFeed, ExecOutput, ExecRequest, ExecSession, GatewayError, HostGateway, LogLine, LogQuery,
+    MachineMemory, StartPhase, StartTrace,
 };
+pub use invites::{Invitation, Inviter};
 pub use registry::REGISTRY_NAME;
 pub use secrets::SecretSealer;
 pub use server::{ApiConfig, ApiServer};

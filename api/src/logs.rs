@@ -40,6 +40,22 @@ pub async fn stream(
             return Err(ApiError::not_found(format!("machine {only}")));
         }
     }
+    // Another host's are not there to be merged: each of its Machines has a line that says where.
+    let elsewhere: Vec<LogLine> = machines
+        .iter()
+        .filter_map(|id| snapshot.machines.get(id))
+        .filter(|m| m.host != shared.config.host)
+        .map(|m| LogLine {
+            machine: m.id.clone(),
+            unix_ms: jiff::Timestamp::now().as_millisecond(),
+            stream: "tern".to_owned(),
+            line: format!(
+                "this Machine is on host {0}: ask the API of host {0} for what it prints",
+                m.host
+            ),
+        })
+        .collect();
+    machines.retain(|id| !elsewhere.iter().any(|line| line.machine == *id));
     let lines = shared
         .gateway
         .logs(LogQuery {
@@ -47,6 +63,7 @@ pub async fn stream(
             follow: ask.follow,
         })
         .await?;
+    let lines = futures::stream::iter(elsewhere).chain(lines);
     let body =
         Body::from_stream(lines.map(|line| Ok::<_, std::convert::Infallible>(encode(&line))));
     Ok(([(CONTENT_TYPE, "application/x-ndjson")], body).into_response())

@@ -6,23 +6,29 @@ use axum::extract::State;
 use http::StatusCode;
 use serde_json::{Value, json};
 
-use crate::auth::Caller;
 use crate::extract::Json;
 use crate::server::Shared;
 
-/// `GET /healthz`: the API can answer from a catalog that is current.
-pub async fn health(State(shared): State<Shared>) -> (StatusCode, &'static str) {
-    match shared.view.stale_for() {
-        None => (StatusCode::OK, "ok\n"),
-        Some(_) => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            "the catalog is not being followed\n",
-        ),
+/// `GET /healthz`: the API can answer from a catalog that is current. What of it cannot be read is told too, and
+/// is no reason to ask another: all have the same.
+pub async fn health(State(shared): State<Shared>) -> (StatusCode, String) {
+    if shared.view.stale_for().is_some() {
+        let text = "the catalog is not being followed\n".to_owned();
+        return (StatusCode::SERVICE_UNAVAILABLE, text);
     }
+    // Anybody may ask this: which ones they are is for the log.
+    let text = match shared.view.snapshot().unreadable.len() {
+        0 => "ok\n".to_owned(),
+        count => format!(
+            "ok, but {count} records of the catalog cannot be read, and older ones are acted on; the server's log names \
+             them\n"
+        ),
+    };
+    (StatusCode::OK, text)
 }
 
 /// `GET /v1/platform/regions`.
-pub async fn regions(State(shared): State<Shared>, _: Caller) -> Json<Value> {
+pub async fn regions(State(shared): State<Shared>) -> Json<Value> {
     let snapshot = shared.view.snapshot();
     let codes: BTreeSet<&str> = snapshot.hosts.values().map(|h| h.region.as_str()).collect();
     let regions: Vec<Value> = codes

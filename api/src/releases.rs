@@ -332,7 +332,7 @@ mod tests {
         assert_eq!(none.status, StatusCode::NOT_FOUND);
         let path = "/v1/apps/shop/releases";
         let rival = world.call(RIVAL, Method::GET, path, Body::empty()).await;
-        assert_eq!(rival.status, StatusCode::FORBIDDEN);
+        assert_eq!(rival.status, StatusCode::NOT_FOUND);
     }
 
     #[tokio::test]

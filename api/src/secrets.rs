@@ -436,7 +436,7 @@ mod tests {
             (Method::DELETE, "/v1/apps/shop/secrets/A"),
         ] {
             let answer = world.call(RIVAL, method, path, values.to_string()).await;
-            assert_eq!(answer.status, StatusCode::FORBIDDEN, "{answer:?}");
+            assert_eq!(answer.status, StatusCode::NOT_FOUND, "{answer:?}");
         }
         delete(&world, "/v1/apps/shop").await;
         world.app("shop").await;

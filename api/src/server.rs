@@ -8,14 +8,17 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tern_catalog::{Catalog, PortRanges, Revision, View};
+use tern_catalog::{Catalog, HostId, PortRanges, Revision, Snapshot, View};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::deletion;
+use crate::forward::{self, Forwarder};
 use crate::gateway::HostGateway;
+use crate::invites::Inviter;
+use crate::machines::lease::sweep_leases;
 use crate::registry::{self, Grace, Registry};
 use crate::routes;
 use crate::secrets::SecretSealer;
@@ -25,6 +28,10 @@ use crate::secrets::SecretSealer;
 pub struct ApiConfig {
     /// Where it listens.
     pub listen: SocketAddr,
+    /// The host it is the API of. It listens at that host's address on the mesh too, for other hosts to send calls on.
+    pub host: HostId,
+    /// Whether there are other hosts, or may be.
+    pub shared: bool,
     /// Where the registry keeps images.
     pub registry_dir: PathBuf,
     /// The region of Machines that ask for none.
@@ -37,11 +44,15 @@ pub struct ApiConfig {
     pub internal_token: String,
     /// Encrypts apps' secrets.
     pub sealer: Arc<dyn SecretSealer>,
+    /// Lets new hosts in.
+    pub inviter: Arc<dyn Inviter>,
 }
 
 /// A bound API.
 pub struct ApiServer {
     listener: TcpListener,
+    /// For other hosts.
+    mesh: Option<TcpListener>,
     shared: Shared,
     header_time: Duration,
 }
@@ -54,14 +65,21 @@ pub(crate) struct Shared {
     pub view: View,
     pub gateway: Arc<dyn HostGateway>,
     pub registry: Arc<Registry>,
+    pub forwarder: Forwarder,
 }
 
 impl Shared {
-    /// Waits until our own view shows this revision, so that a caller's next call sees what this one did.
+    /// Waits until our own view shows this revision, so that a caller's next call sees what this one did. Not for
+    /// ever: it is done, also where the view cannot be kept current.
     pub async fn seen(&self, revision: Revision) {
-        self.view
-            .wait_for(|snapshot| (snapshot.revision >= revision).then_some(()))
-            .await;
+        let shown = |snapshot: &Snapshot| (snapshot.revision >= revision).then_some(());
+        let seen = tokio::time::timeout(SEEN, self.view.wait_for(shown)).await;
+        if seen.is_err() {
+            tracing::warn!(
+                revision,
+                "a change is done and the view does not show it yet"
+            );
+        }
     }
 }
 
@@ -74,6 +92,10 @@ impl ApiServer {
         gateway: Arc<dyn HostGateway>,
     ) -> std::io::Result<Self> {
         let listener = TcpListener::bind(config.listen).await?;
+        let mesh = match config.shared {
+            true => listen_on_mesh(config.host).await?,
+            false => None,
+        };
         let registry = Arc::new(Registry::open(&config.registry_dir)?);
         let shared = Shared {
             config: Arc::new(config),
@@ -81,9 +103,11 @@ impl ApiServer {
             view,
             gateway,
             registry,
+            forwarder: Forwarder::new(forward::on_the_mesh),
         };
         Ok(Self {
             listener,
+            mesh,
             shared,
             header_time: HEADER_TIME,
         })
@@ -102,7 +126,7 @@ impl ApiServer {
         // Ends with `end`.
         tokio::spawn(
             end.clone()
-                .run_until_cancelled_owned(collect_registry(self.shared.clone())),
+                .run_until_cancelled_owned(clean_up(self.shared.clone())),
         );
         tokio::spawn(
             end.clone()
@@ -117,7 +141,14 @@ impl ApiServer {
         loop {
             let next = async {
                 let place = Arc::clone(&places).acquire_owned().await;
-                (place, self.listener.accept().await)
+                let accepted = match &self.mesh {
+                    Some(mesh) => tokio::select! {
+                        accepted = self.listener.accept() => accepted,
+                        accepted = mesh.accept() => accepted,
+                    },
+                    None => self.listener.accept().await,
+                };
+                (place, accepted)
             };
             let Some((place, accepted)) = end.run_until_cancelled(next).await else {
                 break;
@@ -154,12 +185,25 @@ impl ApiServer {
     }
 }
 
-/// Gives back the space of images that nobody refers to, from time to time, for ever.
-async fn collect_registry(shared: Shared) {
+/// The API for other hosts. Where the main one takes all addresses it takes this one's calls too.
+async fn listen_on_mesh(host: HostId) -> std::io::Result<Option<TcpListener>> {
+    match TcpListener::bind(forward::on_the_mesh(host)).await {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives back the space of images that nobody refers to, and removes what the dead have left in the catalog, from time
+/// to time, for ever.
+async fn clean_up(shared: Shared) {
     let mut times = tokio::time::interval(COLLECT_EVERY);
     times.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         times.tick().await;
+        if let Err(error) = sweep_leases(&shared).await {
+            tracing::warn!(?error, "leases of Machines that are gone cannot be removed");
+        }
         let shared = shared.clone();
         let collected = tokio::task::spawn_blocking(move || {
             let in_use = registry::in_use(&shared.view.snapshot());
@@ -179,9 +223,11 @@ async fn collect_registry(shared: Shared) {
     }
 }
 
-/// How often the registry is collected; its graces are days.
+/// How often that is done; the registry's graces are days.
 const COLLECT_EVERY: Duration = Duration::from_secs(3600);
 
+/// Longest that an answer waits for the view to show what was done: as long as one that is followed may take.
+const SEEN: Duration = Duration::from_secs(5);
 /// Longest time from a connection, or the last answer, to the end of the next call's headers.
 const HEADER_TIME: Duration = Duration::from_secs(30);
 /// Connections at once; more wait.
@@ -209,6 +255,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let server = ApiServer {
             listener,
+            mesh: None,
             shared: world.shared.clone(),
             header_time: Duration::from_millis(100),
         };
@@ -233,6 +280,21 @@ mod tests {
             .await
             .unwrap()
             .unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_done_is_answered_also_where_the_view_stands_still() {
+        let world = World::new().await;
+        let mut shared = world.shared.clone();
+        // Follows a store that nobody writes to.
+        let other = World::new().await;
+        shared.view = other.shared.view.clone();
+        let revision = shared.view.snapshot().revision + 1000;
+        tokio::time::timeout(SEEN * 12, shared.seen(revision))
+            .await
+            .expect("it does not wait for ever");
+        // And what is shown is not waited for.
+        shared.seen(shared.view.snapshot().revision).await;
     }
 
     #[tokio::test]

@@ -1,30 +1,35 @@
 //! An API on a fresh catalog, with an agent that does at once what is wanted.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use axum::Router;
 use axum::body::Body;
 use bytes::Bytes;
-use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
+use futures::{SinkExt as _, StreamExt as _};
 use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::BodyExt as _;
 use jiff::Timestamp;
 use parking_lot::Mutex;
 use serde_json::Value;
 use tern_catalog::{
-    Catalog, DesiredState, Host, HostId, Machine, MachineId, MachineState, MachineStatus, Network,
-    NetworkId, Organization, PortRanges, SealedKey, SnapshotStatus, SqliteStore, Store, Token,
-    View, Volume, VolumeState, VolumeStatus,
+    Catalog, DesiredState, Entry, Host, HostAlive, HostId, HostStatus, LeaseId, Listing, Machine,
+    MachineId, MachineState, MachineStatus, Network, NetworkId, OrgSlug, Organization, PortRanges,
+    Resources, Revision, Scope, SealedKey, SnapshotStatus, SqliteStore, Store, StoreError, Token,
+    Transaction, View, Volume, VolumeState, VolumeStatus, Watch,
 };
+use tern_guest::ExitStatus;
 use tower::ServiceExt as _;
 
 use crate::auth::token_hash;
+use crate::forward::Forwarder;
 use crate::gateway::{
-    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, MachineMemory,
-    StartPhase, StartTrace,
+    ExecOutput, ExecRequest, ExecSession, GatewayError, HostGateway, LogLine, LogQuery,
+    MachineMemory, StartPhase, StartTrace,
 };
 use crate::registry::Registry;
 use crate::server::{ApiConfig, Shared};
@@ -37,9 +42,53 @@ pub struct World {
     pub shared: Shared,
     pub catalog: Catalog,
     pub gateway: Arc<FakeGateway>,
+    /// The store as the API has it; `catalog` is beside it, as others are.
+    pub crossed: Arc<Crossed>,
     agent: tokio::task::JoinHandle<()>,
     deletions: tokio::task::JoinHandle<()>,
     _files: tempfile::TempDir,
+}
+
+/// A store in which somebody else is faster, where a test says so.
+pub struct Crossed {
+    store: Arc<dyn Store>,
+    /// Done just before the next commit.
+    pub first: Mutex<Option<Transaction>>,
+}
+
+#[async_trait]
+impl Store for Crossed {
+    async fn get(&self, key: &str) -> Result<Option<Entry>, StoreError> {
+        self.store.get(key).await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
+        self.store.list(prefix).await
+    }
+
+    async fn commit(&self, transaction: Transaction) -> Result<Revision, StoreError> {
+        let first = self.first.lock().take();
+        if let Some(first) = first {
+            self.store.commit(first).await?;
+        }
+        self.store.commit(transaction).await
+    }
+
+    async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, StoreError> {
+        self.store.watch(prefix, after).await
+    }
+
+    async fn grant(&self, ttl: Duration) -> Result<LeaseId, StoreError> {
+        self.store.grant(ttl).await
+    }
+
+    async fn keep_alive(&self, lease: LeaseId) -> Result<(), StoreError> {
+        self.store.keep_alive(lease).await
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> Result<(), StoreError> {
+        self.store.revoke(lease).await
+    }
 }
 
 /// Remembers what it was asked.
@@ -47,6 +96,9 @@ pub struct World {
 pub struct FakeGateway {
     pub signals: AtomicU32,
     pub memory_limit: AtomicU32,
+    /// What commands do, in the order they are asked for; others say what they are.
+    pub sessions: Mutex<VecDeque<ExecSession>>,
+    commands: AtomicU32,
     /// Images that hosts were to have, in order.
     pub prepared: Mutex<Vec<String>>,
 }
@@ -80,42 +132,37 @@ impl World {
         }
         for (token, org) in [(ADMIN, None), (RIVAL, Some("rivals"))] {
             let organization = org.map(|o: &str| o.parse().unwrap());
-            let record = Token {
-                hash: token_hash(token),
-                name: token.into(),
-                organization,
-                created_at: Timestamp::now(),
-            };
+            let record = token_of(token, organization, Scope::Full);
             catalog.create(&record).await.unwrap();
         }
-        let host = Host {
-            id: HostId(1),
-            name: "one".into(),
-            region: "local".into(),
-            public_key: "key".into(),
-            endpoint: "192.0.2.1:51820".parse().unwrap(),
-            started_at: Timestamp::now(),
-        };
-        catalog.create(&host).await.unwrap();
+        host(&catalog, 1, "one", "local", 1 << 16).await;
+        let crossed = Arc::new(Crossed {
+            store: Arc::clone(&store),
+            first: Mutex::new(None),
+        });
         let view = View::follow(store).await.unwrap();
         let agent = tokio::spawn(agent(catalog.clone(), view.clone()));
         let gateway = Arc::new(FakeGateway::default());
         let registry_dir = files.path().join("registry");
         let config = ApiConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
+            host: HostId(1),
+            shared: false,
             registry_dir: registry_dir.clone(),
             region: "local".into(),
             domain: Some("tern.test".into()),
             service_ports: PortRanges::default(),
             internal_token: "internal".into(),
             sealer: Arc::new(FakeSealer),
+            inviter: Arc::new(FakeInviter),
         };
         let shared = Shared {
             config: Arc::new(config),
-            catalog: catalog.clone(),
+            catalog: Catalog::new(crossed.clone()),
             view,
             gateway: gateway.clone(),
             registry: Arc::new(Registry::open(&registry_dir).unwrap()),
+            forwarder: Forwarder::new(|_| "127.0.0.1:9".parse().unwrap()),
         };
         Self {
             deletions: tokio::spawn(crate::deletion::finish_all(shared.clone())),
@@ -123,13 +170,19 @@ impl World {
             shared,
             catalog,
             gateway,
+            crossed,
             agent,
             _files: files,
         }
     }
 
+    /// As [`World::send`], with the answer's body as it comes.
+    pub async fn open(&self, request: Request<Body>) -> http::Response<Body> {
+        self.router.clone().oneshot(request).await.unwrap()
+    }
+
     pub async fn send(&self, request: Request<Body>) -> Answer {
-        let response = self.router.clone().oneshot(request).await.unwrap();
+        let response = self.open(request).await;
         let (parts, body) = response.into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         Answer {
@@ -185,11 +238,74 @@ impl World {
         assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
     }
 
+    /// One more host, that is alive and has so much memory.
+    pub async fn host(&self, id: u32, region: &str, memory_mib: u64) {
+        let revision = host(&self.catalog, id, &format!("h{id}"), region, memory_mib).await;
+        self.shared.seen(revision).await;
+    }
+
     /// A Machine of an image that is not ours.
     pub async fn machine(&self, app: &str) -> String {
         let body = serde_json::json!({"config": {"image": "example.com/x:1"}});
         let answer = self.post(&format!("/v1/apps/{app}/machines"), body).await;
         answer.json()["id"].as_str().unwrap().to_owned()
+    }
+}
+
+/// Another host's API on the same catalog; ends with this.
+pub struct SecondHost {
+    pub gateway: Arc<FakeGateway>,
+    _end: tokio_util::sync::DropGuard,
+}
+
+/// Where the only other host of a test is.
+static SECOND: std::sync::OnceLock<std::net::SocketAddr> = std::sync::OnceLock::new();
+
+impl World {
+    /// Starts the API of another host, and has this one know where it is.
+    pub async fn as_host(&mut self, host: HostId) -> SecondHost {
+        let gateway = Arc::new(FakeGateway::default());
+        let config = ApiConfig {
+            host,
+            ..ApiConfig::clone(&self.shared.config)
+        };
+        let server = crate::ApiServer::bind(
+            config,
+            self.catalog.clone(),
+            self.shared.view.clone(),
+            gateway.clone(),
+        );
+        let server = server.await.unwrap();
+        // nextest runs each test in a process of its own.
+        SECOND.set(server.local_addr().unwrap()).unwrap();
+        let end = tokio_util::sync::CancellationToken::new();
+        tokio::spawn(server.run(end.clone()));
+        self.shared.forwarder = Forwarder::new(|_| *SECOND.get().unwrap());
+        self.router = crate::routes::router(self.shared.clone());
+        SecondHost {
+            gateway,
+            _end: end.drop_guard(),
+        }
+    }
+}
+
+impl FakeGateway {
+    pub fn commands(&self) -> u32 {
+        self.commands.load(Ordering::Relaxed)
+    }
+}
+
+/// The record of a token that never ends.
+pub fn token_of(token: &str, organization: Option<OrgSlug>, scope: Scope) -> Token {
+    Token {
+        hash: token_hash(token),
+        name: token.into(),
+        organization,
+        scope,
+        created_at: Timestamp::now(),
+        expires_at: None,
+        parent: None,
+        tail: String::new(),
     }
 }
 
@@ -217,6 +333,25 @@ impl std::fmt::Debug for Answer {
     }
 }
 
+#[derive(Debug)]
+struct FakeInviter;
+
+#[async_trait]
+impl crate::Inviter for FakeInviter {
+    async fn invite(
+        &self,
+        region: Option<String>,
+        time: Duration,
+    ) -> Result<crate::Invitation, String> {
+        let region = region.ok_or("no region")?;
+        Ok(crate::Invitation {
+            join: "address/fingerprint/secret".into(),
+            region,
+            expires_at: Timestamp::now() + time,
+        })
+    }
+}
+
 /// Hides values as far as a look at the catalog shows.
 #[derive(Debug)]
 struct FakeSealer;
@@ -236,6 +371,38 @@ impl crate::secrets::SecretSealer for FakeSealer {
         all.extend_from_slice(value);
         token_hash(&String::from_utf8_lossy(&all))[..16].to_owned()
     }
+}
+
+async fn host(catalog: &Catalog, id: u32, name: &str, region: &str, memory_mib: u64) -> Revision {
+    let (id, now) = (HostId(id), Timestamp::now());
+    let host = Host {
+        id,
+        name: name.into(),
+        region: region.into(),
+        public_key: format!("key {id}"),
+        endpoint: "192.0.2.1:51820".parse().unwrap(),
+        started_at: now,
+    };
+    catalog.create(&host).await.unwrap();
+    let all = Resources {
+        memory_mib,
+        cpu_sixteenths: 1024,
+    };
+    let status = HostStatus {
+        id,
+        version: "0".into(),
+        all,
+        taken: Resources::default(),
+        seen_at: now,
+    };
+    catalog.create(&status).await.unwrap();
+    let alive = HostAlive {
+        id,
+        session: "s".into(),
+        boot: "b".into(),
+        since: now,
+    };
+    catalog.create(&alive).await.unwrap()
 }
 
 /// What a host's agent does, as far as the catalog shows it.
@@ -338,15 +505,26 @@ impl HostGateway for FakeGateway {
         Ok(port == 3000)
     }
 
-    async fn exec(&self, _: &MachineId, request: ExecRequest) -> Result<ExecResult, GatewayError> {
-        match request.command[0].as_str() {
-            "absent" => Err(GatewayError::NotRunning("it is not running".into())),
-            _ => Ok(ExecResult {
-                exit_code: Some(3),
-                stdout: request.command.join("|").into(),
-                ..Default::default()
-            }),
+    async fn exec(&self, _: &MachineId, request: ExecRequest) -> Result<ExecSession, GatewayError> {
+        self.commands.fetch_add(1, Ordering::Relaxed);
+        if request.command[0] == "absent" {
+            return Err(GatewayError::NotRunning("it is not running".into()));
         }
+        if let Some(session) = self.sessions.lock().pop_front() {
+            return Ok(session);
+        }
+        let exit = ExitStatus {
+            code: 3,
+            ..ExitStatus::default()
+        };
+        let said = [
+            ExecOutput::Stdout(request.command.join("|").into()),
+            ExecOutput::Exit(exit),
+        ];
+        Ok(ExecSession {
+            inputs: Box::pin(futures::sink::drain().sink_map_err(|never| match never {})),
+            outputs: stream::iter(said).map(Ok).boxed(),
+        })
     }
 
     async fn signal(&self, _: &MachineId, signal: i32) -> Result<(), GatewayError> {

@@ -90,19 +90,33 @@ impl Catalog {
 
     /// Writes a record, whatever was there.
     pub async fn put<T: Record>(&self, record: &T) -> Result<Revision, CatalogError> {
-        Ok(self
-            .store
-            .commit(Transaction::of(vec![put(record)]))
-            .await?)
+        self.replace(&record.key(), put(record)).await
     }
 
     /// Removes a record.
     pub async fn delete<T: Record>(&self, id: &str) -> Result<Revision, CatalogError> {
         let key = T::key_of(id);
-        Ok(self
-            .store
-            .commit(Transaction::of(vec![Op::Delete { key }]))
-            .await?)
+        self.replace(&key, Op::Delete { key: key.clone() }).await
+    }
+
+    /// Does this to a key, whatever is there. It names what it replaces all the same: a write that was not answered
+    /// and lands later must not undo what was written meanwhile.
+    async fn replace(&self, key: &str, op: Op) -> Result<Revision, CatalogError> {
+        let mut conflicts = 0;
+        loop {
+            let compare = Compare {
+                key: key.to_owned(),
+                revision: self.store.get(key).await?.map(|entry| entry.revision),
+            };
+            let transaction = Transaction {
+                compares: vec![compare],
+                ops: vec![op.clone()],
+            };
+            match self.store.commit(transaction).await {
+                Err(StoreError::Conflict { .. }) if conflicts < MAX_CONFLICTS => conflicts += 1,
+                other => return Ok(other?),
+            }
+        }
     }
 
     /// Reads, changes and writes a record, again when somebody else was faster. `change` answers
@@ -113,21 +127,33 @@ impl Catalog {
     pub async fn update<T: Record, E>(
         &self,
         id: &str,
+        change: impl FnMut(&mut T) -> Result<(), E>,
+    ) -> Result<Result<Option<T>, E>, CatalogError> {
+        let mut unanswered = Vec::new();
+        let outcome = self.try_update(id, change, &mut unanswered).await;
+        // What is unknown stays so: any other outcome would deny it.
+        let why = match &outcome {
+            Ok(Ok(Some(_))) | Err(CatalogError::Store(StoreError::Unknown(_))) => return outcome,
+            _ if unanswered.is_empty() => return outcome,
+            Ok(Ok(None)) => "the record is gone now".to_owned(),
+            Ok(Err(_)) => "it cannot be made again on what is there now".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        Err(StoreError::Unknown(why).into())
+    }
+
+    /// Updates; `unanswered` are the writes whose outcome is not known: the value, and the revision it was to
+    /// replace.
+    async fn try_update<T: Record, E>(
+        &self,
+        id: &str,
         mut change: impl FnMut(&mut T) -> Result<(), E>,
+        unanswered: &mut Vec<(Vec<u8>, Revision)>,
     ) -> Result<Result<Option<T>, E>, CatalogError> {
         let key = T::key_of(id);
         let mut conflicts = 0;
-        // Written without an answer: the value, and the revision it was to replace.
-        let mut unanswered: Vec<(Vec<u8>, Revision)> = Vec::new();
         loop {
-            let entry = match self.store.get(&key).await {
-                // What is unknown stays so: the error of the reading would deny it.
-                Err(StoreError::Unavailable(text)) if !unanswered.is_empty() => {
-                    return Err(StoreError::Unknown(text).into());
-                }
-                other => other?,
-            };
-            let Some(entry) = entry else {
+            let Some(entry) = self.store.get(&key).await? else {
                 return Ok(Ok(None));
             };
             let (mut record, revision): (T, _) = (decode(&key, &entry.value)?, entry.revision);
@@ -201,3 +227,6 @@ impl Compare {
         absent(record)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{Hostname, Record};
+use crate::{Hostname, OrgSlug, Record};
 
 /// The certificate of one host name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,9 +27,53 @@ pub struct Certificate {
     /// Failures since the last success.
     #[serde(default)]
     pub failures: u32,
-    /// The last failure, for people.
+    /// Why there is none yet, or why it is not renewed: the last failure or what is waited for, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
+    /// The order under way. Followed to its end, also over a restart: another one would cost another of what the
+    /// directory allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<PendingOrder>,
+    /// Whose app the name leads to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub organization: Option<OrgSlug>,
+    /// Since when no app has the name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unwanted_since: Option<Timestamp>,
+}
+
+/// An order that the directory has taken (RFC 8555 section 7.1.3).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingOrder {
+    /// Where it is.
+    pub url: String,
+    /// The directory that took it.
+    pub directory: String,
+    /// How the name is validated.
+    pub kind: ChallengeKind,
+    /// The private key that its certificate will be for, encrypted.
+    pub key: SealedKey,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+impl Certificate {
+    /// A name that none has been got for.
+    pub fn wanted(hostname: Hostname) -> Self {
+        Self {
+            hostname,
+            state: CertificateState::Pending,
+            chain_pem: String::new(),
+            key: None,
+            not_after: None,
+            next_attempt: None,
+            failures: 0,
+            last_error: None,
+            order: None,
+            organization: None,
+            unwanted_since: None,
+        }
+    }
 }
 
 /// Where a certificate stands. A valid one that is being renewed stays `Issued`.
@@ -72,6 +116,18 @@ pub struct AcmeAccount {
     pub directory: String,
     /// The account's credentials, encrypted.
     pub credentials: SealedKey,
+}
+
+/// What has been used of a directory's limits: by its account in all, or for one registered domain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcmeUsage {
+    /// The account's id; for a registered domain a slash and that behind it.
+    pub id: String,
+    /// When, and for which name. No more than the limit allows, and no older than it looks back.
+    pub used: Vec<(Timestamp, Hostname)>,
+    /// No order before: the directory said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_before: Option<Timestamp>,
 }
 
 /// A challenge that the ingress must answer now. In the catalog, so that every edge can.
@@ -118,6 +174,13 @@ impl Record for Certificate {
 
 impl Record for AcmeAccount {
     const PREFIX: &'static str = "acme/accounts/";
+    fn id(&self) -> String {
+        self.id.clone()
+    }
+}
+
+impl Record for AcmeUsage {
+    const PREFIX: &'static str = "acme/usage/";
     fn id(&self) -> String {
         self.id.clone()
     }

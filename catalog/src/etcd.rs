@@ -11,6 +11,8 @@
 //! long, and nothing retries behind our back.
 
 mod connection;
+#[cfg(test)]
+mod fake;
 mod members;
 mod messages;
 mod watch;
@@ -23,6 +25,7 @@ use async_trait::async_trait;
 use crate::store::{
     Entry, LeaseId, Listing, Op, Revision, Store, StoreError, Transaction, Watch, limits,
 };
+use crate::transfer;
 pub use members::EtcdConfig;
 use members::{Failure, Kind, Members};
 use messages::{
@@ -142,7 +145,11 @@ impl Store for EtcdStore {
 
     async fn commit(&self, transaction: Transaction) -> Result<Revision, StoreError> {
         limits::check(&transaction)?;
-        let request = txn(&transaction);
+        let fenced = !transaction
+            .ops
+            .iter()
+            .any(|op| key_of(op) == transfer::MOVED);
+        let request = txn(&transaction, fenced);
         let answer: Result<TxnResponse, _> =
             self.members.call("KV/Txn", &request, Kind::Write).await;
         let answer = match answer {
@@ -155,10 +162,17 @@ impl Store for EtcdStore {
             return Ok(answer.header.map_or(0, |h| h.revision.cast_unsigned()));
         }
         // What was found under each key, asked for in the same transaction.
-        let found = answer.responses.into_iter().map(|response| {
-            let range = response.range.unwrap_or_default();
-            range.kvs.first().map(|kv| kv.mod_revision.cast_unsigned())
-        });
+        let mut found: Vec<Option<KeyValue>> = answer
+            .responses
+            .into_iter()
+            .map(|response| response.range.unwrap_or_default().kvs.into_iter().next())
+            .collect();
+        if fenced && let Some(mark) = found.pop().flatten() {
+            return Err(transfer::moved(&mark.value));
+        }
+        let found = found
+            .into_iter()
+            .map(|kv| kv.map(|kv| kv.mod_revision.cast_unsigned()));
         let mut compares = transaction.compares.into_iter().zip(found);
         match compares.find(|(compare, found)| compare.revision != *found) {
             Some((compare, _)) => Err(StoreError::Conflict { key: compare.key }),
@@ -245,6 +259,12 @@ fn entry(kv: KeyValue) -> Option<Entry> {
     })
 }
 
+fn key_of(op: &Op) -> &str {
+    match op {
+        Op::Put { key, .. } | Op::Delete { key } => key,
+    }
+}
+
 fn lease_of(op: &Op) -> Option<LeaseId> {
     match op {
         Op::Put { lease, .. } => *lease,
@@ -252,12 +272,14 @@ fn lease_of(op: &Op) -> Option<LeaseId> {
     }
 }
 
-fn txn(transaction: &Transaction) -> TxnRequest {
-    let compare = |compare: &crate::store::Compare| Compare {
+/// The request for a transaction. One that is fenced is refused by a catalog that was left for another: whoever
+/// still serves from it must not take writes that nobody will see.
+fn txn(transaction: &Transaction, fenced: bool) -> TxnRequest {
+    let compare = |key: &str, revision: Option<Revision>| Compare {
         target: MOD_REVISION,
-        key: etcd_key(&compare.key),
+        key: etcd_key(key),
         // A key that does not exist has 0.
-        mod_revision: Some(compare.revision.unwrap_or(0).cast_signed()),
+        mod_revision: Some(revision.unwrap_or(0).cast_signed()),
     };
     let look = |compare: &crate::store::Compare| {
         Request::Range(RangeRequest {
@@ -277,27 +299,24 @@ fn txn(transaction: &Transaction) -> TxnRequest {
     let op = |request| RequestOp {
         request: Some(request),
     };
-    TxnRequest {
-        compare: transaction.compares.iter().map(compare).collect(),
+    let mut request = TxnRequest {
+        compare: transaction
+            .compares
+            .iter()
+            .map(|c| compare(&c.key, c.revision))
+            .collect(),
         success: transaction.ops.iter().map(write).map(op).collect(),
         failure: transaction.compares.iter().map(look).map(op).collect(),
+    };
+    if fenced {
+        request.compare.push(compare(transfer::MOVED, None));
+        request.failure.push(op(Request::Range(RangeRequest {
+            key: etcd_key(transfer::MOVED),
+            ..RangeRequest::default()
+        })));
     }
+    request
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_prefix_is_a_range_of_exactly_its_keys() {
-        let keys = Keys::under("a/");
-        let inside = |key: &str| (&keys.first..&keys.end).contains(&&etcd_key(key));
-        assert!(inside("a/") && inside("a/b") && inside("a/\u{10ffff}"));
-        assert!(!inside("a") && !inside("a0") && !inside("b"));
-        let all = Keys::under("");
-        assert_eq!(
-            (&all.first[..], &all.end[..]),
-            (&b"tern/"[..], &b"tern0"[..])
-        );
-    }
-}
+mod tests;

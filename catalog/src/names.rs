@@ -15,6 +15,17 @@ pub struct NameError {
     rule: &'static str,
 }
 
+impl NameError {
+    /// A hostile name may be long: the error repeats only its beginning.
+    pub(crate) fn new(what: &'static str, given: &str, rule: &'static str) -> Self {
+        Self {
+            what,
+            given: given.chars().take(80).collect(),
+            rule,
+        }
+    }
+}
+
 macro_rules! name {
     ($(#[$doc:meta])* $name:ident, $what:literal, $rule:literal, $check:expr) => {
         $(#[$doc])*
@@ -37,9 +48,7 @@ macro_rules! name {
                 if check(given) {
                     Ok(Self(given.to_owned()))
                 } else {
-                    // A hostile name may be long: the error repeats only its beginning.
-                    let given = given.chars().take(80).collect();
-                    Err(NameError { what: $what, given, rule: $rule })
+                    Err(NameError::new($what, given, $rule))
                 }
             }
         }

@@ -1,6 +1,6 @@
-//! Organizations and what they own, hosts, peers and tokens.
+//! Organizations and what they own, and peers.
 
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::Ipv6Addr;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -59,23 +59,6 @@ pub struct HostnameRoute {
     pub created_at: Timestamp,
 }
 
-/// A server.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Host {
-    /// Its 32 bits.
-    pub id: HostId,
-    /// Its name, for people.
-    pub name: String,
-    /// Its region, for example `ams`.
-    pub region: String,
-    /// Its WireGuard public key, base64.
-    pub public_key: String,
-    /// Where WireGuard reaches it.
-    pub endpoint: SocketAddr,
-    /// When it last started.
-    pub started_at: Timestamp,
-}
-
 /// A WireGuard peer of a user's: a laptop.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
@@ -93,19 +76,6 @@ pub struct Peer {
     pub address: Ipv6Addr,
     /// Its WireGuard public key, base64.
     pub public_key: String,
-    /// When it was made.
-    pub created_at: Timestamp,
-}
-
-/// A bearer token; only its hash is kept.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Token {
-    /// SHA-256 of the token, hexadecimal.
-    pub hash: String,
-    /// Its name, for people.
-    pub name: String,
-    /// The organization it speaks for; `None` may do everything.
-    pub organization: Option<OrgSlug>,
     /// When it was made.
     pub created_at: Timestamp,
 }
@@ -138,23 +108,9 @@ impl Record for HostnameRoute {
     }
 }
 
-impl Record for Host {
-    const PREFIX: &'static str = "hosts/";
-    fn id(&self) -> String {
-        self.id.to_string()
-    }
-}
-
 impl Record for Peer {
     const PREFIX: &'static str = "peers/";
     fn id(&self) -> String {
         format!("{}/{}", self.network, self.name)
-    }
-}
-
-impl Record for Token {
-    const PREFIX: &'static str = "tokens/";
-    fn id(&self) -> String {
-        self.hash.clone()
     }
 }

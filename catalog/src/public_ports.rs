@@ -49,8 +49,9 @@ pub struct Exclusive {
     pub proxy: Option<ProxyProtocol>,
 }
 
-/// Ports of one app that are its alone, at most: each takes a socket per thread of every edge.
-pub const MAX_EXCLUSIVE_PORTS: usize = 256;
+/// Public ports that a configuration may name beside 80 and 443: each takes a socket per thread of every edge. All Machines of
+/// an app together may name twice as many, so that they can be moved.
+pub const MAX_PORTS_OF_APP: usize = 256;
 
 /// Ports that services may name, beside 80 and 443: `1024-65535`, or `25,465,1024-65535`.
 #[derive(Debug, Clone, PartialEq, Eq)]

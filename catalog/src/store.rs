@@ -9,7 +9,7 @@
 
 pub mod limits;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -107,10 +107,14 @@ pub struct WatchBatch {
 pub enum WatchEvent {
     /// A commit.
     Batch(WatchBatch),
-    /// The store has answered, and all up to this revision has been told. Comes every
-    /// [`PROGRESS_EVERY`] or so also while nobody writes: a watch that is silent for longer does not know
-    /// what it misses.
-    Progress(Revision),
+    /// All that the store held when it was asked has been told. Comes every [`PROGRESS_EVERY`] or so also
+    /// while nobody writes: a watch that is silent for longer does not know what it misses.
+    Progress {
+        /// All up to here has been told.
+        revision: Revision,
+        /// When the store was asked; what was written since may be missing.
+        asked: Instant,
+    },
 }
 
 /// How often a watch proves that it is current.
@@ -221,7 +225,7 @@ impl Watch {
         loop {
             return match self.event().await? {
                 Ok(WatchEvent::Batch(batch)) => Some(Ok(batch)),
-                Ok(WatchEvent::Progress(_)) => continue,
+                Ok(WatchEvent::Progress { .. }) => continue,
                 Err(error) => Some(Err(error)),
             };
         }

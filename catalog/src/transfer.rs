@@ -1,18 +1,19 @@
 //! Moving a catalog from one store to another: all records at one revision, read back and compared.
 //!
 //! While records are copied the target holds `MOVING`; a target with it is no catalog yet. A source that is
-//! left holds `MOVED`, or, as a file, the mark of [`crate::SqliteStore::mark_moved`].
+//! left holds `MOVED`, and takes no writes from then on; or, as a file, which one process has alone, the mark of
+//! [`crate::SqliteStore::mark_moved`].
 
 use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 
-use crate::store::limits::{MAX_OPS, MAX_TRANSACTION_BYTES};
-use crate::{Compare, Entry, Op, Revision, Store, StoreError, Transaction};
+use crate::store::limits::{MAX_COMPARES, MAX_TRANSACTION_BYTES};
+use crate::{Compare, Entry, HostAlive, Op, Record as _, Revision, Store, StoreError, Transaction};
 
 /// The key of a target that is being filled.
 const MOVING: &str = "transfer/moving";
 /// The key of a source that has been left; its value says where to.
-const MOVED: &str = "transfer/moved";
+pub(crate) const MOVED: &str = "transfer/moved";
 /// What a record may take in a request beside its key and value, with its comparison; see the limits.
 const OVERHEAD: usize = 512;
 
@@ -59,11 +60,19 @@ pub enum TransferError {
     },
 }
 
-/// Copies everything from one store to another, which must be empty, and compares.
+/// Copies everything from one store to another, which must be empty, and compares. A source that others reach too
+/// is left for what `leave_for` says, before the target can be served from: no write is taken by both or lost.
 ///
-/// Keys that a lease holds become lasting ones: nothing in a stopped cloud is held by one.
-pub async fn copy(from: &dyn Store, to: &dyn Store) -> Result<Moved, TransferError> {
-    let source = from.list("").await?;
+/// Who is alive is left out: in a stopped cloud nobody is, and without its lease the record would never go.
+pub async fn copy(
+    from: &dyn Store,
+    to: &dyn Store,
+    leave_for: Option<&str>,
+) -> Result<Moved, TransferError> {
+    let mut source = from.list("").await?;
+    source
+        .entries
+        .retain(|entry| !entry.key.starts_with(HostAlive::PREFIX));
     if source.entries.is_empty() {
         return Err(TransferError::Empty);
     }
@@ -84,8 +93,12 @@ pub async fn copy(from: &dyn Store, to: &dyn Store) -> Result<Moved, TransferErr
             found: copied.len(),
         });
     }
-    if from.list("").await?.revision != source.revision {
-        return Err(TransferError::Busy);
+    match leave_for {
+        Some(there) => leave(from, there, source.revision).await?,
+        None if from.list(MOVED).await?.revision != source.revision => {
+            return Err(TransferError::Busy);
+        }
+        None => {}
     }
     let done = Op::Delete {
         key: MOVING.to_owned(),
@@ -98,27 +111,50 @@ pub async fn copy(from: &dyn Store, to: &dyn Store) -> Result<Moved, TransferErr
     })
 }
 
-/// Marks a store as left for another, so that [`refuse_moved`] tells whoever opens it.
-pub async fn mark_moved(store: &dyn Store, to: &str) -> Result<(), StoreError> {
-    let mark = Op::Put {
-        key: MOVED.to_owned(),
-        value: to.as_bytes().to_vec(),
-        lease: None,
+/// Marks a store as left for another, if nothing was written to it since it was read.
+///
+/// [`refuse_moved`] tells whoever opens it, and etcd refuses writes of those who have it open.
+async fn leave(store: &dyn Store, to: &str, read: Revision) -> Result<(), TransferError> {
+    let marked = match store.commit(create(&[entry_of(MOVED, to)])).await {
+        Err(StoreError::Unknown(text)) => match store.get(MOVED).await? {
+            Some(entry) => entry.revision,
+            None => return Err(StoreError::Unknown(text).into()),
+        },
+        other => other?,
     };
-    store.commit(Transaction::of(vec![mark])).await.map(drop)
+    if marked == read + 1 {
+        return Ok(());
+    }
+    let compare = Compare {
+        key: MOVED.to_owned(),
+        revision: Some(marked),
+    };
+    let undo = Op::Delete {
+        key: MOVED.to_owned(),
+    };
+    let transaction = Transaction {
+        compares: vec![compare],
+        ops: vec![undo],
+    };
+    store.commit(transaction).await?;
+    Err(TransferError::Busy)
+}
+
+/// What is said of a store that was left.
+pub(crate) fn moved(to: &[u8]) -> StoreError {
+    let to = String::from_utf8_lossy(to);
+    StoreError::Invalid(format!("this catalog was moved to {to}: serve from there"))
 }
 
 /// Refuses a store that was left for another, or that is not filled yet.
 pub async fn refuse_moved(store: &dyn Store) -> Result<(), StoreError> {
     if let Some(mark) = store.get(MOVED).await? {
-        let to = String::from_utf8_lossy(&mark.value).into_owned();
-        return Err(StoreError::Invalid(format!(
-            "this catalog was moved to {to}: serve from there"
-        )));
+        return Err(moved(&mark.value));
     }
     if store.get(MOVING).await?.is_some() {
         return Err(StoreError::Invalid(
-            "a catalog is being moved into this store, or that did not end: wait for it, or empty the store and move again"
+            "a catalog is being moved into this store, or that did not end: wait for it, or empty the store and move \
+             again (an etcd that says already that it was moved: `etcdctl del tern/transfer/moved` first)"
                 .to_owned(),
         ));
     }
@@ -151,7 +187,7 @@ fn parts(mut entries: &[Entry]) -> impl Iterator<Item = &[Entry]> {
             bytes <= MAX_TRANSACTION_BYTES
         };
         // One always fits: its value has a third less than a transaction.
-        let count = entries.iter().take(MAX_OPS).take_while(fits).count();
+        let count = entries.iter().take(MAX_COMPARES).take_while(fits).count();
         let (part, rest) = entries.split_at(count);
         entries = rest;
         (count > 0).then_some(part)

@@ -5,9 +5,14 @@
 //! store cannot be followed the view stays as it is, says how stale it is, and tries again. A watch that
 //! runs is no proof of being current: only what the store said last is, so that is what staleness is
 //! counted from.
+//!
+//! A value that cannot be read is kept out, and what could be read of its key last stays
+//! ([`Snapshot::unreadable`]). A follower that panics is begun anew: without it the whole process would
+//! live in the past.
 
 mod snapshot;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,15 +21,15 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::store::PROGRESS_EVERY;
-use crate::{CatalogError, Revision, Store, StoreError, WatchEvent};
-pub use snapshot::Snapshot;
+use crate::{CatalogError, Change, Revision, Store, StoreError, WatchEvent, keep_running};
+pub use snapshot::{Snapshot, Unreadable};
 
 /// The catalog in memory. Clones share it.
 #[derive(Clone)]
 pub struct View {
     current: Arc<ArcSwap<Snapshot>>,
     revision: watch::Receiver<Revision>,
-    /// When the store last said that the picture is current.
+    /// When the store was asked for what the picture is known to hold.
     heard: Arc<Mutex<Instant>>,
     /// Ends the follower with the last clone.
     _follower: Arc<Follower>,
@@ -41,17 +46,25 @@ const STALE_AFTER: Duration = PROGRESS_EVERY.saturating_mul(5);
 impl View {
     /// Reads everything, and follows what comes from then on.
     pub async fn follow(store: Arc<dyn Store>) -> Result<Self, CatalogError> {
-        let first = read(&*store).await?;
+        let asked = Instant::now();
+        let mut keys = HashSet::new();
+        let first = read(&*store, &Snapshot::default(), &mut keys).await?;
         let (announce, revision) = watch::channel(first.revision);
         let current = Arc::new(ArcSwap::from_pointee(first));
-        let heard = Arc::new(Mutex::new(Instant::now()));
+        let heard = Arc::new(Mutex::new(asked));
         let follower = Follow {
             store,
             current: Arc::clone(&current),
             announce,
             heard: Arc::clone(&heard),
+            keys: tokio::sync::Mutex::new(keys),
         };
-        let task = tokio::spawn(follower.run());
+        let follower = Arc::new(follower);
+        let follow = move || {
+            let follower = Arc::clone(&follower);
+            async move { follower.run().await }
+        };
+        let task = tokio::spawn(keep_running("the follower of the catalog", follow));
         Ok(Self {
             current,
             revision,
@@ -107,21 +120,23 @@ struct Follow {
     current: Arc<ArcSwap<Snapshot>>,
     announce: watch::Sender<Revision>,
     heard: Arc<Mutex<Instant>>,
+    /// All keys that there are: a listing does not say what is gone. Of the one task that follows.
+    keys: tokio::sync::Mutex<HashSet<String>>,
 }
 
 impl Follow {
-    async fn run(self) {
+    async fn run(&self) {
+        let mut keys = self.keys.lock().await;
         let mut wait = RETRY_FIRST;
         loop {
             let before = self.current.load().revision;
-            let ended = self.follow(before).await;
+            let ended = self.follow(before, &mut keys).await;
+            let asked = Instant::now();
             match ended {
                 // Too far behind: what is missing can only be had by reading everything.
-                StoreError::Compacted { .. } => match read(&*self.store).await {
-                    Ok(whole) => {
-                        self.show(whole);
-                        *self.heard.lock() = Instant::now();
-                        continue;
+                StoreError::Compacted { .. } => match self.read_all(&mut keys).await {
+                    Ok(()) => {
+                        self.hear(asked);
                     }
                     Err(error) => tracing::warn!(%error, "the catalog cannot be read"),
                 },
@@ -135,8 +150,14 @@ impl Follow {
         }
     }
 
+    async fn read_all(&self, keys: &mut HashSet<String>) -> Result<(), StoreError> {
+        let whole = read(&*self.store, &self.current.load_full(), keys).await?;
+        self.show(whole);
+        Ok(())
+    }
+
     /// Follows until that ends.
-    async fn follow(&self, after: Revision) -> StoreError {
+    async fn follow(&self, after: Revision, keys: &mut HashSet<String>) -> StoreError {
         let mut watch = match self.store.watch("", after).await {
             Ok(watch) => watch,
             Err(error) => return error,
@@ -146,9 +167,15 @@ impl Follow {
                 Some(Ok(WatchEvent::Batch(batch))) => {
                     let mut next = Snapshot::clone(&self.current.load());
                     next.apply(&batch);
+                    for change in batch.changes {
+                        match change {
+                            Change::Put(entry) => drop(keys.insert(entry.key)),
+                            Change::Delete { key } => drop(keys.remove(&key)),
+                        }
+                    }
                     self.show(next);
                 }
-                Some(Ok(WatchEvent::Progress(revision))) => {
+                Some(Ok(WatchEvent::Progress { revision, asked })) => {
                     // Others' commits count too: who waits for a revision learns that it has passed, and
                     // a later watch need not ask for what was compacted since.
                     let current = self.current.load();
@@ -157,12 +184,17 @@ impl Follow {
                         next.revision = revision;
                         self.show(next);
                     }
-                    *self.heard.lock() = Instant::now();
+                    self.hear(asked);
                 }
                 Some(Err(error)) => return error,
                 None => return StoreError::Unavailable("the watch has ended".to_owned()),
             }
         }
+    }
+
+    fn hear(&self, asked: Instant) {
+        let mut heard = self.heard.lock();
+        *heard = asked.max(*heard);
     }
 
     fn show(&self, snapshot: Snapshot) {
@@ -172,12 +204,24 @@ impl Follow {
     }
 }
 
-async fn read(store: &dyn Store) -> Result<Snapshot, StoreError> {
+/// Reads everything, over what was there `before`: what cannot be read stays as it was, what is no more is gone. `keys`
+/// are those of before, and then those that there are.
+async fn read(
+    store: &dyn Store,
+    before: &Snapshot,
+    keys: &mut HashSet<String>,
+) -> Result<Snapshot, StoreError> {
     let listing = store.list("").await?;
-    let mut snapshot = Snapshot::default();
+    let there: HashSet<String> = listing.entries.iter().map(|e| e.key.clone()).collect();
+    let mut snapshot = before.clone();
+    // First, for what they had (an address) may be somebody else's now.
+    for gone in keys.difference(&there) {
+        snapshot.delete(gone);
+    }
     for entry in &listing.entries {
         snapshot.put(entry);
     }
+    *keys = there;
     snapshot.revision = listing.revision;
     Ok(snapshot)
 }

@@ -44,7 +44,11 @@ impl SniResolver {
     }
 
     fn find(&self, hostname: &Hostname) -> Option<Arc<CertifiedKey>> {
-        let Some(record) = self.view.snapshot().certificates.get(hostname).cloned() else {
+        let snapshot = self.view.snapshot();
+        // One may be kept for a name that no app has at the moment.
+        let record = snapshot.certificates.get(hostname);
+        let record = record.filter(|_| snapshot.hostnames.contains_key(hostname));
+        let Some(record) = record.cloned() else {
             if self.parsed.read().contains_key(hostname) {
                 self.parsed.write().remove(hostname);
             }

@@ -12,6 +12,8 @@ use tern_catalog::{
 };
 use tern_host::{AllowedPrefix, SnapshotCache};
 
+use crate::serve::Ticket;
+
 /// Run apps on your own servers: KVM Machines behind HTTPS, asleep while nobody calls.
 ///
 /// Describe an app in a `fly.toml` beside its Dockerfile, run `tern launch` once and `tern deploy`
@@ -46,6 +48,9 @@ pub enum Command {
     /// Look after the disks of this host, with or without `tern serve`
     #[command(subcommand)]
     Host(Host),
+    /// The servers of this cloud: see them, keep new Machines off them, take them out
+    #[command(subcommand)]
+    Hosts(Hosts),
     /// Look after where this cloud's facts are kept, while no `tern serve` runs
     #[command(subcommand)]
     Catalog(Catalog),
@@ -94,6 +99,19 @@ pub enum Command {
     /// Look at a `fly.toml`
     #[command(subcommand)]
     Config(Config),
+    /// Print what has a shell complete this program's commands and flags
+    ///
+    /// For bash: `tern completion bash > ~/.local/share/bash-completion/completions/tern`. An installed Tern has brought them.
+    Completion {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual's pages into a directory
+    #[command(hide = true)]
+    ManPages {
+        /// Where to
+        directory: PathBuf,
+    },
 }
 
 /// `tern doctor`.
@@ -112,6 +130,49 @@ pub enum Host {
     /// Machines on this host's disk that its catalog does not know
     #[command(subcommand)]
     Quarantine(Quarantine),
+}
+
+/// `tern hosts`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Hosts {
+    /// List servers: whether they are there, and what they have
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a server and what is on it
+    Show {
+        /// Its number, from `tern hosts list`
+        id: u32,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print what lets one more server into this cloud: a command line that is good once, and for a while
+    Invite {
+        /// The region of the new server. Default: this one's
+        #[arg(long)]
+        region: Option<String>,
+        /// How long it is good, a day at most
+        #[arg(long, default_value = "1h", value_parser = duration)]
+        ttl: Duration,
+    },
+    /// Put no new Machines on a server; those that are there go on
+    Cordon {
+        /// Its number
+        id: u32,
+    },
+    /// Put new Machines on a server again
+    Uncordon {
+        /// Its number
+        id: u32,
+    },
+    /// Forget a server that is cordoned, stopped and empty; its number is not used again
+    Remove {
+        /// Its number
+        id: u32,
+    },
 }
 
 /// `tern catalog`.
@@ -225,9 +286,25 @@ pub enum Quarantine {
     },
 }
 
+/// The file with what is given neither as a flag nor in the environment (see [`crate::config`]).
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct ConfigFile {
+    /// The server's configuration: what is given neither here nor in the environment is read from it. Default:
+    /// /etc/tern/tern.toml, if there is one
+    #[arg(
+        id = "config_file",
+        long = "config",
+        env = "TERN_CONFIG",
+        value_name = "FILE"
+    )]
+    pub path: Option<PathBuf>,
+}
+
 /// The data directory of a host.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct DataDir {
+    #[command(flatten)]
+    pub config: ConfigFile,
     /// What `tern serve` was given as --data-dir
     #[arg(long, env = "TERN_DATA_DIR", default_value = "/var/lib/tern")]
     pub data_dir: PathBuf,
@@ -255,20 +332,38 @@ fn fraction(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "write a number from 0 to 1".to_owned())
 }
 
-/// `tern serve`.
+/// `tern serve`. Each flag is a key of the configuration file too, by its id.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Serve {
+    #[command(flatten)]
+    pub config: ConfigFile,
+    /// Print a configuration file with every key, its default and what it does, and do nothing else
+    #[arg(long)]
+    pub print_config: bool,
+    /// Say whether flags and configuration file are right, and do nothing else
+    #[arg(long, conflicts_with = "print_config")]
+    pub check_config: bool,
     /// Where everything is kept
     #[arg(long, env = "TERN_DATA_DIR", default_value = "/var/lib/tern")]
     pub data_dir: PathBuf,
     #[command(flatten)]
     pub etcd: Etcd,
-    /// This host's number, 1 or more, unique among your hosts
-    #[arg(long, default_value_t = 1)]
-    pub host_id: u32,
-    /// This host's region
-    #[arg(long, env = "TERN_REGION", default_value = "local")]
-    pub region: String,
+    /// Join the cloud of another server, by what `tern hosts invite` printed there: etcd, keys and region come from it.
+    /// Good once; a data directory that has joined needs it no more, and leaves it aside
+    #[arg(
+        long,
+        env = "TERN_JOIN",
+        hide_env_values = true,
+        value_name = "INVITE",
+        conflicts_with = "etcd"
+    )]
+    pub join: Option<Ticket>,
+    /// Where servers that join are let in, while there is an invite that may be used
+    #[arg(long, default_value = "[::]:4281", value_name = "ADDRESS")]
+    pub join_listen: SocketAddr,
+    /// This host's region. Default: what its invite said, else `local`
+    #[arg(long, env = "TERN_REGION")]
+    pub region: Option<String>,
     /// Apps get the host name APP.DOMAIN; point *.DOMAIN at this server
     #[arg(long, env = "TERN_DOMAIN")]
     pub domain: Option<String>,
@@ -306,6 +401,9 @@ pub struct Serve {
     /// Serve no HTTP/3. It takes the same ports of UDP as HTTPS takes of TCP
     #[arg(long)]
     pub no_http3: bool,
+    /// Do not wake a suspended Machine when a client's TLS handshake names its app, but only when its request comes
+    #[arg(long)]
+    pub no_early_wake: bool,
     /// Where WireGuard listens (UDP)
     #[arg(long, default_value = "[::]:51820")]
     pub wireguard: SocketAddr,
@@ -394,13 +492,13 @@ pub struct Serve {
     /// it; what Machines could use beyond is hidden from them. A host that lacks some of it is refused.
     #[arg(long, env = "TERN_CPU_TEMPLATE", value_enum, default_value_t)]
     pub cpu_template: CpuTemplate,
-    /// The guests' kernel (uncompressed ELF or bzImage). Default: `guest/vmlinux` beside this program
+    /// The guests' kernel (uncompressed ELF or bzImage). Default: `guest/vmlinux` in ../lib/tern of this program, or beside it
     #[arg(long, env = "TERN_GUEST_KERNEL")]
     pub kernel: Option<PathBuf>,
-    /// The guests' initramfs. Default: `guest/initramfs.cpio` beside this program
+    /// The guests' initramfs. Default: `guest/initramfs.cpio` in ../lib/tern of this program, or beside it
     #[arg(long, env = "TERN_GUEST_INITRAMFS")]
     pub initramfs: Option<PathBuf>,
-    /// The monitor. Default: `tern-vmm` beside this program
+    /// The monitor. Default: `tern-vmm` in ../lib/tern of this program, or beside it
     #[arg(long, env = "TERN_VMM")]
     pub vmm: Option<PathBuf>,
     /// Write the log as JSON
@@ -682,16 +780,19 @@ pub enum Machine {
         #[arg(short, long)]
         force: bool,
     },
-    /// Run a command in a Machine
+    /// Run a command in a Machine: its output comes byte for byte, its exit code is this one's
     Exec {
         #[command(flatten)]
         machine: MachineArg,
+        /// Give it what this command reads, until that ends
+        #[arg(short = 'i', long)]
+        stdin: bool,
         /// The command and its arguments
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
-        /// Longest time it may take
-        #[arg(long, default_value = "60s", value_parser = duration)]
-        timeout: Duration,
+        /// Longest time it may take [default: a day]
+        #[arg(long, value_parser = duration)]
+        timeout: Option<Duration>,
     },
 }
 
@@ -815,9 +916,18 @@ pub enum Snapshots {
 pub enum Certs {
     /// List an app's host names and their certificates
     List(AppArg),
+    /// Show where the certificate of one host name stands: until when it is valid, what is waited for, when it is tried next
+    Show {
+        /// The host name
+        #[arg(value_parser = Hostname::typed)]
+        hostname: Hostname,
+        #[command(flatten)]
+        app: AppArg,
+    },
     /// Serve the app under another host name too
     Add {
         /// The host name; it must point at this server
+        #[arg(value_parser = Hostname::typed)]
         hostname: Hostname,
         #[command(flatten)]
         app: AppArg,
@@ -825,7 +935,11 @@ pub enum Certs {
     /// Stop serving a host name
     Remove {
         /// The host name
+        #[arg(value_parser = Hostname::typed)]
         hostname: Hostname,
+        /// Also where it is the name that the app has from its creation; `tern certs add` brings that back
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         app: AppArg,
     },
@@ -849,24 +963,75 @@ pub enum Orgs {
 #[derive(Debug, Subcommand)]
 pub enum Tokens {
     /// Make a token and print it; it is shown only once
-    Create {
-        /// Its name, to know it by later
-        name: String,
-        /// Good for this organization only; without it, for everything
+    Create(CreateToken),
+    /// List tokens: what each may do, until when, and its last characters
+    List {
+        /// Of this organization only
         #[arg(short, long)]
         org: Option<OrgSlug>,
-    },
-    /// List tokens
-    List {
         /// Print JSON
-        #[arg(long)]
+        #[arg(short, long)]
         json: bool,
     },
-    /// Take a token back
+    /// Take tokens back, with all that were made with them
     Revoke {
-        /// Its id, from `tern tokens list`
-        id: String,
+        /// Their ids, from `tern tokens list`
+        #[arg(required = true)]
+        ids: Vec<String>,
+        /// Leave those that were made with them good
+        #[arg(long)]
+        keep_made: bool,
+        /// Do not ask
+        #[arg(short, long)]
+        yes: bool,
     },
+}
+
+/// `tern tokens create`.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct CreateToken {
+    /// What it may do
+    #[arg(value_enum, required_unless_present = "scope")]
+    pub kind: Option<TokenScope>,
+    /// The same, as an option
+    #[arg(short, long, value_enum, conflicts_with = "kind")]
+    pub scope: Option<TokenScope>,
+    /// Its name, to know it by later
+    #[arg(short, long)]
+    pub name: Option<String>,
+    /// The apps that it is for (deploy, machine-exec). Default: the one fly.toml names
+    #[arg(short, long, env = "FLY_APP", value_delimiter = ',')]
+    pub app: Vec<AppName>,
+    /// The fly.toml, or the directory it is in
+    #[arg(short, long, default_value = "fly.toml")]
+    pub config: PathBuf,
+    /// The organization that it is for (org, readonly). Default: the only one there is
+    #[arg(short, long)]
+    pub org: Option<OrgSlug>,
+    /// How long it is good, as in 720h. Default: for ever
+    #[arg(short = 'x', long, value_parser = duration)]
+    pub expiry: Option<Duration>,
+    /// Print JSON
+    #[arg(short, long)]
+    pub json: bool,
+}
+
+/// What a token may do. Named as flyctl's `tokens create` names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TokenScope {
+    /// Deploy some apps
+    Deploy,
+    /// Everything in an organization
+    #[value(alias = "full")]
+    Org,
+    /// See everything in an organization
+    #[value(alias = "read")]
+    Readonly,
+    /// Run commands in the Machines of some apps
+    #[value(alias = "machine_exec")]
+    MachineExec,
+    /// Everything there is
+    Admin,
 }
 
 #[derive(Debug, Subcommand)]
@@ -1013,6 +1178,31 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory as _;
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_token_is_asked_for_as_flyctl_does_or_by_options() {
+        let create = |options: &[&str]| {
+            let words = ["tern", "tokens", "create"].iter().chain(options);
+            match Args::try_parse_from(words)?.command {
+                Command::Tokens(Tokens::Create(create)) => Ok::<_, clap::Error>(create),
+                _ => panic!("not create"),
+            }
+        };
+        let flyctl = create(&["deploy", "-a", "shop", "-x", "720h", "-n", "ci"]).unwrap();
+        assert_eq!(flyctl.kind, Some(TokenScope::Deploy));
+        assert_eq!(flyctl.expiry, Some(Duration::from_secs(720 * 3600)));
+        let exec = create(&["--scope", "machine-exec", "--app", "shop,blog"]).unwrap();
+        assert_eq!(exec.scope, Some(TokenScope::MachineExec));
+        assert_eq!(exec.app.len(), 2);
+        for bad in [
+            &[][..],
+            &["ci"],
+            &["deploy", "--scope=org"],
+            &["org", "--expiry=soon"],
+        ] {
+            assert!(create(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -45,7 +45,11 @@ pub async fn open(data_dir: &Path, etcd: &Etcd) -> Result<Arc<dyn Store>> {
     Ok(store)
 }
 
-async fn open_kind(kind: StoreKind, data_dir: &Path, etcd: &Etcd) -> Result<Arc<dyn Store>> {
+pub(crate) async fn open_kind(
+    kind: StoreKind,
+    data_dir: &Path,
+    etcd: &Etcd,
+) -> Result<Arc<dyn Store>> {
     Ok(match kind {
         StoreKind::Sqlite => Arc::new(SqliteStore::open(&data_dir.join(FILE))?),
         StoreKind::Etcd => {
@@ -77,7 +81,12 @@ async fn move_all(from: StoreKind, to: StoreKind, data_dir: &Path, etcd: &Etcd) 
     let source = open_kind(from, data_dir, etcd).await?;
     transfer::refuse_moved(&*source).await?;
     let target = open_kind(to, data_dir, etcd).await?;
-    let moved = transfer::copy(&*source, &*target).await?;
+    // A file is ours alone while it is open.
+    let leave_for = match from {
+        StoreKind::Sqlite => None,
+        StoreKind::Etcd => Some(format!("SQLite, in {}", file.display())),
+    };
+    let moved = transfer::copy(&*source, &*target, leave_for.as_deref()).await?;
     let members = etcd.members.join(",");
     let next = match from {
         StoreKind::Sqlite => {
@@ -90,7 +99,6 @@ async fn move_all(from: StoreKind, to: StoreKind, data_dir: &Path, etcd: &Etcd) 
             )
         }
         StoreKind::Etcd => {
-            transfer::mark_moved(&*source, &format!("SQLite, in {}", file.display())).await?;
             "etcd keeps its records and is not served from any more. Start `tern serve` without --etcd now.".to_owned()
         }
     };
@@ -102,63 +110,10 @@ async fn move_all(from: StoreKind, to: StoreKind, data_dir: &Path, etcd: &Etcd) 
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
-    use std::process::{Child, Command, Stdio};
-    use std::time::{Duration, Instant};
-
     use tern_catalog::{Op, Transaction};
 
     use super::*;
-
-    /// An etcd of one member, without TLS: that is what the catalog's own tests are for.
-    struct Server(Child);
-
-    impl Drop for Server {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
-
-    async fn etcd(dir: &Path) -> (Server, Etcd) {
-        let held = [0; 2].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
-        let [client, peer] =
-            held.map(|l| format!("http://127.0.0.1:{}", l.local_addr().unwrap().port()));
-        let child = Command::new("etcd")
-            .arg("--data-dir")
-            .arg(dir.join("etcd"))
-            .args([
-                "--listen-client-urls",
-                &client,
-                "--advertise-client-urls",
-                &client,
-            ])
-            .args([
-                "--listen-peer-urls",
-                &peer,
-                "--initial-advertise-peer-urls",
-                &peer,
-            ])
-            .args(["--initial-cluster", &format!("default={peer}")])
-            .args(["--heartbeat-interval", "10", "--election-timeout", "50"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn();
-        let server = Server(child.unwrap_or_else(|e| {
-            panic!("etcd cannot be started ({e}); install it: apt-get install etcd-server")
-        }));
-        let etcd = Etcd {
-            members: vec![client],
-            ..Etcd::default()
-        };
-        let began = Instant::now();
-        while let Err(error) = open_kind(StoreKind::Etcd, dir, &etcd).await {
-            assert!(began.elapsed() < Duration::from_secs(60), "{error:#}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        (server, etcd)
-    }
+    use crate::testing::etcd;
 
     #[tokio::test]
     async fn a_catalog_moves_to_etcd_and_back_and_is_served_from_one_place() {

@@ -83,6 +83,11 @@ impl Client {
             .map(drop)
     }
 
+    /// `DELETE`, answered as JSON.
+    pub async fn remove<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.json(Method::DELETE, path, empty()).await
+    }
+
     /// A request with its method, address and token.
     pub fn request(&self, method: Method, path: &str) -> http::request::Builder {
         let uri = if path.starts_with("http") {
@@ -184,7 +189,9 @@ fn error_text(status: StatusCode, body: &[u8]) -> String {
             format!("{said}. Save a good token with `tern auth login`, or give --token")
         }
         StatusCode::FORBIDDEN => {
-            format!("{said}. This token may not do that; see `tern tokens list`")
+            format!(
+                "{said}. Who may more makes one with `tern tokens create`; give it with --token"
+            )
         }
         _ => said,
     }

@@ -159,7 +159,9 @@ fn is_this_machine(host: &str) -> bool {
 }
 
 fn admin_token() -> Option<String> {
-    let data = std::env::var_os("TERN_DATA_DIR").unwrap_or_else(|| DEFAULT_DATA_DIR.into());
+    let data = std::env::var_os("TERN_DATA_DIR")
+        .or_else(|| crate::config::data_dir().map(Into::into))
+        .unwrap_or_else(|| DEFAULT_DATA_DIR.into());
     std::fs::read_to_string(Path::new(&data).join(ADMIN_TOKEN_FILE)).ok()
 }
 

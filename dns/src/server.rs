@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tern_catalog::{HostId, INFRASTRUCTURE, NetworkId, RESOLVER, Snapshot, View};
+use tern_catalog::{HostId, INFRASTRUCTURE, NetworkId, RESOLVER, Snapshot, View, keep_running};
 use thiserror::Error;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -93,16 +93,22 @@ impl Dns {
             listener.serve(&context, &stop);
         }
         tracing::info!(?addresses, "names are answered");
-        let keeper = Keeper {
-            host: config.host,
-            view,
-            context,
-            stop: stop.clone(),
-            serving: BTreeMap::new(),
+        let (host, stopping) = (config.host, stop.clone());
+        let keep = move || {
+            let keeper = Keeper {
+                host,
+                view: view.clone(),
+                context: Arc::clone(&context),
+                stop: stopping.clone(),
+                serving: BTreeMap::new(),
+            };
+            keeper.run()
         };
+        let keeper =
+            async move { keep_running("the keeper of the resolver's listeners", keep).await };
         Ok(Self {
             addresses,
-            keeper: tokio::spawn(stop.clone().run_until_cancelled_owned(keeper.run())),
+            keeper: tokio::spawn(stop.clone().run_until_cancelled_owned(keeper)),
             stop,
             _stop_when_dropped: guard,
         })

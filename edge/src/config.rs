@@ -45,6 +45,8 @@ pub struct EdgeConfig {
     pub wake_timeout: Duration,
     /// Whether HTTPS's addresses serve HTTP/3 too, by UDP, and replies say so.
     pub http3: bool,
+    /// Whether a client's TLS handshake wakes a suspended Machine of the app that it names, before its request comes.
+    pub early_wake: bool,
     /// Threads that serve; each takes its share of the connections.
     pub threads: usize,
     /// How long clients may take.
@@ -105,6 +107,7 @@ impl Edge {
             gate: gate.clone(),
             metrics: Arc::clone(&metrics),
             region: config.region.as_str().into(),
+            early_wake: config.early_wake,
             access,
             tls: Arc::new(tls::Configs::new(Arc::clone(&resolver)).map_err(io::Error::other)?),
             ports: Arc::new(ArcSwap::default()),
@@ -193,6 +196,7 @@ impl Edge {
             config.host,
             config.autostop_after,
             shared.ending,
+            shared.ended,
         ));
         Ok(edge)
     }

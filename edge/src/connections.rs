@@ -33,8 +33,10 @@ pub struct Place {
 
 /// Who counts as one client: an IPv4 address, or the 64 bits that a site of IPv6 is given at least (RFC 6177).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Client {
+pub enum Client {
+    /// An address.
     V4([u8; 4]),
+    /// A prefix.
     V6(u64),
 }
 
@@ -181,7 +183,7 @@ impl Drop for Place {
 }
 
 impl Client {
-    fn of(address: IpAddr) -> Self {
+    pub fn of(address: IpAddr) -> Self {
         match address.to_canonical() {
             IpAddr::V4(address) => Self::V4(address.octets()),
             IpAddr::V6(address) => {

@@ -75,6 +75,9 @@ struct Place {
     udp: bool,
 }
 
+/// Ports opened at most: each is a socket per thread and address.
+const MAX_PORTS: usize = 4096;
+
 /// Opens and closes the ports that services name.
 pub struct Porter {
     /// The addresses at which they are opened.
@@ -135,7 +138,16 @@ impl Porter {
         let ports = PublicPorts::of(snapshot.machines.values().map(|machine| &**machine));
         let tcp = ports.tcp().map(|(number, _)| (number, false));
         let udp = ports.udp().map(|(number, _)| (number, true));
-        let all: Vec<(u16, bool)> = tcp.chain(udp).collect();
+        let mut all: Vec<(u16, bool)> = tcp.chain(udp).collect();
+        if all.len() > MAX_PORTS {
+            // The API lets no app come near; many together may.
+            tracing::error!(
+                wanted = all.len(),
+                "services name more ports than are opened: {MAX_PORTS}, the lowest first"
+            );
+            all.sort_unstable();
+            all.truncate(MAX_PORTS);
+        }
         // Known before the first connection comes.
         self.ports.store(Arc::new(ports));
         let always = [entrance::HTTP, entrance::HTTPS];

@@ -90,6 +90,10 @@ counters! {
     refused,
     /// Requests that found all Machines at their limit, or none to be had, until their patience ended.
     at_capacity,
+    /// Machines woken when a client's handshake named their app, before its request.
+    early_wakes,
+    /// Of them, those for which no request came.
+    early_wakes_wasted,
     /// Starts asked of the agent.
     wakes,
     /// Starts that failed.

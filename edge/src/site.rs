@@ -68,6 +68,8 @@ pub struct Secure {
     pub config: Arc<ServerConfig>,
     /// Where the bytes within go, and how the handshake may begin; `None` is HTTP.
     pub stream: Option<(Rc<Target>, PortKind)>,
+    /// The app and its port that are likely to be asked for, HTTP's too.
+    pub likely: Option<Rc<(AppName, u16)>>,
 }
 
 /// Names remembered, in all the ways that clients write them.
@@ -213,7 +215,9 @@ fn secure(snapshot: &Snapshot, name: &str, port: u16, configs: &tls::Configs) ->
             ports.find_map(|(service, found)| {
                 let kind = found.kind().filter(|k| k.is_tls())?;
                 let options = found.tls_options.as_ref();
+                let likely = Rc::new((route.app.clone(), service.internal_port));
                 found.has(port).then(|| Secure {
+                    likely: Some(likely),
                     config: configs.get(options, kind),
                     stream: (!kind.is_http()).then(|| {
                         let target = Target {
@@ -235,6 +239,7 @@ impl Secure {
         Self {
             config: configs.usual(),
             stream: None,
+            likely: None,
         }
     }
 }

@@ -10,16 +10,24 @@ use crate::control::Leaving;
 use crate::gate::Gate;
 
 /// Looks at all Machines of this host now and then, until told to end.
-pub async fn run(gate: Gate, host: tern_catalog::HostId, idle: Duration, end: CancellationToken) {
+///
+/// From `ending` on nothing is put to sleep; who leaves is seen off until the last request has `ended`.
+pub async fn run(
+    gate: Gate,
+    host: tern_catalog::HostId,
+    idle: Duration,
+    ending: CancellationToken,
+    ended: CancellationToken,
+) {
     let mut tick = tokio::time::interval((idle / 4).clamp(SHORTEST, LONGEST));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            _ = tick.tick() => look(&gate, host, idle),
+            _ = tick.tick(), if !ending.is_cancelled() => look(&gate, host, idle),
             leaving = gate.control().leaving() => {
                 tokio::spawn(see_off(gate.clone(), leaving));
             }
-            () = end.cancelled() => return,
+            () = ended.cancelled() => return,
         }
     }
 }

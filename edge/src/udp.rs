@@ -465,3 +465,41 @@ fn set(
         Err(io::Error::last_os_error())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn datagrams_may_be_longer_than_the_path_takes_at_once() {
+        let get = |socket: &std::net::UdpSocket, level, option| {
+            let mut value: libc::c_int = -1;
+            let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+            // SAFETY: the option is an `int`, and there is room for one.
+            let outcome = unsafe {
+                libc::getsockopt(
+                    socket.as_raw_fd(),
+                    level,
+                    option,
+                    (&raw mut value).cast(),
+                    &raw mut length,
+                )
+            };
+            assert_eq!(outcome, 0);
+            value
+        };
+        for address in ["127.0.0.1:0", "[::]:0"] {
+            let socket = std::net::UdpSocket::bind(address).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            let door = Socket::new(socket.try_clone().unwrap());
+            assert!(door.is_ok(), "{:?}", door.err());
+            let discover = get(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER);
+            assert_eq!(discover, libc::IP_PMTUDISC_DONT, "{address}");
+            if address.starts_with('[') {
+                let discover = get(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER);
+                assert_eq!(discover, libc::IPV6_PMTUDISC_DONT);
+                assert_eq!(get(&socket, libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG), 0);
+            }
+        }
+    }
+}

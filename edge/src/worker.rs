@@ -41,6 +41,7 @@ pub struct Shared {
     pub gate: Gate,
     pub metrics: Arc<Metrics>,
     pub region: Arc<str>,
+    pub early_wake: bool,
     pub access: Option<AccessLog>,
     pub tls: Arc<tls::Configs>,
     /// What services claim of the public ports.
@@ -65,6 +66,8 @@ pub struct Worker {
     pub gate: Gate,
     pub metrics: Arc<Metrics>,
     pub region: Arc<str>,
+    /// Whether a handshake wakes the Machine that its request will need.
+    pub early_wake: bool,
     pub access: Option<AccessLog>,
     pub limits: Limits,
     pub ending: CancellationToken,
@@ -153,6 +156,7 @@ async fn serve(
             Arc::clone(&shared.metrics),
         )),
         metrics: shared.metrics,
+        early_wake: shared.early_wake,
         access: shared.access,
         limits: shared.limits,
         ending,
@@ -338,7 +342,10 @@ impl Worker {
         begun: Begun,
         open: Open,
     ) {
-        let handshake = timeout(self.limits.handshake, self.handshake(stream, port, begun));
+        let handshake = timeout(
+            self.limits.handshake,
+            self.handshake(stream, client.ip(), port, begun),
+        );
         let outcome = tokio::select! {
             outcome = handshake => outcome,
             () = open.ending().cancelled() => return,
@@ -377,6 +384,7 @@ impl Worker {
     async fn handshake(
         &self,
         mut stream: TcpStream,
+        client: IpAddr,
         port: u16,
         begun: Begun,
     ) -> io::Result<(TlsStream<TcpStream>, Option<Rc<Target>>)> {
@@ -402,6 +410,9 @@ impl Worker {
                 ));
             }
         };
+        if let Some(likely) = secure.likely.filter(|_| self.early_wake) {
+            self.gate.early(&likely.0, likely.1, client);
+        }
         Ok((start.into_stream(secure.config).await?, target))
     }
 

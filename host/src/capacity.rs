@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use serde::Serialize;
-use tern_catalog::Guest;
+use tern_catalog::{Guest, Resources, SIXTEENTHS};
 use thiserror::Error;
 
 /// How much more is given to Machines that run than this host has.
@@ -33,15 +33,6 @@ impl Default for Overcommit {
             cpus: 4.0,
         }
     }
-}
-
-/// What Machines take, or may.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Resources {
-    /// MiB of memory.
-    pub memory_mib: u64,
-    /// Sixteenths of a processor.
-    pub cpu_sixteenths: u64,
 }
 
 /// What there is for Machines that run, and what of it is taken.
@@ -110,9 +101,7 @@ impl Capacity {
 
     /// Takes what a Machine needs to run, if that is there.
     pub(crate) fn take(self: &Arc<Self>, guest: &Guest) -> Result<Share, Lack> {
-        let mut of = needs(guest);
-        // One that wants more processors than there are has them all, and runs.
-        of.cpu_sixteenths = of.cpu_sixteenths.min(self.all.cpu_sixteenths);
+        let of = guest.needs(self.all);
         let mut taken = self.taken.lock();
         let free = |all: u64, taken: u64| all.saturating_sub(taken);
         let free_memory = free(self.all.memory_mib, taken.memory_mib);
@@ -138,7 +127,7 @@ impl Capacity {
 
     /// Takes it for a Machine that runs already, whether it is there or not.
     pub(crate) fn hold(self: &Arc<Self>, guest: &Guest) -> Share {
-        let of = needs(guest);
+        let of = guest.needs_anywhere();
         self.taken.lock().add(of);
         self.share(of)
     }
@@ -166,26 +155,6 @@ impl Drop for Share {
     }
 }
 
-impl Resources {
-    fn add(&mut self, more: Self) {
-        self.memory_mib += more.memory_mib;
-        self.cpu_sixteenths += more.cpu_sixteenths;
-    }
-}
-
-/// Whether a guest's processors are its own.
-pub(crate) fn is_dedicated(guest: &Guest) -> bool {
-    guest.cpu_kind == "performance"
-}
-
-fn needs(guest: &Guest) -> Resources {
-    let each = if is_dedicated(guest) { SIXTEENTHS } else { 1 };
-    Resources {
-        memory_mib: u64::from(guest.memory_mb) + MONITOR_MIB,
-        cpu_sixteenths: u64::from(guest.cpus) * each,
-    }
-}
-
 /// `MemTotal` of `/proc/meminfo` (proc_meminfo(5)).
 fn total_mib(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
@@ -197,10 +166,6 @@ fn processors(sixteenths: u64) -> f64 {
     sixteenths as f64 / SIXTEENTHS as f64
 }
 
-/// As on Fly.io: sixteen shared processors are one.
-const SIXTEENTHS: u64 = 16;
-/// A monitor's own memory, with its page tables for the guest's.
-const MONITOR_MIB: u64 = 32;
 /// The host keeps one in so many parts of its memory for its kernel and for `tern serve`,
 const KEPT_SHARE: u64 = 20;
 /// and at least this.

@@ -24,7 +24,6 @@ use nix::mount::{MsFlags, mount};
 use tern_catalog::Guest;
 
 use crate::block_device;
-use crate::capacity::is_dedicated;
 use crate::config::RateLimits;
 use crate::dir::absent_is_fine;
 
@@ -252,7 +251,7 @@ fn limits(guest: &Guest) -> [(&'static str, String); 4] {
 /// Its share where Machines compete, by its processors: those that are shared are sixteen to one of those that are
 /// not, as they are counted (see [`capacity`](crate::capacity)).
 fn weight(guest: &Guest) -> String {
-    let each = match is_dedicated(guest) {
+    let each = match guest.is_dedicated() {
         true => DEDICATED_WEIGHT,
         false => SHARED_WEIGHT,
     };

@@ -93,6 +93,7 @@ pub enum ExecOutput {
 struct Incoming {
     half: OwnedReadHalf,
     decoder: Decoder,
+    buffer: Vec<u8>,
 }
 
 impl Guest {
@@ -121,7 +122,7 @@ impl Guest {
         let exchange = async {
             let stream = self.connect().await?;
             connected();
-            let (mut incoming, _outgoing) = open(stream, request).await?;
+            let (mut incoming, _outgoing) = open(stream, request, READ).await?;
             let frame = incoming.frame().await?.ok_or(GuestError::NoAnswer)?;
             match frame.parse()? {
                 Reply::Error { message } => Err(GuestError::Refused(message)),
@@ -175,7 +176,7 @@ impl Guest {
     /// Reports what happens, and the app's output from this line on.
     pub(crate) async fn attach(&self, from: u64) -> Result<Attached, GuestError> {
         let request = Request::Attach { from };
-        let open = async { open(self.connect().await?, || request).await };
+        let open = async { open(self.connect().await?, || request, READ).await };
         let (incoming, outgoing) = tokio::time::timeout(QUICK, open)
             .await
             .unwrap_or(Err(GuestError::Late(QUICK)))?;
@@ -188,7 +189,7 @@ impl Guest {
     /// Runs a command beside the app.
     pub(crate) async fn exec(&self, request: ExecRequest) -> Result<Exec, GuestError> {
         let request = Request::Exec(request);
-        let open = async { open(self.connect().await?, || request).await };
+        let open = async { open(self.connect().await?, || request, READ_EXEC).await };
         let (incoming, outgoing) = tokio::time::timeout(QUICK, open)
             .await
             .unwrap_or(Err(GuestError::Late(QUICK)))?;
@@ -211,6 +212,7 @@ impl Guest {
 async fn open(
     mut stream: UnixStream,
     request: impl FnOnce() -> Request,
+    read: usize,
 ) -> Result<(Incoming, OwnedWriteHalf), GuestError> {
     let hello = format!("CONNECT {GUEST_PORT}\n");
     stream
@@ -222,8 +224,12 @@ async fn open(
     wire.json(&request())?;
     stream.write_all(wire.wire()).await?;
     let (half, outgoing) = stream.into_split();
-    let decoder = Decoder::new();
-    Ok((Incoming { half, decoder }, outgoing))
+    let incoming = Incoming {
+        half,
+        decoder: Decoder::new(),
+        buffer: vec![0; read],
+    };
+    Ok((incoming, outgoing))
 }
 
 /// Reads `OK <n>`, and not a byte more.
@@ -334,14 +340,13 @@ impl ExecInputs {
 
 impl Incoming {
     async fn frame(&mut self) -> Result<Option<Frame>, GuestError> {
-        let mut buffer = [0; READ];
         loop {
             if let Some(frame) = self.decoder.next_frame()? {
                 return Ok(Some(frame));
             }
-            match self.half.read(&mut buffer).await? {
+            match self.half.read(&mut self.buffer).await? {
                 0 => return Ok(None),
-                length => self.decoder.feed(&buffer[..length]),
+                length => self.decoder.feed(&self.buffer[..length]),
             }
         }
     }
@@ -349,6 +354,8 @@ impl Incoming {
 
 /// Read at once: some lines of output.
 const READ: usize = 4 * 1024;
+/// Read at once of a command, which may write a whole database.
+const READ_EXEC: usize = MAX_PAYLOAD;
 /// `OK ` and a number of 32 bits.
 const MAX_OK: usize = 32;
 /// What init answers at once, in a host that may be busy and emulated.

@@ -20,6 +20,7 @@
 //! | `cgroup`, `oom`, `block_device`, `page_cache` | what it may take of the host |
 //! | `activity`, `departures` | when it was last of use to anybody; that it is about to sleep |
 //! | `disk_space` | whether there is room for new work |
+//! | `presence` | says that this host is there, and what it has |
 //! | `quarantine` | Machines on the disk that the catalog does not know |
 //! | `checks`, `logs`, `last_words`, `metrics` | what is seen of it |
 
@@ -46,6 +47,7 @@ mod monitor;
 mod network;
 mod oom;
 mod page_cache;
+mod presence;
 mod quarantine;
 mod running;
 mod trace;
@@ -54,7 +56,7 @@ mod volumes;
 mod watched;
 
 pub use agent::{Agent, AgentError, AgentHandle};
-pub use capacity::{Overcommit, Resources, Room};
+pub use capacity::{Overcommit, Room};
 pub use config::{ConfigError, CpuTemplate, HostConfig, RateLimits, Registry, SecretOpener};
 pub use departures::Departure;
 pub use guest::{Exec, ExecInputs, ExecOutput, ExecOutputs, GuestError};
@@ -64,6 +66,7 @@ pub use metrics::{Counter, Metrics};
 pub use network::{AllowedPrefix, NetworkError, PrefixError, remove_all as remove_network};
 pub use oom::protect_this_process;
 pub use page_cache::SnapshotCache;
+pub use presence::{LEASE as PRESENCE_LEASE, Presence, PresenceError};
 pub use quarantine::{Quarantined, purge, quarantined};
 pub use trace::{Phase, Side, StartTrace};
 pub use vm::MemoryUse;

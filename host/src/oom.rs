@@ -8,8 +8,6 @@ use std::io;
 
 use tern_catalog::Guest;
 
-use crate::capacity::is_dedicated;
-
 /// Keeps this process from being killed while there is anybody else.
 pub fn protect_this_process() -> io::Result<()> {
     set("self", SERVER)
@@ -21,7 +19,7 @@ pub(crate) fn rank(pid: i32, guest: &Guest) -> io::Result<()> {
 }
 
 fn score(guest: &Guest) -> i32 {
-    match is_dedicated(guest) {
+    match guest.is_dedicated() {
         true => DEDICATED,
         false => SHARED,
     }

@@ -11,7 +11,7 @@ use tern_catalog::{
 };
 
 use super::config::accept;
-use super::lease::{self, MachineLease, must_hold};
+use super::lease::{MachineLease, must_hold};
 use super::{At, find, place, ports, shape};
 use crate::apps;
 use crate::auth::Caller;
@@ -88,20 +88,25 @@ pub async fn create(
     secrets::must_have(&snapshot, &app, create.min_secrets_version)?;
     ports::check(&shared, &app, &config)?;
     // A volume's data is on one host, and where it is not said otherwise its region is meant.
-    let (host, region) = match attach::host(&snapshot, &config)? {
-        Some(place) => place,
-        None => {
-            let region = create.region.as_ref().unwrap_or(&shared.config.region);
-            let host = place::choose(&snapshot, region)?;
-            if host.region != *region {
-                warnings.push(format!(
-                    "no host is in region \"{region}\"; the only region there is, \"{}\", was taken",
-                    host.region
-                ));
-            }
-            (host.id, host.region.clone())
-        }
+    let volume = attach::host(&snapshot, &config)?;
+    let tied = volume.map(|v| v.region.as_str());
+    let wish = create.region.as_ref().unwrap_or(&shared.config.region);
+    let wanted = place::Wanted {
+        app: &app,
+        region: tied.unwrap_or(wish),
+        guest: Some(&config.guest),
+        starts: !create.skip_launch,
+        volume: volume.map(|v| (&v.id, v.host)),
+        image_on: is_ours(&config.image).then_some(shared.config.host),
     };
+    let chosen = place::on(&snapshot, &wanted)?;
+    if chosen.region != wanted.region {
+        warnings.push(format!(
+            "no host is in region \"{}\"; the only region there is, \"{}\", was taken",
+            wanted.region, chosen.region
+        ));
+    }
+    let (host, region) = (chosen.id, chosen.region.clone());
     let number = number::next_in_network(&**shared.catalog.store(), network).await?;
     let now = Timestamp::now();
     let id = MachineId::random();
@@ -137,6 +142,8 @@ pub async fn create(
         compares: vec![still_there, Compare::absent(&machine)],
         ops: vec![Op::put(&machine)],
     };
+    let still_open = place::still_open(&shared, host).await?;
+    transaction.compares.extend(still_open);
     attach::add(&shared, &machine, &mut transaction).await?;
     let mut answer = shape::machine(&machine, None);
     warn(&mut answer, warnings);
@@ -155,7 +162,7 @@ pub async fn update(
     State(shared): State<Shared>,
     caller: Caller,
     Path(at): Path<At>,
-    mut headers: HeaderMap,
+    headers: HeaderMap,
     Json(mut update): Json<Update>,
 ) -> Result<Json<Value>, ApiError> {
     let wanted = std::mem::take(&mut update.config);
@@ -170,21 +177,17 @@ pub async fn update(
     // cannot be had changes nothing.
     let prepared = shared.gateway.prepare(&at.id, &config.image).await;
     prepared.map_err(|e| ApiError::invalid(format!("{e}. Machine {} is left as it was", at.id)))?;
-    // Taken before the change, so that a caller who does not get it has changed nothing.
-    let lease = if update.lease_ttl > 0 {
-        Some(lease::take(&shared, &at, &mut headers, update.lease_ttl, String::new()).await?)
-    } else {
-        None
-    };
-    let machine = edit(&shared, &caller, &at, &headers, |machine| {
+    let ttl = Some(update.lease_ttl).filter(|ttl| *ttl > 0);
+    let (machine, lease) = edit_leased(&shared, &caller, &at, &headers, ttl, |machine| {
         update.may_change(machine)?;
         machine.config = config.clone();
         machine.version += 1;
         machine.instance_id = new_instance(Timestamp::now());
+        // Otherwise nothing is asked of the host: what runs goes on, and the next start is of this configuration.
         if !update.skip_launch {
             machine.desired.state = DesiredState::Started;
+            machine.desired.generation += 1;
         }
-        machine.desired.generation += 1;
         Ok(())
     })
     .await?;
@@ -196,6 +199,13 @@ pub async fn update(
         answer["nonce"] = lease.nonce.into();
     }
     Ok(Json(answer))
+}
+
+/// Whether an image is in the registry of the host that is spoken to, where no other host has it.
+fn is_ours(image: &str) -> bool {
+    image
+        .split_once('/')
+        .is_some_and(|(registry, _)| registry == crate::REGISTRY_NAME)
 }
 
 /// What was asked for in vain, told beside what was done.
@@ -211,11 +221,25 @@ pub(super) async fn edit(
     caller: &Caller,
     at: &At,
     headers: &HeaderMap,
-    mut change: impl FnMut(&mut Machine) -> Result<(), ApiError>,
+    change: impl FnMut(&mut Machine) -> Result<(), ApiError>,
 ) -> Result<Machine, ApiError> {
+    let (machine, _) = edit_leased(shared, caller, at, headers, None, change).await?;
+    Ok(machine)
+}
+
+/// [`edit`], and with `ttl` the lease for so many seconds in the same stroke: who changes nothing takes none.
+async fn edit_leased(
+    shared: &Shared,
+    caller: &Caller,
+    at: &At,
+    headers: &HeaderMap,
+    ttl: Option<i64>,
+    mut change: impl FnMut(&mut Machine) -> Result<(), ApiError>,
+) -> Result<(Machine, Option<MachineLease>), ApiError> {
     find(&shared.view.snapshot(), caller, at)?;
-    must_hold(shared, at, headers).await?;
     for _ in 0..ATTEMPTS {
+        let held = must_hold(shared, at, headers).await?;
+        let lease = ttl.map(|ttl| held.lasting(&at.id, ttl));
         let found = shared.catalog.get::<Machine>(at.id.as_str()).await?;
         let (before, revision) =
             found.ok_or_else(|| ApiError::not_found(format!("machine {}", at.id)))?;
@@ -223,12 +247,16 @@ pub(super) async fn edit(
         change(&mut machine)?;
         machine.updated_at = Timestamp::now();
         let mut transaction = Transaction {
-            compares: vec![Compare {
-                key: machine.key(),
-                revision: Some(revision),
-            }],
+            compares: vec![
+                Compare {
+                    key: machine.key(),
+                    revision: Some(revision),
+                },
+                held.unchanged(&at.id),
+            ],
             ops: vec![Op::put(&machine)],
         };
+        transaction.ops.extend(lease.as_ref().map(Op::put));
         if machine.config.mounts != before.config.mounts {
             attach::add(shared, &machine, &mut transaction).await?;
         }
@@ -236,7 +264,7 @@ pub(super) async fn edit(
             Ok(revision) => {
                 // The caller's next call must see this one.
                 shared.seen(revision).await;
-                return Ok(machine);
+                return Ok((machine, lease));
             }
             Err(StoreError::Conflict { .. }) => {}
             Err(other) => return Err(other.into()),

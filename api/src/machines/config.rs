@@ -113,9 +113,9 @@ pub(super) fn accept(
         }
     }
     config.image = shared.registry.pin(&config.image, |app| {
-        // An image of another organization's app must not be had by naming it.
+        // An image that the caller may not have must not be had by naming it.
         let app: AppName = app.parse()?;
-        caller.app(&shared.view.snapshot(), &app).map(drop)
+        Ok(caller.must_pull(&shared.view.snapshot(), &app)?)
     })?;
     Ok((config, warnings))
 }

@@ -1,11 +1,13 @@
 //! Leases of Machines: whoever holds one is alone in changing it, until it ends.
 
 use axum::extract::State;
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderMap, StatusCode};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tern_catalog::{Compare, MachineId, Op, Record, StoreError, Transaction};
+use tern_catalog::{
+    Compare, DesiredState, Machine, MachineId, Op, Record, Revision, StoreError, Transaction,
+};
 
 use super::{At, find, optional};
 use crate::auth::Caller;
@@ -15,6 +17,8 @@ use crate::server::Shared;
 
 /// Where the holder shows that it holds.
 pub const NONCE: &str = "fly-machine-lease-nonce";
+/// How often a change that others are faster with is tried.
+const ATTEMPTS: u32 = 16;
 const DEFAULT_TTL_S: i64 = 30;
 const MAX_TTL_S: i64 = 3600;
 
@@ -46,6 +50,10 @@ impl MachineLease {
             description: String::new(),
         }
     }
+
+    fn lasts(&self) -> bool {
+        self.expires_at > Timestamp::now().as_second()
+    }
 }
 
 /// Both the body and the query are in use.
@@ -67,55 +75,32 @@ pub async fn take_lease(
     caller: Caller,
     Path(at): Path<At>,
     Query(query): Query<TakeQuery>,
-    mut headers: HeaderMap,
+    headers: HeaderMap,
     body: bytes::Bytes,
 ) -> Result<(StatusCode, Json<Value>), ApiError> {
     find(&shared.view.snapshot(), &caller, &at)?;
     let body: Take = optional(&body)?;
     let ttl = body.ttl.or(query.ttl).unwrap_or(DEFAULT_TTL_S);
-    let lease = take(&shared, &at, &mut headers, ttl, body.description).await?;
-    Ok((StatusCode::CREATED, Json(shape(&lease))))
-}
-
-/// Takes the lease for `ttl` seconds, or makes it last longer for the holder whose nonce is in `headers`;
-/// afterwards the nonce is there in any case.
-pub(super) async fn take(
-    shared: &Shared,
-    at: &At,
-    headers: &mut HeaderMap,
-    ttl: i64,
-    description: String,
-) -> Result<MachineLease, ApiError> {
-    let found = shared.catalog.get::<MachineLease>(at.id.as_str()).await?;
-    let mut lease = MachineLease::new(&at.id, ttl);
-    lease.description = description.chars().take(200).collect();
-    if let Some((held, _)) = &found
-        && held.expires_at > Timestamp::now().as_second()
-    {
-        if given(headers) != Some(held.nonce.as_str()) {
-            return Err(ApiError::locked());
+    for _ in 0..ATTEMPTS {
+        let held = must_hold(&shared, &at, &headers).await?;
+        let mut lease = held.lasting(&at.id, ttl);
+        lease.description = body.description.chars().take(200).collect();
+        let transaction = Transaction {
+            // A Machine that is gone by then must leave no lease behind.
+            compares: vec![held.unchanged(&at.id), still_there(&shared, &at).await?],
+            ops: vec![Op::put(&lease)],
+        };
+        match shared.catalog.store().commit(transaction).await {
+            Ok(_) => return Ok((StatusCode::CREATED, Json(shape(&lease)))),
+            // Somebody else has it now, or the Machine was changed.
+            Err(StoreError::Conflict { .. }) => {}
+            Err(other) => return Err(other.into()),
         }
-        lease.nonce.clone_from(&held.nonce);
     }
-    let transaction = Transaction {
-        compares: vec![Compare {
-            key: lease.key(),
-            revision: found.map(|(_, revision)| revision),
-        }],
-        ops: vec![Op::put(&lease)],
-    };
-    match shared.catalog.store().commit(transaction).await {
-        Ok(_) => {
-            // A nonce is hexadecimal: always a header's value.
-            headers.insert(
-                NONCE,
-                HeaderValue::from_str(&lease.nonce).map_err(|_| ApiError::locked())?,
-            );
-            Ok(lease)
-        }
-        Err(StoreError::Conflict { .. }) => Err(ApiError::locked()),
-        Err(other) => Err(other.into()),
-    }
+    Err(ApiError::conflict(format!(
+        "machine {} is changed by others all the time; try again",
+        at.id
+    )))
 }
 
 /// `GET …/lease`.
@@ -125,7 +110,7 @@ pub async fn get_lease(
     Path(at): Path<At>,
 ) -> Result<Json<Value>, ApiError> {
     find(&shared.view.snapshot(), &caller, &at)?;
-    let lease = current(&shared, &at)
+    let (lease, _) = current(&shared, &at)
         .await?
         .ok_or_else(|| ApiError::not_found("lease"))?;
     let mut shown = shape(&lease);
@@ -136,7 +121,7 @@ pub async fn get_lease(
     Ok(Json(shown))
 }
 
-/// `DELETE …/lease`.
+/// `DELETE …/lease`, by who holds it.
 pub async fn release_lease(
     State(shared): State<Shared>,
     caller: Caller,
@@ -144,19 +129,55 @@ pub async fn release_lease(
     headers: HeaderMap,
 ) -> Result<Json<Value>, ApiError> {
     find(&shared.view.snapshot(), &caller, &at)?;
-    let lease = current(&shared, &at)
-        .await?
-        .ok_or_else(|| ApiError::not_found("lease"))?;
-    if given(&headers) != Some(lease.nonce.as_str()) {
-        return Err(ApiError::bad_request(format!(
-            "the header {NONCE} does not hold this lease's nonce"
-        )));
+    for _ in 0..ATTEMPTS {
+        let (lease, revision) = current(&shared, &at)
+            .await?
+            .ok_or_else(|| ApiError::not_found("lease"))?;
+        if given(&headers) != Some(lease.nonce.as_str()) {
+            return Err(ApiError::bad_request(format!(
+                "the header {NONCE} does not hold this lease's nonce"
+            )));
+        }
+        match remove(&shared, &lease, revision).await {
+            Ok(()) => return Ok(super::ok()),
+            // It has ended, and is somebody else's by now; or its holder has just made it last longer.
+            Err(StoreError::Conflict { .. }) => {}
+            Err(other) => return Err(other.into()),
+        }
     }
-    shared
-        .catalog
-        .delete::<MachineLease>(at.id.as_str())
-        .await?;
-    Ok(super::ok())
+    Err(ApiError::conflict(format!(
+        "the lease of machine {} changes all the time; try again",
+        at.id
+    )))
+}
+
+/// A Machine's lease as its caller has found it: nobody's, or the caller's own.
+///
+/// What is done on the strength of it has [`Held::unchanged`] among its comparisons.
+#[derive(Debug)]
+pub(super) struct Held {
+    /// The record, where there is one, and whether it is a lease still.
+    found: Option<(MachineLease, Revision)>,
+    lasts: bool,
+}
+
+impl Held {
+    /// Holds as long as nobody else has taken it.
+    pub(super) fn unchanged(&self, machine: &MachineId) -> Compare {
+        Compare {
+            key: MachineLease::key_of(machine.as_str()),
+            revision: self.found.as_ref().map(|(_, revision)| *revision),
+        }
+    }
+
+    /// The lease for `ttl` seconds from now: the caller's own made to last longer, or a new one.
+    pub(super) fn lasting(&self, machine: &MachineId, ttl: i64) -> MachineLease {
+        let mut lease = MachineLease::new(machine, ttl);
+        if let Some((own, _)) = self.found.as_ref().filter(|_| self.lasts) {
+            lease.nonce.clone_from(&own.nonce);
+        }
+        lease
+    }
 }
 
 /// An error while somebody else holds the Machine's lease.
@@ -164,19 +185,79 @@ pub(super) async fn must_hold(
     shared: &Shared,
     at: &At,
     headers: &HeaderMap,
-) -> Result<(), ApiError> {
-    match current(shared, at).await? {
-        Some(lease) if given(headers) != Some(lease.nonce.as_str()) => Err(ApiError::locked()),
-        _ => Ok(()),
+) -> Result<Held, ApiError> {
+    let found = shared.catalog.get::<MachineLease>(at.id.as_str()).await?;
+    let lasts = found.as_ref().is_some_and(|(lease, _)| lease.lasts());
+    match &found {
+        Some((lease, _)) if lasts && given(headers) != Some(lease.nonce.as_str()) => {
+            Err(ApiError::locked())
+        }
+        _ => Ok(Held { found, lasts }),
     }
 }
 
-async fn current(shared: &Shared, at: &At) -> Result<Option<MachineLease>, ApiError> {
+/// Removes leases of Machines that are no more: hosts remove the records of their Machines, and know of no leases.
+pub(crate) async fn sweep_leases(shared: &Shared) -> Result<(), ApiError> {
+    let listing = shared.catalog.store().list(MachineLease::PREFIX).await?;
+    for entry in listing.entries {
+        let Some(id) = entry.key.strip_prefix(MachineLease::PREFIX) else {
+            continue;
+        };
+        // Asked of the store after the listing: a Machine that is made with its lease is there with it.
+        let key = Machine::key_of(id);
+        if shared.catalog.store().get(&key).await?.is_some() {
+            continue;
+        }
+        let transaction = Transaction {
+            compares: vec![Compare {
+                key: entry.key.clone(),
+                revision: Some(entry.revision),
+            }],
+            ops: vec![Op::Delete { key: entry.key }],
+        };
+        match shared.catalog.store().commit(transaction).await {
+            Ok(_) | Err(StoreError::Conflict { .. }) => {}
+            Err(other) => return Err(other.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Holds as long as the Machine is as it is, and is not on its way out.
+async fn still_there(shared: &Shared, at: &At) -> Result<Compare, ApiError> {
+    let found = shared.catalog.get::<Machine>(at.id.as_str()).await?;
+    let (machine, revision) =
+        found.ok_or_else(|| ApiError::not_found(format!("machine {}", at.id)))?;
+    if matches!(machine.desired.state, DesiredState::Destroyed { .. }) {
+        return Err(ApiError::precondition(format!(
+            "machine {} is being destroyed",
+            at.id
+        )));
+    }
+    Ok(Compare {
+        key: machine.key(),
+        revision: Some(revision),
+    })
+}
+
+async fn remove(
+    shared: &Shared,
+    lease: &MachineLease,
+    revision: Revision,
+) -> Result<(), StoreError> {
+    let transaction = Transaction {
+        compares: vec![Compare {
+            key: lease.key(),
+            revision: Some(revision),
+        }],
+        ops: vec![Op::Delete { key: lease.key() }],
+    };
+    shared.catalog.store().commit(transaction).await.map(drop)
+}
+
+async fn current(shared: &Shared, at: &At) -> Result<Option<(MachineLease, Revision)>, ApiError> {
     let found = shared.catalog.get::<MachineLease>(at.id.as_str()).await?;
-    let now = Timestamp::now().as_second();
-    Ok(found
-        .map(|(lease, _)| lease)
-        .filter(|lease| lease.expires_at > now))
+    Ok(found.filter(|(lease, _)| lease.lasts()))
 }
 
 fn given(headers: &HeaderMap) -> Option<&str> {

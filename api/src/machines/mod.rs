@@ -3,7 +3,8 @@
 mod change;
 mod checks;
 mod config;
-mod lease;
+mod exec;
+pub(crate) mod lease;
 pub mod metadata;
 pub(crate) mod place;
 mod ports;
@@ -24,8 +25,9 @@ use serde_json::{Value, json};
 use tern_catalog::{AppName, DesiredState, Machine, MachineId, Snapshot};
 
 pub use change::{create, update};
+pub use exec::{exec, exec_stream};
 pub use lease::{NONCE, get_lease, release_lease, take_lease};
-pub use run::{boot_trace, exec, limit_memory, memory, port, signal};
+pub use run::{boot_trace, limit_memory, memory, port, signal};
 pub use wait::{MOST, wait};
 
 use crate::auth::Caller;

@@ -1,8 +1,8 @@
 //! The public ports that a Machine's services may have.
 
-use tern_catalog::{
-    AppName, MAX_EXCLUSIVE_PORTS, MachineConfig, PortKind, PublicPorts, ServiceProtocol,
-};
+use std::collections::HashSet;
+
+use tern_catalog::{AppName, MAX_PORTS_OF_APP, MachineConfig, Port, PublicPorts, ServiceProtocol};
 
 use crate::error::ApiError;
 use crate::server::Shared;
@@ -17,16 +17,17 @@ pub(super) fn check(
     app: &AppName,
     config: &MachineConfig,
 ) -> Result<(), ApiError> {
-    let mut alone = 0;
+    let mut count = 0;
     for (n, service) in config.services.iter().enumerate() {
         for (m, port) in service.ports.iter().enumerate() {
             // What is no port is warned of elsewhere, and not served.
             let Some(mut numbers) = port.numbers() else {
                 continue;
             };
-            let udp = service.protocol == ServiceProtocol::Udp;
-            if udp || port.kind() == Some(PortKind::Raw) {
-                alone += numbers.len();
+            // Counted before anything is walked: a range may be long.
+            count += numbers.len();
+            if count > MAX_PORTS_OF_APP + ALWAYS.len() {
+                return Err(too_many(MAX_PORTS_OF_APP));
             }
             let allowed = &shared.config.service_ports;
             let may = |number: &u16| ALWAYS.contains(number) || allowed.contains(*number);
@@ -38,15 +39,22 @@ pub(super) fn check(
             }
         }
     }
-    if alone > MAX_EXCLUSIVE_PORTS {
-        return Err(ApiError::invalid(format!(
-            "config.services: {alone} ports would be this app's alone; {MAX_EXCLUSIVE_PORTS} are possible"
-        )));
-    }
     let snapshot = shared.view.snapshot();
     let others = snapshot.machines.values().filter(|m| m.app != *app);
     if config.services.iter().all(|s| s.ports.is_empty()) {
         return Ok(());
+    }
+    let mine = snapshot
+        .machines_of(app)
+        .map(|(machine, _)| &machine.config);
+    let mut all: HashSet<(ServiceProtocol, u16)> = HashSet::new();
+    for service in mine.chain([config]).flat_map(|c| &c.services) {
+        let numbers = service.ports.iter().filter_map(Port::numbers).flatten();
+        let numbers = numbers.filter(|number| !ALWAYS.contains(number));
+        all.extend(numbers.map(|number| (service.protocol, number)));
+    }
+    if all.len() > 2 * MAX_PORTS_OF_APP {
+        return Err(too_many(2 * MAX_PORTS_OF_APP));
     }
     match PublicPorts::of(others.map(|m| &**m)).taken(&config.services) {
         Some(port) => Err(ApiError::conflict(format!(
@@ -55,4 +63,10 @@ pub(super) fn check(
         ))),
         None => Ok(()),
     }
+}
+
+fn too_many(most: usize) -> ApiError {
+    ApiError::invalid(format!(
+        "config.services: more than {most} public ports beside 80 and 443; name fewer, or a shorter range"
+    ))
 }

@@ -1,6 +1,4 @@
-//! What is done in a running Machine: commands and signals.
-
-use std::time::Duration;
+//! What is asked of a running Machine, and done to it. Commands: see [`exec`](super::exec).
 
 use axum::extract::State;
 use serde::Deserialize;
@@ -10,66 +8,12 @@ use super::{At, SignalName, find};
 use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::extract::{Json, Path};
-use crate::gateway::{ExecRequest, MachineMemory, StartTrace};
+use crate::gateway::{MachineMemory, StartTrace};
 use crate::server::Shared;
-
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
-const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
-
-/// Both spellings of the command are in use: text, split into words as a shell would, and a list.
-#[derive(Debug, Deserialize)]
-pub struct Exec {
-    cmd: Option<String>,
-    command: Option<Vec<String>>,
-    #[serde(default)]
-    stdin: String,
-    /// Seconds.
-    timeout: Option<u64>,
-}
 
 #[derive(Debug, Deserialize)]
 pub struct Signal {
     signal: SignalName,
-}
-
-/// `POST …/exec`.
-pub async fn exec(
-    State(shared): State<Shared>,
-    caller: Caller,
-    Path(at): Path<At>,
-    Json(exec): Json<Exec>,
-) -> Result<Json<Value>, ApiError> {
-    find(&shared.view.snapshot(), &caller, &at)?;
-    let command = match (exec.command, exec.cmd) {
-        (Some(command), _) => command,
-        (None, Some(text)) => shlex::split(&text).ok_or_else(|| {
-            ApiError::invalid(
-                "`cmd` ends within a quote; close it, or give `command`, a list of words",
-            )
-        })?,
-        (None, None) => Vec::new(),
-    };
-    if command.is_empty() {
-        return Err(ApiError::bad_request(
-            "give the command to run as `command`, a list of words",
-        ));
-    }
-    let timeout = exec
-        .timeout
-        .map_or(DEFAULT_TIMEOUT, Duration::from_secs)
-        .min(MAX_TIMEOUT);
-    let request = ExecRequest {
-        command,
-        stdin: exec.stdin.into_bytes(),
-        timeout,
-    };
-    let result = shared.gateway.exec(&at.id, request).await?;
-    Ok(Json(json!({
-        "exit_code": result.exit_code,
-        "exit_signal": result.exit_signal,
-        "stdout": String::from_utf8_lossy(&result.stdout),
-        "stderr": String::from_utf8_lossy(&result.stderr),
-    })))
 }
 
 /// `GET …/boot-trace`.

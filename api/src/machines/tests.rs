@@ -1,6 +1,10 @@
-use http::{Method, StatusCode};
+use axum::body::Body;
+use http::{Method, Request, StatusCode};
 use serde_json::json;
+use tern_catalog::{Machine, Op, Record as _, Transaction};
 
+use super::lease::{MachineLease, sweep_leases};
+use crate::machines::NONCE;
 use crate::testing::{ADMIN, World};
 
 #[tokio::test]
@@ -105,17 +109,7 @@ async fn the_only_region_stands_for_any() {
         .json();
     assert_eq!(made["region"], "local", "{made}");
     assert!(made["warnings"].to_string().contains("ams"), "{made}");
-    let mut second = world
-        .catalog
-        .get::<tern_catalog::Host>("1")
-        .await
-        .unwrap()
-        .unwrap()
-        .0;
-    second.id = tern_catalog::HostId(2);
-    second.region = "fra".into();
-    let revision = world.catalog.create(&second).await.unwrap();
-    world.shared.seen(revision).await;
+    world.host(2, "fra", 4096).await;
     let refused = world.post("/v1/apps/shop/machines", body).await;
     assert_eq!(refused.json()["status"], "insufficient_capacity");
     assert!(
@@ -200,7 +194,7 @@ async fn a_public_port_that_is_another_apps_or_not_open_is_refused() {
         (json!([{"port": 22}]), "port 22 is not open to services"),
         (
             json!([{"start_port": 3000, "end_port": 3300}]),
-            "301 ports would be this app's alone",
+            "more than 256 public ports",
         ),
     ] {
         let refused = world.post("/v1/apps/other/machines", with(ports)).await;
@@ -223,4 +217,140 @@ async fn a_public_port_that_is_another_apps_or_not_open_is_refused() {
             .await;
         assert_eq!(shared.status, StatusCode::OK, "{shared:?}");
     }
+}
+
+/// Somebody else's lease, for when they are faster.
+fn lease_of_another(id: &str) -> Transaction {
+    let lease = MachineLease::new(&id.parse().unwrap(), 60);
+    Transaction::of(vec![Op::put(&lease)])
+}
+
+#[tokio::test]
+async fn a_lease_that_is_taken_meanwhile_keeps_a_change_out() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{id}");
+    let before = world.get(&at).await.json();
+    let config = json!({"image": "example.com/x:2"});
+    let changes = [
+        ("", json!({ "config": config })),
+        ("", json!({"config": config, "lease_ttl": 60})),
+        ("/stop", json!({})),
+        ("/cordon", json!({})),
+        ("/metadata/a", json!({"value": "1"})),
+    ];
+    for (path, body) in changes {
+        world
+            .catalog
+            .delete::<MachineLease>(id.as_str())
+            .await
+            .unwrap();
+        *world.crossed.first.lock() = Some(lease_of_another(&id));
+        let refused = world.post(&format!("{at}{path}"), body).await;
+        assert_eq!(refused.status, StatusCode::CONFLICT, "{path}: {refused:?}");
+    }
+    let after = world.get(&at).await.json();
+    assert_eq!(after["instance_id"], before["instance_id"]);
+    assert_eq!(after["config"]["metadata"], before["config"]["metadata"]);
+}
+
+#[tokio::test]
+async fn a_lease_is_given_back_by_its_holder_alone() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{id}/lease");
+    let taken = world.post(&at, json!({"ttl": 60})).await.json();
+    let nonce = taken["data"]["nonce"].as_str().unwrap();
+    // It has ended, and is somebody else's when the holder's goodbye arrives.
+    let others = lease_of_another(&id);
+    *world.crossed.first.lock() = Some(others);
+    let goodbye = Request::delete(&at)
+        .header("authorization", format!("Bearer {ADMIN}"))
+        .header(NONCE, nonce)
+        .body(Body::empty())
+        .unwrap();
+    let late = world.send(goodbye).await;
+    assert_eq!(late.status, StatusCode::BAD_REQUEST, "{late:?}");
+    assert_eq!(world.get(&at).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn what_changes_nothing_leaves_no_lease_behind() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{id}");
+    let machine = world.catalog.get::<Machine>(&id).await.unwrap().unwrap().0;
+    // The version that the caller changes is replaced after all checks, just before the write.
+    let mut newer = machine.clone();
+    newer.instance_id = "another".into();
+    *world.crossed.first.lock() = Some(Transaction::of(vec![Op::put(&newer)]));
+    let update = json!({
+        "config": {"image": "example.com/x:2"},
+        "current_version": machine.instance_id,
+        "lease_ttl": 60,
+    });
+    let refused = world.post(&at, update).await;
+    assert_eq!(
+        refused.status,
+        StatusCode::PRECONDITION_FAILED,
+        "{refused:?}"
+    );
+    let lease = world.get(&format!("{at}/lease")).await;
+    assert_eq!(lease.status, StatusCode::NOT_FOUND, "{lease:?}");
+}
+
+#[tokio::test]
+async fn a_new_configuration_alone_asks_nothing_of_what_runs() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let id = world.machine("shop").await;
+    let at = format!("/v1/apps/shop/machines/{id}");
+    let before = world.catalog.get::<Machine>(&id).await.unwrap().unwrap().0;
+    let update = json!({"config": {"image": "example.com/x:2"}, "skip_launch": true});
+    let updated = world.post(&at, update).await;
+    assert_eq!(updated.status, StatusCode::OK, "{updated:?}");
+    let after = world.catalog.get::<Machine>(&id).await.unwrap().unwrap().0;
+    assert_eq!(after.desired, before.desired);
+    assert_eq!(after.config.image, "example.com/x:2");
+    assert_ne!(after.instance_id, before.instance_id);
+}
+
+#[tokio::test]
+async fn the_dead_have_no_lease() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let (dead, alive) = (world.machine("shop").await, world.machine("shop").await);
+    for id in [&dead, &alive] {
+        let lease = MachineLease::new(&id.parse().unwrap(), 60);
+        world.catalog.put(&lease).await.unwrap();
+    }
+    // One that is going may not be taken any more, not even by a call that was begun before.
+    let machine = world.catalog.get::<Machine>(&dead).await.unwrap().unwrap();
+    let gone = Op::Delete {
+        key: machine.0.key(),
+    };
+    let over = Op::Delete {
+        key: MachineLease::key_of(&dead),
+    };
+    world
+        .catalog
+        .store()
+        .commit(Transaction::of(vec![over.clone()]))
+        .await
+        .unwrap();
+    *world.crossed.first.lock() = Some(Transaction::of(vec![gone]));
+    let at = format!("/v1/apps/shop/machines/{dead}/lease");
+    let refused = world.post(&at, json!({"ttl": 60})).await;
+    assert_eq!(refused.status, StatusCode::NOT_FOUND, "{refused:?}");
+
+    // What was left behind before is swept up, and nobody else's.
+    let left = MachineLease::new(&dead.parse().unwrap(), 60);
+    world.catalog.put(&left).await.unwrap();
+    sweep_leases(&world.shared).await.unwrap();
+    let kept = world.catalog.store().list(MachineLease::PREFIX).await;
+    let kept: Vec<_> = kept.unwrap().entries.into_iter().map(|e| e.key).collect();
+    assert_eq!(kept, [MachineLease::key_of(&alive)]);
 }

@@ -7,16 +7,17 @@ use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use tern_catalog::AppName;
 use tokio_util::io::ReaderStream;
 
-use super::{Client, Digest, Refusal};
+use super::{Digest, Refusal};
+use crate::auth::Caller;
 use crate::server::Shared;
 
 /// `HEAD /v2/{app}/blobs/{digest}`.
 pub async fn head(
     State(shared): State<Shared>,
-    client: Client,
+    caller: Caller,
     Path((app, digest)): Path<(AppName, String)>,
 ) -> Result<Response, Refusal> {
-    let (digest, file) = open(&shared, &client, &app, &digest).await?;
+    let (digest, file) = open(&shared, &caller, &app, &digest).await?;
     let length = file.metadata().await?.len();
     Ok((headers(&digest, length), Body::empty()).into_response())
 }
@@ -24,10 +25,10 @@ pub async fn head(
 /// `GET /v2/{app}/blobs/{digest}`.
 pub async fn get(
     State(shared): State<Shared>,
-    client: Client,
+    caller: Caller,
     Path((app, digest)): Path<(AppName, String)>,
 ) -> Result<Response, Refusal> {
-    let (digest, file) = open(&shared, &client, &app, &digest).await?;
+    let (digest, file) = open(&shared, &caller, &app, &digest).await?;
     let length = file.metadata().await?.len();
     Ok((
         headers(&digest, length),
@@ -38,11 +39,11 @@ pub async fn get(
 
 async fn open(
     shared: &Shared,
-    client: &Client,
+    caller: &Caller,
     app: &AppName,
     digest: &str,
 ) -> Result<(Digest, tokio::fs::File), Refusal> {
-    client.must(shared, app)?;
+    caller.app(&shared.view.snapshot(), app)?;
     let digest: Digest = digest
         .parse()
         .map_err(|()| Refusal::digest("that is not a sha256 digest"))?;

@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 use tern_catalog::AppName;
 
 use super::store::is_tag;
-use super::{Client, Digest, Refusal, uploads};
+use super::{Digest, Refusal, uploads};
+use crate::auth::Caller;
 use crate::server::Shared;
 
 /// As much of a manifest as tells what it needs.
@@ -33,32 +34,32 @@ struct Descriptor {
 /// `HEAD /v2/{app}/manifests/{reference}`.
 pub async fn head(
     State(shared): State<Shared>,
-    client: Client,
+    caller: Caller,
     Path((app, reference)): Path<(AppName, String)>,
 ) -> Result<Response, Refusal> {
-    let (headers, _) = read(&shared, &client, &app, &reference).await?;
+    let (headers, _) = read(&shared, &caller, &app, &reference).await?;
     Ok((headers, Body::empty()).into_response())
 }
 
 /// `GET /v2/{app}/manifests/{reference}`.
 pub async fn get(
     State(shared): State<Shared>,
-    client: Client,
+    caller: Caller,
     Path((app, reference)): Path<(AppName, String)>,
 ) -> Result<Response, Refusal> {
-    let (headers, content) = read(&shared, &client, &app, &reference).await?;
+    let (headers, content) = read(&shared, &caller, &app, &reference).await?;
     Ok((headers, content).into_response())
 }
 
 /// `PUT /v2/{app}/manifests/{reference}`: kept only when all it names is there.
 pub async fn put(
     State(shared): State<Shared>,
-    client: Client,
+    caller: Caller,
     Path((app, reference)): Path<(AppName, String)>,
     headers: HeaderMap,
     content: Bytes,
 ) -> Result<Response, Refusal> {
-    client.must(&shared, &app)?;
+    caller.app(&shared.view.snapshot(), &app)?;
     let invalid = |text: String| Refusal::new(StatusCode::BAD_REQUEST, "MANIFEST_INVALID", text);
     let manifest: Manifest = serde_json::from_slice(&content)
         .map_err(|e| invalid(format!("the manifest is not right: {e}")))?;
@@ -120,10 +121,10 @@ pub async fn put(
 /// `GET /v2/{app}/tags/list`.
 pub async fn tags(
     State(shared): State<Shared>,
-    client: Client,
+    caller: Caller,
     Path(app): Path<AppName>,
 ) -> Result<Json<Value>, Refusal> {
-    client.must(&shared, &app)?;
+    caller.app(&shared.view.snapshot(), &app)?;
     Ok(Json(
         json!({"name": app, "tags": shared.registry.tags(&app)?}),
     ))
@@ -131,11 +132,11 @@ pub async fn tags(
 
 async fn read(
     shared: &Shared,
-    client: &Client,
+    caller: &Caller,
     app: &AppName,
     reference: &str,
 ) -> Result<([(HeaderName, String); 3], Vec<u8>), Refusal> {
-    client.must(shared, app)?;
+    caller.app(&shared.view.snapshot(), app)?;
     let unknown = || {
         let text = format!(
             "this repository has no manifest \"{}\"",

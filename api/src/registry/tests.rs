@@ -230,7 +230,7 @@ async fn another_organization_neither_pushes_nor_pulls_nor_runs_it() {
     let answer = world
         .call(RIVAL, Method::POST, "/v1/apps/rival-shop/machines", config)
         .await;
-    assert_eq!(answer.status, StatusCode::FORBIDDEN);
+    assert_eq!(answer.status, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]

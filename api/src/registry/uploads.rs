@@ -14,7 +14,8 @@ use tern_catalog::AppName;
 use tokio::io::AsyncWriteExt as _;
 
 use super::store::Upload;
-use super::{Client, Digest, Refusal};
+use super::{Digest, Refusal};
+use crate::auth::Caller;
 use crate::server::Shared;
 
 /// Largest blob. A layer of a whole distribution has a gigabyte or two.
@@ -36,15 +37,15 @@ pub struct Finish {
 /// taken from another repository that the client may read.
 pub async fn begin(
     State(shared): State<Shared>,
-    client: Client,
+    caller: Caller,
     Path(app): Path<AppName>,
     Query(begin): Query<Begin>,
     body: Body,
 ) -> Result<Response, Refusal> {
-    client.must(&shared, &app)?;
+    caller.app(&shared.view.snapshot(), &app)?;
     if let (Some(mount), Some(from)) = (&begin.mount, &begin.from)
         && let (Ok(digest), Ok(from)) = (mount.parse::<Digest>(), from.parse::<AppName>())
-        && client.must(&shared, &from).is_ok()
+        && caller.must_pull(&shared.view.snapshot(), &from).is_ok()
         && shared.registry.has_blob(&from, &digest)
     {
         shared.registry.link_blob(&app, &digest)?;
@@ -65,12 +66,12 @@ pub async fn begin(
 /// `PATCH …/uploads/{id}`: a chunk, at the end of what is there.
 pub async fn append(
     State(shared): State<Shared>,
-    client: Client,
+    caller: Caller,
     Path((app, id)): Path<(AppName, String)>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
-    client.must(&shared, &app)?;
+    caller.app(&shared.view.snapshot(), &app)?;
     let upload = find(&shared, &app, &id)?;
     let length = tokio::fs::metadata(&upload.path).await?.len();
     if let Some(start) = headers
@@ -91,12 +92,12 @@ pub async fn append(
 /// `PUT …/uploads/{id}?digest=…`: the last chunk, which may be all of it or nothing.
 pub async fn finish(
     State(shared): State<Shared>,
-    client: Client,
+    caller: Caller,
     Path((app, id)): Path<(AppName, String)>,
     Query(finish): Query<Finish>,
     body: Body,
 ) -> Result<Response, Refusal> {
-    client.must(&shared, &app)?;
+    caller.app(&shared.view.snapshot(), &app)?;
     let upload = find(&shared, &app, &id)?;
     complete(&shared, &app, upload, &finish.digest, body).await
 }
@@ -104,10 +105,10 @@ pub async fn finish(
 /// `GET …/uploads/{id}`.
 pub async fn progress(
     State(shared): State<Shared>,
-    client: Client,
+    caller: Caller,
     Path((app, id)): Path<(AppName, String)>,
 ) -> Result<Response, Refusal> {
-    client.must(&shared, &app)?;
+    caller.app(&shared.view.snapshot(), &app)?;
     let upload = find(&shared, &app, &id)?;
     let length = tokio::fs::metadata(&upload.path).await?.len();
     let mut response = accepted(&app, &id, length);
@@ -118,10 +119,10 @@ pub async fn progress(
 /// `DELETE …/uploads/{id}`.
 pub async fn cancel(
     State(shared): State<Shared>,
-    client: Client,
+    caller: Caller,
     Path((app, id)): Path<(AppName, String)>,
 ) -> Result<StatusCode, Refusal> {
-    client.must(&shared, &app)?;
+    caller.app(&shared.view.snapshot(), &app)?;
     let upload = find(&shared, &app, &id)?;
     tokio::fs::remove_file(&upload.path).await?;
     Ok(StatusCode::NO_CONTENT)

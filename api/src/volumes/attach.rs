@@ -5,23 +5,23 @@
 //! more, without another write.
 
 use tern_catalog::{
-    Compare, HostId, Machine, MachineConfig, Op, Record as _, Snapshot, Transaction, Volume,
+    Compare, Machine, MachineConfig, Op, Record as _, Snapshot, Transaction, Volume,
 };
 
 use crate::error::ApiError;
 use crate::server::Shared;
 
-/// The host that a Machine with this config must be on, if its volume ties it to one.
-pub fn host(
-    snapshot: &Snapshot,
+/// The volume that ties a Machine with this config to a host.
+pub fn host<'a>(
+    snapshot: &'a Snapshot,
     config: &MachineConfig,
-) -> Result<Option<(HostId, String)>, ApiError> {
+) -> Result<Option<&'a Volume>, ApiError> {
     let Some(mount) = config.mounts.first() else {
         return Ok(None);
     };
     let volume = snapshot.volumes.get(&mount.volume);
     let volume = volume.ok_or_else(|| ApiError::not_found(format!("volume {}", mount.volume)))?;
-    Ok(Some((volume.host, volume.region.clone())))
+    Ok(Some(volume))
 }
 
 /// Adds to a transaction that writes `machine` what gives it its volumes. An error where somebody else has

@@ -94,25 +94,25 @@ pub async fn create(
         .size_gb
         .unwrap_or(source.as_ref().map_or(DEFAULT_GB, |(_, v)| v.size_gb));
     must_be_possible(size_gb)?;
-    let (host, region) = match &source {
-        // Its data is there already, and is not sent to another host.
-        Some((_, origin)) => {
-            if size_gb < origin.size_gb {
-                return Err(ApiError::invalid(format!(
-                    "size_gb is {size_gb}; what it is made of has {} GB",
-                    origin.size_gb
-                )));
-            }
-            (origin.host, origin.region.clone())
-        }
-        None => {
-            let region = create
-                .region
-                .unwrap_or_else(|| shared.config.region.clone());
-            let host = place::choose(&snapshot, &region)?;
-            (host.id, host.region.clone())
-        }
+    if let Some((_, origin)) = source.as_ref().filter(|(_, v)| size_gb < v.size_gb) {
+        return Err(ApiError::invalid(format!(
+            "size_gb is {size_gb}; what it is made of has {} GB",
+            origin.size_gb
+        )));
+    }
+    // Its data is there already, and is not sent to another host.
+    let origin = source.as_ref().map(|(_, origin)| origin);
+    let region = origin.map(|o| &o.region).or(create.region.as_ref());
+    let wanted = place::Wanted {
+        app: &app,
+        region: region.unwrap_or(&shared.config.region),
+        guest: None,
+        starts: false,
+        volume: origin.map(|o| (&o.id, o.host)),
+        image_on: None,
     };
+    let host = place::on(&snapshot, &wanted)?;
+    let (host, region) = (host.id, host.region.clone());
     let volume = Volume {
         id: VolumeId::random(),
         name: create.name,
@@ -127,10 +127,12 @@ pub async fn create(
         created_at: Timestamp::now(),
     };
     let still_there = apps::still_there(&shared, &volume.app).await?;
-    let transaction = Transaction {
+    let mut transaction = Transaction {
         compares: vec![still_there, Compare::absent(&volume)],
         ops: vec![Op::put(&volume)],
     };
+    let still_open = place::still_open(&shared, host).await?;
+    transaction.compares.extend(still_open);
     let revision = shared.catalog.store().commit(transaction).await?;
     shared.seen(revision).await;
     let made = shared

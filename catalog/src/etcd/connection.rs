@@ -2,20 +2,23 @@
 //! behind five bytes of flag and length, and whose outcome is in the trailers.
 
 use std::convert::Infallible;
+use std::error::Error as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, Request, Response, Uri};
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt as _, Full, Limited, StreamBody};
+use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 
 use super::messages::{AuthenticateRequest, AuthenticateResponse, Empty, StatusResponse};
@@ -35,7 +38,22 @@ pub(super) struct Connection {
     token: Option<String>,
     /// Whether this version of etcd tells progress only of what it has sent.
     pub(super) progress_is_proof: bool,
+    /// When it was begun.
+    pub(super) opened: Instant,
+    /// Whether a call over it has been answered since it stands.
+    served: AtomicBool,
+    /// True once another has its place.
+    replaced: watch::Sender<bool>,
     driver: AbortHandle,
+}
+
+/// How long a call may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limit {
+    /// Until the answer begins, and from each part of it to the next.
+    pub(super) silence: Duration,
+    /// In all.
+    pub(super) whole: Duration,
 }
 
 /// Why a call has no answer.
@@ -45,6 +63,8 @@ pub(super) enum CallError {
     Status(u32, String),
     /// The connection failed or the time was up after it was sent.
     Lost(String),
+    /// The member has certainly not begun with it.
+    NotSent(String),
 }
 
 /// A call whose answers come one by one.
@@ -62,6 +82,7 @@ impl Connection {
         login: Option<(String, String)>,
         limit: Duration,
     ) -> Result<Self, String> {
+        let opened = Instant::now();
         let host = member.host().ok_or("it has no host")?;
         let plain_host = host.trim_start_matches('[').trim_end_matches(']');
         let port = member.port_u16().unwrap_or(2379);
@@ -83,9 +104,13 @@ impl Connection {
             member,
             token: None,
             progress_is_proof: false,
+            opened,
+            served: AtomicBool::new(false),
+            replaced: watch::Sender::new(false),
             driver,
         };
         let told = |e: CallError| e.to_string();
+        let limit = Limit::whole(limit);
         if let Some((name, password)) = login {
             let request = AuthenticateRequest { name, password };
             let answer: AuthenticateResponse = connection
@@ -99,6 +124,7 @@ impl Connection {
             .await
             .map_err(told)?;
         connection.progress_is_proof = progress_is_proof(&status.version);
+        connection.served.store(false, Ordering::Relaxed);
         Ok(connection)
     }
 
@@ -107,39 +133,64 @@ impl Connection {
         self.send.is_closed()
     }
 
+    /// Whether it has served since it was opened.
+    pub(super) fn has_served(&self) -> bool {
+        self.served.load(Ordering::Relaxed)
+    }
+
+    /// Tells those who live on it that another has its place.
+    pub(super) fn replace(&self) {
+        self.replaced.send_replace(true);
+    }
+
+    /// Returns when another has its place.
+    pub(super) async fn replaced(&self) {
+        // The sender is as old as we are.
+        let _ = self
+            .replaced
+            .subscribe()
+            .wait_for(|replaced| *replaced)
+            .await;
+    }
+
     /// A call with one question and one answer.
     pub(super) async fn unary<A: Message + Default>(
         &self,
         method: &str,
         question: &impl Message,
-        limit: Duration,
+        limit: Limit,
     ) -> Result<A, CallError> {
         let call = async {
             let body = Full::new(framed(question)).boxed_unsync();
-            let request = self.request(method, body, Some(limit))?;
-            let response = self
-                .send
-                .clone()
-                .send_request(request)
-                .await
-                .map_err(lost)?;
-            let headers = ok(response)?;
-            let body = Limited::new(headers.into_body(), MAX_MESSAGE);
-            let body = body
-                .collect()
-                .await
-                .map_err(|e| CallError::Lost(e.to_string()))?;
-            if let Some(trailers) = body.trailers() {
-                status(trailers)?;
+            let request = self.request(method, body, Some(limit.whole))?;
+            let mut send = self.send.clone();
+            let sent = limit.part(send.send_request(request)).await?;
+            let response = sent.map_err(unsent)?;
+            let mut body = ok(response)?.into_body();
+            let mut read = BytesMut::new();
+            // As long as it comes, the member is well and the way to it is slow.
+            while let Some(frame) = limit.part(body.frame()).await? {
+                match frame.map_err(lost)?.into_data() {
+                    Ok(data) if read.len() + data.len() > MAX_MESSAGE => {
+                        return Err(CallError::Lost("an answer is too long".to_owned()));
+                    }
+                    Ok(data) => read.extend_from_slice(&data),
+                    Err(frame) => {
+                        if let Some(trailers) = frame.trailers_ref() {
+                            status(trailers)?;
+                        }
+                    }
+                }
             }
-            let mut read = BytesMut::from(&body.to_bytes()[..]);
             next_message(&mut read)?
                 .ok_or_else(|| CallError::Lost("an answer was cut off".to_owned()))
         };
-        match tokio::time::timeout(limit, call).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(CallError::Lost(format!("no answer within {limit:?}"))),
-        }
+        let answer = match tokio::time::timeout(limit.whole, call).await {
+            Ok(outcome) => outcome?,
+            Err(_) => return Err(late(limit.whole)),
+        };
+        self.served.store(true, Ordering::Relaxed);
+        Ok(answer)
     }
 
     /// A call that goes on: the first question is sent, more can be.
@@ -161,8 +212,8 @@ impl Connection {
         let sent = self.send.clone();
         let sent = async move { sent.clone().send_request(request).await };
         let response = match tokio::time::timeout(limit, sent).await {
-            Ok(response) => ok(response.map_err(lost)?)?,
-            Err(_) => return Err(CallError::Lost(format!("no answer within {limit:?}"))),
+            Ok(response) => ok(response.map_err(unsent)?)?,
+            Err(_) => return Err(late(limit)),
         };
         Ok(Stream {
             commands,
@@ -230,11 +281,27 @@ impl Stream {
     }
 }
 
+impl Limit {
+    /// One for answers that come in one piece.
+    pub(super) fn whole(whole: Duration) -> Self {
+        Self {
+            silence: whole,
+            whole,
+        }
+    }
+
+    /// Waits for a part of the answer.
+    async fn part<T>(&self, part: impl Future<Output = T>) -> Result<T, CallError> {
+        let part = tokio::time::timeout(self.silence, part).await;
+        part.map_err(|_| late(self.silence))
+    }
+}
+
 impl std::fmt::Display for CallError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Status(code, text) => write!(f, "{text} (gRPC {code})"),
-            Self::Lost(text) => f.write_str(text),
+            Self::Lost(text) | Self::NotSent(text) => f.write_str(text),
         }
     }
 }
@@ -293,8 +360,23 @@ pub(super) fn connector(
     Ok(TlsConnector::from(Arc::new(config)))
 }
 
+fn late(limit: Duration) -> CallError {
+    CallError::Lost(format!("no answer within {limit:?}"))
+}
+
 fn lost(error: hyper::Error) -> CallError {
     CallError::Lost(error.to_string())
+}
+
+/// Of a request that has no answer: hyper gives back what it had not sent yet, and a member that ends refuses
+/// what it has not begun with (RFC 9113, section 8.7).
+fn unsent(error: hyper::Error) -> CallError {
+    let cause = error.source().and_then(|e| e.downcast_ref::<h2::Error>());
+    let refused = cause.is_some_and(|e| e.reason() == Some(h2::Reason::REFUSED_STREAM));
+    match refused || error.is_canceled() {
+        true => CallError::NotSent(error.to_string()),
+        false => lost(error),
+    }
 }
 
 /// A response that may have a body; one that failed before any says so in its head.
@@ -320,7 +402,7 @@ fn status(headers: &HeaderMap) -> Result<(), CallError> {
     }
 }
 
-fn framed(message: &impl Message) -> Bytes {
+pub(super) fn framed(message: &impl Message) -> Bytes {
     let mut frame = BytesMut::with_capacity(5 + message.encoded_len());
     frame.put_u8(0);
     // Requests are bounded far below (`crate::limits`).
@@ -330,7 +412,9 @@ fn framed(message: &impl Message) -> Bytes {
 }
 
 /// Takes a message off the front, where there is a whole one.
-fn next_message<A: Message + Default>(read: &mut BytesMut) -> Result<Option<A>, CallError> {
+pub(super) fn next_message<A: Message + Default>(
+    read: &mut BytesMut,
+) -> Result<Option<A>, CallError> {
     let Some((head, rest)) = read.split_first_chunk::<5>() else {
         return Ok(None);
     };

@@ -4,17 +4,22 @@
 //! One connection serves all calls. It is left, and the next member tried, when it fails, does not answer in
 //! time (a stopped process still accepts connections), or says that it has no leader. A question is
 //! asked again elsewhere; a write only where it is certain that it was not done.
+//!
+//! A connection that is left serves until another stands, for a new one needs a login, which is a write: where
+//! writes are what is slow, reads and watches go on.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::Uri;
+use parking_lot::Mutex;
 use prost::Message;
-use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use super::connection::{CallError, Connection, connector};
+use super::PREFIX;
+use super::connection::{CallError, Connection, Limit, connector};
+use super::messages::{RangeRequest, RangeResponse};
 use crate::store::StoreError;
 
 /// Where etcd is, and how to be let in. Files are read at each connection, so that renewed ones count.
@@ -39,25 +44,49 @@ const CONNECT: Duration = Duration::from_secs(3);
 /// Longest that one member may take to answer. etcd's own limit on a write is about seven seconds with its
 /// defaults; one that takes this long is of no use to who waits.
 pub(super) const ANSWER: Duration = Duration::from_secs(4);
-/// Longest that a call may take with all its attempts.
+/// Longest that an answer may take that keeps coming: the longest page of a listing, over a slow line.
+const LONG_ANSWER: Duration = Duration::from_secs(60);
+/// Longest that a member whose write was not answered may take to answer a read.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+/// Longest that a call may take with all its attempts, but for an answer that keeps coming.
 const CALL: Duration = Duration::from_secs(10);
 /// How long a call looks for a member that serves: a new leader is elected in less.
 const LOOK: Duration = Duration::from_secs(4);
 /// Until a member is asked again after a refusal that passes by itself.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Waits after a round over all members that let nobody in, with jitter: each attempt costs them a login.
+const ROUND_FIRST: Duration = Duration::from_millis(100);
+const ROUND_MOST: Duration = Duration::from_secs(2);
 
 /// The members.
 pub(super) struct Members {
     config: EtcdConfig,
     endpoints: Vec<Uri>,
     now: Mutex<Now>,
+    /// Held by who connects; all others wait for the same attempt.
+    connecting: tokio::sync::Mutex<()>,
 }
 
 /// Who is spoken to.
 struct Now {
     connection: Option<Arc<Connection>>,
+    /// Whether another is to take its place.
+    left: bool,
     /// The endpoint that it is to, or that is tried next.
     at: usize,
+    /// When members are tried again after a round that failed.
+    next_round: Option<Instant>,
+    /// How long the wait after the next such round is.
+    wait: Duration,
+}
+
+/// Where to go from a connection that is left.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// To another member.
+    Other,
+    /// To the same, with a new login.
+    Same,
 }
 
 /// What may be done after a failure.
@@ -93,6 +122,11 @@ impl Members {
     pub(super) fn new(config: EtcdConfig) -> Result<Self, StoreError> {
         let invalid = |text: String| StoreError::Invalid(text);
         let endpoints = config.endpoints.iter().map(|text| {
+            if text.contains('@') {
+                // Not repeated, for it has a password.
+                return Err(invalid("an address of etcd has no user in it; say that with --etcd-user and \
+                                    --etcd-password-file".to_owned()));
+            }
             let uri: Uri = text.parse().map_err(|e| invalid(format!("{text} is no address of etcd: {e}")))?;
             let host = uri.host().unwrap_or_default();
             let local = matches!(host, "localhost" | "127.0.0.1" | "[::1]");
@@ -122,52 +156,109 @@ impl Members {
         }
         let now = Now {
             connection: None,
+            left: false,
             // In the order given: who wants the load spread gives each host its nearest member first.
             at: 0,
+            next_round: None,
+            wait: ROUND_FIRST,
         };
         Ok(Self {
             config,
             endpoints,
             now: Mutex::new(now),
+            connecting: tokio::sync::Mutex::new(()),
         })
     }
 
     /// A connection to some member. Whoever waits for one waits for the same attempt.
     pub(super) async fn connection(&self) -> Result<Arc<Connection>, StoreError> {
-        let mut now = self.now.lock().await;
-        if let Some(connection) = now.connection.as_ref().filter(|c| !c.is_closed()) {
-            return Ok(Arc::clone(connection));
+        if let Some(connection) = self.standing() {
+            return Ok(connection);
         }
-        now.connection = None;
+        let _turn = self.connecting.lock().await;
+        if let Some(connection) = self.standing() {
+            return Ok(connection);
+        }
+        let (first, next_round) = {
+            let now = self.now.lock();
+            (now.at, now.next_round)
+        };
+        if let Some(at) = next_round {
+            tokio::time::sleep_until(at).await;
+        }
         let mut failures = Vec::new();
-        for _ in 0..self.endpoints.len() {
-            let endpoint = &self.endpoints[now.at];
+        for n in 0..self.endpoints.len() {
+            let at = (first + n) % self.endpoints.len();
+            let endpoint = &self.endpoints[at];
             match self.connect(endpoint).await {
-                Ok(connection) => {
-                    let connection = Arc::new(connection);
-                    now.connection = Some(Arc::clone(&connection));
-                    return Ok(connection);
-                }
+                Ok(connection) => return Ok(self.take(Arc::new(connection), at)),
                 Err(error) => {
                     failures.push(format!("{endpoint}: {error}"));
-                    now.at = (now.at + 1) % self.endpoints.len();
+                    // At once: who waits for us may give up before the round ends.
+                    self.now.lock().at = (at + 1) % self.endpoints.len();
                 }
             }
         }
-        Err(StoreError::Unavailable(failures.join("; ")))
+        let mut now = self.now.lock();
+        let jittered = now.wait.mul_f64(rand::random_range(0.5..1.5));
+        now.next_round = Some(Instant::now() + jittered);
+        now.wait = (now.wait * 2).min(ROUND_MOST);
+        // What was left may serve still.
+        let old = now.connection.as_ref().filter(|c| !c.is_closed());
+        old.map(Arc::clone)
+            .ok_or_else(|| StoreError::Unavailable(failures.join("; ")))
     }
 
-    /// Has the next call go to another member, unless somebody has already seen to it.
-    pub(super) async fn leave(&self, connection: &Arc<Connection>, why: &str) {
-        let mut now = self.now.lock().await;
-        if now
-            .connection
-            .as_ref()
-            .is_some_and(|c| Arc::ptr_eq(c, connection))
-        {
-            tracing::warn!(member = connection.member, why, "leaving a member of etcd");
-            now.connection = None;
+    /// The connection that calls go over, unless another is to be looked for now.
+    fn standing(&self) -> Option<Arc<Connection>> {
+        let now = self.now.lock();
+        let resting = now.next_round.is_some_and(|at| Instant::now() < at);
+        let connection = now.connection.as_ref().filter(|c| !c.is_closed())?;
+        (!now.left || resting).then(|| Arc::clone(connection))
+    }
+
+    /// Has all calls go over this new connection.
+    fn take(&self, connection: Arc<Connection>, at: usize) -> Arc<Connection> {
+        let mut now = self.now.lock();
+        (now.left, now.at) = (false, at);
+        (now.next_round, now.wait) = (None, ROUND_FIRST);
+        if let Some(old) = now.connection.replace(Arc::clone(&connection)) {
+            old.replace();
+        }
+        connection
+    }
+
+    /// Has another connection looked for, unless somebody has already seen to it.
+    pub(super) fn leave(&self, connection: &Arc<Connection>, why: &str, next: Next) {
+        let mut now = self.now.lock();
+        let is_current = |c: &Arc<Connection>| Arc::ptr_eq(c, connection);
+        if now.left || !now.connection.as_ref().is_some_and(is_current) {
+            return;
+        }
+        tracing::warn!(
+            member = connection.member,
+            why,
+            "leaving a connection to etcd"
+        );
+        now.left = true;
+        if next == Next::Other {
             now.at = (now.at + 1) % self.endpoints.len();
+        }
+    }
+
+    /// Leaves a member that did not answer a write, unless it answers a read: writes wait for a majority's disks,
+    /// whoever they are sent to.
+    async fn look_again(&self, connection: &Arc<Connection>, why: &str) {
+        let limit = Limit::whole(LOOK_AGAIN);
+        let question = probe();
+        let answer = connection.unary::<RangeResponse>("KV/Range", &question, limit);
+        let serves = match answer.await {
+            Ok(_) => true,
+            Err(CallError::Status(code, text)) => verdict(code, &text) == Verdict::Answer,
+            Err(CallError::Lost(_) | CallError::NotSent(_)) => false,
+        };
+        if !serves {
+            self.leave(connection, why, Next::Other);
         }
     }
 
@@ -219,41 +310,56 @@ impl Members {
         kind: Kind,
     ) -> Result<A, Failure> {
         let began = Instant::now();
-        let end = began + CALL;
+        let (limit, most) = match kind {
+            Kind::Read => (
+                Limit {
+                    silence: ANSWER,
+                    whole: LONG_ANSWER,
+                },
+                ANSWER,
+            ),
+            Kind::Write => (Limit::whole(ANSWER), ANSWER + LOOK_AGAIN),
+        };
+        // No attempt is begun that has less time than it may take: it would only make the outcome unknown.
+        let last = began + (CALL - most);
+        let mut failed = None;
         loop {
-            let connection = match tokio::time::timeout_at(end, self.connection()).await {
+            let connection = match tokio::time::timeout_at(last, self.connection()).await {
                 Ok(Ok(connection)) => connection,
-                Ok(Err(_)) if began.elapsed() < LOOK => {
+                Ok(Err(_)) if began.elapsed() < LOOK && Instant::now() + PAUSE < last => {
                     tokio::time::sleep(PAUSE).await;
                     continue;
                 }
                 Ok(Err(error)) => return Err(Failure::Store(error)),
-                Err(_) => return Err(unavailable("no member was reached in time")),
+                Err(_) => {
+                    let reached = || "no member was reached in time".to_owned();
+                    return Err(unavailable(failed.unwrap_or_else(reached)));
+                }
             };
-            // Never less than it takes, or the last attempt would only make the outcome unknown.
-            let error = match connection.unary(method, question, ANSWER).await {
+            let error = match connection.unary(method, question, limit).await {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
+            let text = format!("{}: {error}", connection.member);
             let verdict = match &error {
                 CallError::Lost(_) => Verdict::Unsure,
+                CallError::NotSent(_) => Verdict::NotDone,
                 CallError::Status(code, text) => verdict(*code, text),
             };
             match (verdict, error) {
                 (Verdict::Answer, CallError::Status(code, text)) => {
                     return Err(Failure::Refused(code, text));
                 }
-                (Verdict::Unsure, error) if kind == Kind::Write => {
-                    let text = format!("{}: {error}", connection.member);
-                    self.leave(&connection, &text).await;
+                (Verdict::Unsure, _) if kind == Kind::Write => {
+                    self.look_again(&connection, &text).await;
                     return Err(Failure::Store(StoreError::Unknown(text)));
                 }
                 (_, error) => {
-                    let text = format!("{}: {error}", connection.member);
-                    self.leave(&connection, &text).await;
-                    if Instant::now() + PAUSE >= end {
-                        return Err(unavailable(&text));
+                    self.leave(&connection, &text, next(&connection, &error));
+                    if Instant::now() + PAUSE >= last {
+                        return Err(unavailable(text));
                     }
+                    failed = Some(text);
                     tokio::time::sleep(PAUSE).await;
                 }
             }
@@ -261,19 +367,40 @@ impl Members {
     }
 }
 
+/// The shortest question: nothing is kept at the prefix itself.
+pub(super) fn probe() -> RangeRequest {
+    RangeRequest {
+        key: PREFIX.as_bytes().to_vec(),
+        keys_only: true,
+        ..RangeRequest::default()
+    }
+}
+
+/// Where to go after this failure. A login that has ended is made again where it was; one that the same member
+/// refuses at once is better made elsewhere.
+pub(super) fn next(connection: &Connection, error: &CallError) -> Next {
+    match error {
+        CallError::Status(_, text) if is_old_login(text) && connection.has_served() => Next::Same,
+        _ => Next::Other,
+    }
+}
+
+/// Whether the login has ended: by time, by a restart of the member, or because users were changed.
+fn is_old_login(text: &str) -> bool {
+    text.contains("etcdserver: invalid auth token")
+        || text.contains("etcdserver: revision of auth store is old")
+}
+
 /// What etcd's statuses say of whether a request was done. Codes alone do not tell: "no leader" and
 /// "request timed out" have the same.
 fn verdict(code: u32, text: &str) -> Verdict {
-    const NOT_DONE: [&str; 5] = [
+    const NOT_DONE: [&str; 3] = [
         // Refused on arrival, since calls require one.
         "etcdserver: no leader",
         "etcdserver: too many requests",
-        // Tokens end with time, with a restart of the member, and when users are changed.
-        "etcdserver: invalid auth token",
-        "etcdserver: revision of auth store is old",
         "etcdserver: not capable",
     ];
-    if NOT_DONE.iter().any(|known| text.contains(known)) {
+    if is_old_login(text) || NOT_DONE.iter().any(|known| text.contains(known)) {
         return Verdict::NotDone;
     }
     match code {
@@ -299,8 +426,8 @@ impl From<Failure> for StoreError {
     }
 }
 
-fn unavailable(text: &str) -> Failure {
-    Failure::Store(StoreError::Unavailable(text.to_owned()))
+fn unavailable(text: String) -> Failure {
+    Failure::Store(StoreError::Unavailable(text))
 }
 
 async fn read(path: &std::path::Path) -> Result<Vec<u8>, String> {
@@ -365,9 +492,11 @@ mod tests {
             ("https://10.0.0.1:2379", "authority"),
             ("10.0.0.1:2379", "https://host:2379"),
             ("", "no address"),
+            ("http://root:secret@127.0.0.1:2379", "--etcd-user"),
         ] {
             let error = Members::new(config(bad)).err().unwrap().to_string();
             assert!(error.contains(why), "{bad}: {error}");
+            assert!(!error.contains("secret"), "{error}");
         }
         assert!(Members::new(EtcdConfig::default()).is_err());
     }

@@ -6,6 +6,8 @@ use prost::{Message, Oneof};
 
 #[derive(Clone, Copy, PartialEq, Message)]
 pub(super) struct Header {
+    #[prost(uint64, tag = "1")]
+    pub(super) cluster: u64,
     #[prost(int64, tag = "3")]
     pub(super) revision: i64,
 }

@@ -1,22 +1,32 @@
 //! A watch that outlives the members it is fed by.
 //!
 //! Each second the member is asked for progress; one that is silent for [`SILENCE`] is left and another
-//! goes on from the revision that was told last. The watch is asked for from that revision itself and what
-//! was told is dropped: etcd before 3.5.17 accepts a start at the compacted revision and then leaves out its
-//! deletions, while one below it is refused on every version.
+//! goes on from the revision that was told last. What a member says of itself is no proof of being current: cut
+//! off from the others, or with a disk that hangs, it has its own past. So the cluster is asked too, by a
+//! read that is ordered after all that was acknowledged before it; once all up to the revision that it
+//! answers has been told, the watch is known to be as new as the question. A member that does not get there
+//! is left, and a cluster that is behind what was told has another history: it was restored from a backup.
 //!
-//! Progress is proof that nothing is missing only with some versions. With others it is told once all up to
-//! the revision that the member named has come, which needs an etcd that nobody else writes to.
+//! The watch is asked for from the revision itself that was told last and what was told is dropped: etcd before
+//! 3.5.17 accepts a start at the compacted revision and then leaves out its deletions, while one below it is
+//! refused on every version.
+//!
+//! A member's progress says that it has sent all up to it only with some versions. With others that is known once
+//! the last revision of the cluster has come itself, which needs an etcd that nobody else writes to.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::{BoxFuture, OptionFuture};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::connection::{CallError, Connection, Stream};
-use super::members::{ANSWER, Members};
-use super::messages::{Empty, Event, WatchCommand, WatchCreate, WatchRequest, WatchResponse};
+use super::members::{self, ANSWER, Failure, Kind, Members, Next};
+use super::messages::{
+    Empty, Event, Header, RangeResponse, WatchCommand, WatchCreate, WatchRequest, WatchResponse,
+};
 use super::{Keys, entry};
 use crate::store::{Change, PROGRESS_EVERY, Revision, StoreError, Watch, WatchBatch, WatchEvent};
 
@@ -27,8 +37,8 @@ const AHEAD: usize = 32;
 /// Waits between two attempts to find a member, with jitter.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_secs(2);
-/// Progress below what was told, this often in a row, is no member that lags but one with another history.
-const BEHIND: u32 = 3;
+/// Answers of the cluster that wait until all up to them has been told.
+const PROOFS: usize = 8;
 
 /// Feeds one watch.
 pub(super) struct Feed {
@@ -37,12 +47,18 @@ pub(super) struct Feed {
     /// All up to here has been told.
     told: Revision,
     events: mpsc::Sender<Result<WatchEvent, StoreError>>,
+    /// The cluster whose revisions these are.
+    cluster: Option<u64>,
+    /// When a member refused the watch, and none has accepted it since.
+    denied: Option<Instant>,
 }
 
 /// Why a stream ended.
 enum End {
     /// Another member is to go on.
-    Stream(String),
+    Stream(String, Next),
+    /// Its login may not watch.
+    Denied(String),
     /// The watch itself is over.
     Watch(StoreError),
     /// Nobody listens.
@@ -50,12 +66,33 @@ enum End {
 }
 
 /// What has come over one stream.
+#[derive(Default)]
 struct Received {
-    /// Events of responses that etcd has cut into pieces.
+    /// The last revision's events of a response that etcd has cut into pieces.
     pieces: Vec<Event>,
-    /// What the member named last and has not been told yet.
-    promised: Option<Revision>,
-    behind: u32,
+    /// The last revision that the member has named.
+    reached: Revision,
+    /// Whether it says by that that it has sent all up to it.
+    progress_is_proof: bool,
+    /// What the cluster has answered and we have not told yet, in order.
+    proofs: VecDeque<Proof>,
+    /// Since when the member is behind the cluster, and does not catch up.
+    behind: Option<Instant>,
+}
+
+/// What the cluster had when it was asked.
+#[derive(Clone, Copy)]
+struct Proof {
+    revision: Revision,
+    asked: Instant,
+}
+
+/// A question to the cluster.
+struct Asked {
+    at: Instant,
+    /// What had been told by then.
+    told: Revision,
+    answer: Result<RangeResponse, Failure>,
 }
 
 impl Feed {
@@ -67,6 +104,8 @@ impl Feed {
             keys,
             told: after,
             events,
+            cluster: None,
+            denied: None,
         };
         tokio::spawn(feed.run());
         Watch::new(receiver)
@@ -87,8 +126,8 @@ impl Feed {
                     let _ = self.events.send(Err(error)).await;
                     return;
                 }
-                End::Stream(why) => {
-                    tracing::info!(why, "a watch goes on with another member of etcd")
+                End::Stream(why, _) | End::Denied(why) => {
+                    tracing::info!(why, "a watch goes on over another connection to etcd")
                 }
             }
             if before.elapsed() > RETRY_MOST {
@@ -107,15 +146,24 @@ impl Feed {
     async fn one_member(&mut self) -> End {
         let connection = match self.members.connection().await {
             Ok(connection) => connection,
-            Err(error) => return End::Stream(error.to_string()),
+            Err(error) => return End::Stream(error.to_string(), Next::Other),
         };
         let end = match self.open(&connection).await {
-            Ok(stream) => self.follow(stream, connection.progress_is_proof).await,
-            Err(CallError::Status(7, text)) => End::Watch(StoreError::Unavailable(text)),
-            Err(error) => End::Stream(error.to_string()),
+            Ok(stream) => self.follow(stream, &connection).await,
+            Err(CallError::Status(7, text)) => End::Denied(text),
+            Err(error) => End::Stream(error.to_string(), members::next(&connection, &error)),
         };
-        if let End::Stream(why) = &end {
-            self.members.leave(&connection, why).await;
+        match &end {
+            End::Stream(why, next) => self.members.leave(&connection, why, *next),
+            End::Denied(why) => {
+                // etcd says so also of a login that has ended. Only one that was made since is believed.
+                let since = *self.denied.get_or_insert_with(Instant::now);
+                if connection.opened > since {
+                    return End::Watch(StoreError::Unavailable(why.clone()));
+                }
+                self.members.leave(&connection, why, Next::Same);
+            }
+            End::Watch(_) | End::Closed => {}
         }
         end
     }
@@ -135,33 +183,52 @@ impl Feed {
         connection.stream("Watch/Watch", &create, ANSWER).await
     }
 
-    async fn follow(&mut self, mut stream: Stream, progress_is_proof: bool) -> End {
+    async fn follow(&mut self, mut stream: Stream, connection: &Connection) -> End {
         let mut ask = tokio::time::interval(PROGRESS_EVERY);
         ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut received = Received {
-            pieces: Vec::new(),
-            promised: None,
-            behind: 0,
+            progress_is_proof: connection.progress_is_proof,
+            ..Received::default()
         };
+        let mut asking: OptionFuture<BoxFuture<'static, Asked>> = None.into();
+        let mut is_asking = false;
         let mut heard = Instant::now();
         loop {
-            let response = tokio::select! {
-                response = stream.next::<WatchResponse>() => response,
+            let late = received.behind.unwrap_or(heard).min(heard) + SILENCE;
+            let outcome = tokio::select! {
+                response = stream.next::<WatchResponse>() => match response {
+                    Ok(response) => self.take(response, &mut received).await,
+                    Err(error) => Err(End::Stream(error.to_string(), members::next(connection, &error))),
+                },
                 _ = ask.tick() => {
                     let progress = WatchRequest { command: Some(WatchCommand::Progress(Empty {})) };
                     // One that does not fit waits behind others that were not sent either.
                     let _ = stream.send(&progress);
+                    if !is_asking && received.proofs.len() < PROOFS {
+                        asking = Some(self.ask()).into();
+                        is_asking = true;
+                    }
                     continue;
                 }
-                () = tokio::time::sleep_until(heard + SILENCE) => {
-                    return End::Stream(format!("it has said nothing for {SILENCE:?}"));
+                Some(asked) = &mut asking => {
+                    (asking, is_asking) = (None.into(), false);
+                    match self.learn(asked, &mut received).await {
+                        Ok(()) => continue,
+                        Err(end) => return end,
+                    }
+                }
+                () = connection.replaced() => {
+                    return End::Stream("its connection was left".to_owned(), Next::Other);
+                }
+                () = tokio::time::sleep_until(late) => {
+                    let why = match received.behind {
+                        Some(_) => "it is behind the others and has not caught up",
+                        None => "it has said nothing",
+                    };
+                    return End::Stream(format!("{why} for {SILENCE:?}"), Next::Other);
                 }
             };
-            let told = match response {
-                Ok(response) => self.take(response, &mut received, progress_is_proof).await,
-                Err(error) => return End::Stream(error.to_string()),
-            };
-            if let Err(end) = told {
+            if let Err(end) = outcome {
                 return end;
             }
             // After the watcher has taken it: its slowness is not the member's.
@@ -169,12 +236,43 @@ impl Feed {
         }
     }
 
-    async fn take(
-        &mut self,
-        response: WatchResponse,
-        received: &mut Received,
-        progress_is_proof: bool,
-    ) -> Result<(), End> {
+    /// Asks the cluster for its revision.
+    fn ask(&self) -> BoxFuture<'static, Asked> {
+        let (members, told) = (Arc::clone(&self.members), self.told);
+        Box::pin(async move {
+            let question = members::probe();
+            let at = Instant::now();
+            let answer = members.call("KV/Range", &question, Kind::Read).await;
+            Asked { at, told, answer }
+        })
+    }
+
+    /// Takes the cluster's answer.
+    async fn learn(&mut self, asked: Asked, received: &mut Received) -> Result<(), End> {
+        let answer = match asked.answer {
+            Ok(answer) => answer,
+            Err(error) => {
+                // The view grows old by it, and says so.
+                let error = StoreError::from(error);
+                tracing::debug!(%error, "etcd was not asked how far it is");
+                return Ok(());
+            }
+        };
+        let revision = self.same_cluster(answer.header)?;
+        if revision < asked.told {
+            return Err(self.another_history(revision));
+        }
+        received.proofs.push_back(Proof {
+            revision,
+            asked: asked.at,
+        });
+        if revision > received.reached.max(self.told) && received.behind.is_none() {
+            received.behind = Some(Instant::now());
+        }
+        self.prove(received).await
+    }
+
+    async fn take(&mut self, response: WatchResponse, received: &mut Received) -> Result<(), End> {
         if response.compact_revision > 0 {
             return Err(End::Watch(StoreError::Compacted {
                 wanted: self.told,
@@ -182,51 +280,84 @@ impl Feed {
             }));
         }
         if response.canceled {
-            return Err(match response.cancel_reason.as_str() {
-                reason if reason.contains("permission denied") => {
-                    End::Watch(StoreError::Unavailable(reason.to_owned()))
-                }
-                reason => End::Stream(format!("it has cancelled: {reason}")),
+            return Err(match response.cancel_reason {
+                reason if reason.contains("permission denied") => End::Denied(reason),
+                reason => End::Stream(format!("it has cancelled: {reason}"), Next::Other),
             });
         }
+        self.denied = None;
+        let named = self.same_cluster(response.header)?;
+        let before = (received.reached, self.told);
         let is_progress = response.events.is_empty() && !response.created && !response.fragment;
-        received.pieces.extend(response.events);
+        let mut events = std::mem::take(&mut received.pieces);
+        events.extend(response.events);
         if response.fragment {
-            return Ok(());
+            // The last revision may have more in the next piece; what is before it is whole.
+            let last = events.last().map_or(0, revision_of);
+            received.pieces = events.split_off(events.partition_point(|e| revision_of(e) < last));
         }
-        for batch in batches(std::mem::take(&mut received.pieces), self.told) {
+        for batch in batches(events, self.told) {
             self.told = batch.revision;
             self.tell(WatchEvent::Batch(batch)).await?;
         }
-        let named = response.header.map_or(0, |h| h.revision.cast_unsigned());
-        if is_progress && named < self.told {
-            received.behind += 1;
-            if received.behind >= BEHIND {
-                return Err(End::Watch(StoreError::Compacted {
-                    wanted: self.told,
-                    oldest: named,
-                }));
-            }
-        } else if is_progress {
-            received.behind = 0;
-            if progress_is_proof {
-                self.told = named;
-            }
-            received.promised = Some(named);
+        if is_progress && received.progress_is_proof {
+            self.told = self.told.max(named);
         }
-        if received
-            .promised
-            .is_some_and(|promised| promised <= self.told)
-        {
-            received.promised = None;
-            self.tell(WatchEvent::Progress(self.told)).await?;
+        received.reached = before.0.max(named).max(self.told);
+        let wanted = received.proofs.back().map_or(0, |proof| proof.revision);
+        if received.reached >= wanted {
+            received.behind = None;
+        } else if (received.reached, self.told) != before {
+            received.behind = Some(Instant::now());
         }
-        Ok(())
+        self.prove(received).await
+    }
+
+    /// Tells that all up to what the cluster has answered has been told.
+    async fn prove(&mut self, received: &mut Received) -> Result<(), End> {
+        let mut proven = None;
+        while let Some(proof) = received.proofs.front().filter(|p| p.revision <= self.told) {
+            proven = Some(*proof);
+            received.proofs.pop_front();
+        }
+        let Some(proof) = proven else { return Ok(()) };
+        self.tell(WatchEvent::Progress {
+            revision: self.told,
+            asked: proof.asked.into_std(),
+        })
+        .await
+    }
+
+    /// The revision that an answer names, if it is of the cluster that was spoken to before.
+    fn same_cluster(&mut self, header: Option<Header>) -> Result<Revision, End> {
+        let Some(header) = header else {
+            return Err(End::Stream(
+                "an answer has no header".to_owned(),
+                Next::Other,
+            ));
+        };
+        let revision = header.revision.cast_unsigned();
+        if header.cluster != *self.cluster.get_or_insert(header.cluster) {
+            return Err(self.another_history(revision));
+        }
+        Ok(revision)
+    }
+
+    /// What was told is not what etcd has: all must be read anew.
+    fn another_history(&self, revision: Revision) -> End {
+        End::Watch(StoreError::Compacted {
+            wanted: self.told,
+            oldest: revision,
+        })
     }
 
     async fn tell(&self, event: WatchEvent) -> Result<(), End> {
         self.events.send(Ok(event)).await.map_err(|_| End::Closed)
     }
+}
+
+fn revision_of(event: &Event) -> i64 {
+    event.kv.as_ref().map_or(0, |kv| kv.mod_revision)
 }
 
 /// Events, commit by commit, but for those already told.

@@ -4,6 +4,7 @@
 //! one page in memory; when the history it has yet to read is forgotten, it is told so and ends.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
 
@@ -45,6 +46,7 @@ impl Feed {
 
     async fn run(mut self) {
         loop {
+            let asked = Instant::now();
             let up_to = *self.committed.borrow_and_update();
             while self.told < up_to {
                 if let Err(error) = self.page(up_to).await {
@@ -58,7 +60,10 @@ impl Feed {
             }
             if self
                 .events
-                .send(Ok(WatchEvent::Progress(self.told)))
+                .send(Ok(WatchEvent::Progress {
+                    revision: self.told,
+                    asked,
+                }))
                 .await
                 .is_err()
             {

@@ -12,8 +12,10 @@ use super::{Op, StoreError, Transaction};
 pub const MAX_KEY_BYTES: usize = 1024;
 /// Longest value. Facts are small; the largest is a Machine's configuration with files.
 pub const MAX_VALUE_BYTES: usize = 1 << 20;
-/// Most operations of one transaction, and most comparisons.
+/// Most operations of one transaction.
 pub const MAX_OPS: usize = 128;
+/// Most comparisons of one transaction; etcd makes one more, see [`crate::transfer`].
+pub const MAX_COMPARES: usize = MAX_OPS - 1;
 /// Longest transaction with its keys, values and comparisons: what etcd takes as one request.
 pub const MAX_TRANSACTION_BYTES: usize = 3 << 19;
 /// A shorter lease would end before its holder hears of it.
@@ -22,7 +24,8 @@ pub const SHORTEST_LEASE: Duration = Duration::from_millis(1);
 pub const LONGEST_LEASE: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// What an operation or comparison takes in a request beside its key and value, rounded up: tags,
-/// lengths, and the prefix that etcd's keys have.
+/// lengths, and the prefix that etcd's keys have. With one long value alone no transaction is too long, and what
+/// two operations leave of this has room for etcd's own comparison.
 const OVERHEAD: usize = 128;
 
 /// Refuses what no noun of ours would ask for.
@@ -38,7 +41,7 @@ pub fn check(transaction: &Transaction) -> Result<(), StoreError> {
     at_most(
         "comparisons of one transaction",
         transaction.compares.len(),
-        MAX_OPS,
+        MAX_COMPARES,
     )?;
     let mut bytes = 0;
     for compare in &transaction.compares {

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use imbl::{HashMap, OrdMap, OrdSet};
 
 use crate::{
-    AcmeChallenge, App, AppName, AppSecrets, Certificate, Change, Entry, Host, HostId, Hostname,
-    HostnameRoute, Machine, MachineId, MachineStatus, Network, NetworkId, OrgSlug, Organization,
-    Peer, Record, Revision, Token, Volume, VolumeId, VolumeStatus, WatchBatch,
+    AcmeChallenge, App, AppName, AppSecrets, Certificate, Change, Entry, Host, HostAlive,
+    HostCordon, HostId, HostStatus, Hostname, HostnameRoute, Machine, MachineId, MachineStatus,
+    Network, NetworkId, OrgSlug, Organization, Peer, Record, Revision, Token, Volume, VolumeId,
+    VolumeStatus, WatchBatch,
 };
 
 /// One consistent picture of the catalog.
@@ -31,6 +32,12 @@ pub struct Snapshot {
     pub machine_status: HashMap<MachineId, Arc<MachineStatus>>,
     /// Hosts by id.
     pub hosts: OrdMap<HostId, Arc<Host>>,
+    /// The hosts whose `tern serve` runs.
+    pub host_alive: OrdMap<HostId, Arc<HostAlive>>,
+    /// What hosts last said of themselves.
+    pub host_status: OrdMap<HostId, Arc<HostStatus>>,
+    /// The hosts that get no new Machines.
+    pub host_cordons: OrdMap<HostId, Arc<HostCordon>>,
     /// Peers by key (`<network>/<name>`).
     pub peers: OrdMap<String, Arc<Peer>>,
     /// Certificates by host name.
@@ -45,10 +52,21 @@ pub struct Snapshot {
     pub volume_status: HashMap<VolumeId, Arc<VolumeStatus>>,
     /// Secrets by app.
     pub secrets: HashMap<AppName, Arc<AppSecrets>>,
+    /// Keys whose newest value cannot be read. What was readable before is shown still, above.
+    pub unreadable: OrdMap<String, Arc<Unreadable>>,
     /// Index: the Machines of each app.
     by_app: HashMap<AppName, OrdSet<MachineId>>,
     /// Index: the Machine at each address.
     by_address: HashMap<Ipv6Addr, MachineId>,
+}
+
+/// A value that was refused: of a newer version of this program, or broken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    /// The revision that wrote it.
+    pub revision: Revision,
+    /// What is wrong with it.
+    pub error: String,
 }
 
 impl Snapshot {
@@ -106,7 +124,8 @@ impl Snapshot {
         self.revision = batch.revision;
     }
 
-    /// Takes an entry in. One that cannot be read is told and left out: the rest still serves.
+    /// Takes an entry in. One that cannot be read is refused: the last that could be stays, where there was one, and the
+    /// rest serves in any case. It is told once, and in [`Snapshot::unreadable`] for as long as it is so.
     pub(super) fn put(&mut self, entry: &Entry) {
         let key = entry.key.as_str();
         let kept = if let Some(id) = key.strip_prefix(Machine::PREFIX) {
@@ -123,6 +142,12 @@ impl Snapshot {
             insert(&mut self.hostnames, id, entry)
         } else if key.starts_with(Host::PREFIX) {
             read::<Host>(entry).map(|h| drop(self.hosts.insert(h.id, h)))
+        } else if key.starts_with(HostAlive::PREFIX) {
+            read::<HostAlive>(entry).map(|h| drop(self.host_alive.insert(h.id, h)))
+        } else if key.starts_with(HostStatus::PREFIX) {
+            read::<HostStatus>(entry).map(|h| drop(self.host_status.insert(h.id, h)))
+        } else if key.starts_with(HostCordon::PREFIX) {
+            read::<HostCordon>(entry).map(|h| drop(self.host_cordons.insert(h.id, h)))
         } else if let Some(id) = key.strip_prefix(Peer::PREFIX) {
             read::<Peer>(entry).map(|p| drop(self.peers.insert(id.to_owned(), p)))
         } else if let Some(id) = key.strip_prefix(Certificate::PREFIX) {
@@ -141,9 +166,29 @@ impl Snapshot {
             // Kinds that only their own writer reads (leases, releases, ACME accounts).
             Ok(())
         };
-        if let Err(error) = kept {
-            tracing::error!(key, %error, "a record of the catalog cannot be read and is left out");
+        match kept {
+            Ok(()) => drop(self.unreadable.remove(key)),
+            Err(error) => self.refuse(entry, error),
         }
+    }
+
+    fn refuse(&mut self, entry: &Entry, error: String) {
+        let key = entry.key.as_str();
+        let refused = Unreadable {
+            revision: entry.revision,
+            error,
+        };
+        if self.unreadable.get(key).is_some_and(|r| **r == refused) {
+            return;
+        }
+        tracing::error!(
+            key,
+            revision = refused.revision,
+            error = refused.error,
+            "a record of the catalog cannot be read; what could be read of it last is kept: write it anew, or run the \
+             version of this program that wrote it"
+        );
+        self.unreadable.insert(key.to_owned(), Arc::new(refused));
     }
 
     fn put_machine(&mut self, id: &str, entry: &Entry) -> Result<(), String> {
@@ -166,7 +211,10 @@ impl Snapshot {
         let Some(old) = self.machines.remove(id) else {
             return;
         };
-        self.by_address.remove(&old.private_ip);
+        // Another may have taken its address since.
+        if self.by_address.get(&old.private_ip) == Some(&old.id) {
+            self.by_address.remove(&old.private_ip);
+        }
         if let Some(ids) = self.by_app.get_mut(&old.app) {
             ids.remove(id);
             if ids.is_empty() {
@@ -175,7 +223,8 @@ impl Snapshot {
         }
     }
 
-    fn delete(&mut self, key: &str) {
+    pub(super) fn delete(&mut self, key: &str) {
+        self.unreadable.remove(key);
         let number = |id: &str| id.parse::<u32>().ok();
         if let Some(id) = key.strip_prefix(Machine::PREFIX) {
             self.forget_machine(id);
@@ -191,6 +240,12 @@ impl Snapshot {
             self.hostnames.remove(id);
         } else if let Some(id) = key.strip_prefix(Host::PREFIX).and_then(number) {
             self.hosts.remove(&HostId(id));
+        } else if let Some(id) = key.strip_prefix(HostAlive::PREFIX).and_then(number) {
+            self.host_alive.remove(&HostId(id));
+        } else if let Some(id) = key.strip_prefix(HostStatus::PREFIX).and_then(number) {
+            self.host_status.remove(&HostId(id));
+        } else if let Some(id) = key.strip_prefix(HostCordon::PREFIX).and_then(number) {
+            self.host_cordons.remove(&HostId(id));
         } else if let Some(id) = key.strip_prefix(Peer::PREFIX) {
             self.peers.remove(id);
         } else if let Some(id) = key.strip_prefix(Certificate::PREFIX) {

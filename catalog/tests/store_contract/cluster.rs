@@ -170,6 +170,36 @@ impl Cluster {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// Saves a snapshot of a cluster of one.
+    pub fn save(&self) {
+        let to = self.file("snapshot").display().to_string();
+        self.etcdctl(0, &["snapshot", "save", &to]);
+    }
+
+    /// Starts a cluster of one again from its snapshot, as its operator would.
+    pub fn restore(&mut self) {
+        self.members[0].kill();
+        let data = self.file("m0");
+        std::fs::remove_dir_all(&data).unwrap();
+        let arguments = self.members[0].arguments.iter();
+        let needed = [
+            "name",
+            "data-dir",
+            "initial-cluster",
+            "initial-advertise-peer-urls",
+        ];
+        let needed = needed.map(|name| format!("--{name}="));
+        let output = Command::new("etcdctl")
+            .env("ETCDCTL_API", "3")
+            .args(["snapshot", "restore"])
+            .arg(self.file("snapshot"))
+            .args(arguments.filter(|a| needed.iter().any(|n| a.starts_with(n))))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        self.members[0].start();
+    }
+
     /// The member that leads, and the ids of all.
     pub fn leader(&self) -> (usize, Vec<String>) {
         let mut ids = Vec::new();

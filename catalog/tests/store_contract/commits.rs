@@ -177,7 +177,10 @@ async fn what_is_at_the_limit_is_taken_and_more_is_refused(fresh: Fresh) {
     };
     let pairs = [
         (many(limits::MAX_OPS), many(limits::MAX_OPS + 1)),
-        (compared(limits::MAX_OPS), compared(limits::MAX_OPS + 1)),
+        (
+            compared(limits::MAX_COMPARES),
+            compared(limits::MAX_COMPARES + 1),
+        ),
         (long(limits::MAX_KEY_BYTES), long(limits::MAX_KEY_BYTES + 1)),
         (
             value(limits::MAX_VALUE_BYTES),

@@ -191,6 +191,35 @@ async fn history_compacted_under_a_watch_is_told_and_a_view_reads_anew() {
 }
 
 #[tokio::test]
+async fn a_view_that_is_ahead_of_a_restored_etcd_reads_anew() {
+    let mut cluster = Cluster::start(1).await;
+    let store: Arc<dyn Store> = Arc::new(cluster.store().await);
+    let catalog = Catalog::new(Arc::clone(&store));
+    catalog.create(&app("kept")).await.unwrap();
+    cluster.save();
+    catalog.create(&app("lost")).await.unwrap();
+    let view = View::follow(Arc::clone(&store)).await.unwrap();
+    assert!(view.snapshot().apps.contains_key("lost"));
+    let before = view.snapshot().revision;
+
+    cluster.restore();
+    let seen = view.wait_for(|s| (!s.apps.contains_key("lost")).then(|| s.revision));
+    let after = tokio::time::timeout(LIMIT, seen)
+        .await
+        .expect("the view notices");
+    assert!(after < before);
+    assert!(view.snapshot().apps.contains_key("kept"));
+    let began = Instant::now();
+    while let Err(error) = catalog.put(&app("new")).await {
+        assert!(began.elapsed() < LIMIT, "{error}");
+    }
+    let seen = view.wait_for(|s| s.apps.get("new").cloned());
+    tokio::time::timeout(LIMIT, seen)
+        .await
+        .expect("the view follows");
+}
+
+#[tokio::test]
 async fn who_is_not_let_in_is_told_why() {
     let cluster = Cluster::start(1).await;
     let good = cluster.config();
@@ -249,13 +278,16 @@ async fn progress_comes_again_from_another_member() {
     let mut watch = store.watch("", base).await.unwrap();
     let mut progress = async || {
         let event = tokio::time::timeout(LIMIT, watch.event()).await;
-        event.expect("it is told").unwrap().unwrap()
+        match event.expect("it is told").unwrap().unwrap() {
+            WatchEvent::Progress { revision, .. } => revision,
+            WatchEvent::Batch(batch) => panic!("{batch:?}"),
+        }
     };
-    assert_eq!(progress().await, WatchEvent::Progress(base));
+    assert_eq!(progress().await, base);
     cluster.members[(leader + 1) % 3].kill();
     // What was sent before the member died may still be there; the rest is another's.
     for _ in 0..3 {
-        assert_eq!(progress().await, WatchEvent::Progress(base));
+        assert_eq!(progress().await, base);
     }
 }
 

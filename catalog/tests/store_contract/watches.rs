@@ -1,7 +1,7 @@
 //! Watches: in order, without gaps, from any revision that is kept.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tern_catalog::{Change, Store, StoreError, Watch, WatchBatch, WatchEvent};
 
@@ -121,13 +121,18 @@ async fn a_watch_proves_that_it_is_current(fresh: Fresh) {
         event.unwrap().unwrap().unwrap()
     };
     // With nobody writing, and again after a write: never past what has been told.
-    assert_eq!(event().await, WatchEvent::Progress(fresh.base));
+    let first = event().await;
+    let WatchEvent::Progress { revision, asked } = first else {
+        panic!("{first:?}")
+    };
+    assert_eq!(revision, fresh.base);
+    assert!(asked <= Instant::now());
     let last = commit(store, vec![put("a", "1")]).await;
     let mut told = fresh.base;
     loop {
         match event().await {
             WatchEvent::Batch(batch) => told = batch.revision,
-            WatchEvent::Progress(revision) => {
+            WatchEvent::Progress { revision, .. } => {
                 assert_eq!(revision, told);
                 if revision == last {
                     break;

@@ -153,7 +153,8 @@ async fn get(
     Ok(reply.split_off(body + 4))
 }
 
-fn trusting(pem: &[u8]) -> RootCertStore {
+/// A store with this one root (PEM).
+pub fn trusting(pem: &[u8]) -> RootCertStore {
     let mut roots = RootCertStore::empty();
     roots
         .add(CertificateDer::from_pem_slice(pem).unwrap())

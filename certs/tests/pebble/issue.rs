@@ -1,5 +1,6 @@
 //! From a wanted name to a certificate that a browser believes.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
@@ -52,14 +53,28 @@ async fn names_get_certificates_by_tls_alpn_01_and_lose_them_when_unwanted() {
         .delete::<HostnameRoute>(names[0].as_str())
         .await
         .unwrap();
-    world
-        .wait_for("the unwanted certificate is removed", |s| {
-            (!s.certificates.contains_key(&names[0])).then_some(())
+    let kept = world
+        .wait_for("the unwanted certificate is put aside", |s| {
+            let certificate = s.certificates.get(&names[0])?;
+            certificate.unwanted_since?;
+            Some(Arc::clone(certificate))
         })
         .await;
     let refused = world.browse(names[0].as_str()).await.unwrap_err();
     assert_eq!(alert(&refused), Some(AlertDescription::AccessDenied));
     world.browse(names[1].as_str()).await.unwrap();
+
+    // Whoever deletes an app and makes it again pays no second order.
+    world.want(&names[0]).await;
+    let again = world
+        .wait_for("the certificate is served again", |s| {
+            let certificate = s.certificates.get(&names[0])?;
+            (certificate.unwanted_since.is_none()).then(|| Arc::clone(certificate))
+        })
+        .await;
+    assert_eq!(again.chain_pem, kept.chain_pem);
+    let leaf = world.browse(names[0].as_str()).await.unwrap();
+    assert_eq!(names_of(&leaf), [names[0].as_str()]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -68,14 +83,11 @@ async fn a_name_gets_its_certificate_by_http_01() {
     let name: Hostname = "shop.tern.test".parse().unwrap();
     // As the first attempt leaves it, when nobody reaches the TLS port.
     let before = Certificate {
-        hostname: name.clone(),
         state: CertificateState::Failed,
-        chain_pem: String::new(),
-        key: None,
-        not_after: None,
         next_attempt: Some(Timestamp::now()),
         failures: 1,
         last_error: Some("connection refused".to_owned()),
+        ..Certificate::wanted(name.clone())
     };
     world.catalog.create(&before).await.unwrap();
     world.want(&name).await;

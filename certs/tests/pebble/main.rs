@@ -8,5 +8,7 @@ mod ca;
 mod dns;
 mod failure;
 mod issue;
+mod moody;
+mod patience;
 mod renew;
 mod world;

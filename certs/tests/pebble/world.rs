@@ -19,7 +19,8 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::ca::Pebble;
+use crate::ca::{Pebble, trusting};
+use crate::moody::Moody;
 
 /// What a test looks at.
 pub struct World {
@@ -37,7 +38,7 @@ pub struct World {
 }
 
 /// Longest that anything may take: the CA's waits, on a machine that has other things to do.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 /// As issued by a public CA: what has nothing to do with renewal is not to meet it.
 pub const LONG: Duration = Duration::from_secs(90 * 24 * 3600);
 pub const ACME_TLS: &[u8] = b"acme-tls/1";
@@ -92,6 +93,12 @@ impl World {
         };
         world.listen();
         world
+    }
+
+    /// A directory with moods in front of the CA.
+    pub async fn moody(&self) -> Moody {
+        let trusted = trusting(&std::fs::read(&self.pebble.directory_ca).unwrap());
+        Moody::start(self.files.path(), &self.pebble.directory, trusted).await
     }
 
     /// Ends the issuer and starts another on the same catalog, with this configuration.

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use toml::de::{DeTable, DeValue};
 
-/// Something to tell the writer of a `fly.toml`.
+/// Something to tell the writer of a `fly.toml` or `tern.toml`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// The line, from 1, where it is known.
@@ -194,15 +194,19 @@ pub(super) fn judge(path: &str) -> Verdict {
         return Verdict::NotYet(format!("`{path}` is not acted on yet"));
     }
     let key = shape.last().copied().unwrap_or(path);
-    let guess = TAKEN
-        .iter()
+    Verdict::Unknown(unknown(path, key, TAKEN.iter().copied()))
+}
+
+/// What to say of a key that is none: its path, and the nearest of those that there are.
+pub(crate) fn unknown<'a>(path: &str, key: &str, taken: impl Iterator<Item = &'a str>) -> String {
+    let guess = taken
         .map(|k| (distance(key, k), k))
         .min()
         .filter(|(d, k)| *d <= 1 + k.len() / 5);
     let hint = guess
         .map(|(_, k)| format!("; did you mean `{k}`?"))
         .unwrap_or_default();
-    Verdict::Unknown(format!("there is no key `{path}`{hint}"))
+    format!("there is no key `{path}`{hint}")
 }
 
 /// Whether the value at this path asks for nothing: an empty array or table, `false`, or no text.
@@ -266,7 +270,7 @@ pub(super) fn line_of(text: &str, table: &DeTable<'_>, path: &str) -> Option<usi
 
 impl Problem {
     /// A problem at a byte range of the text.
-    pub(super) fn at_span(text: &str, span: Option<Range<usize>>, message: &str) -> Self {
+    pub(crate) fn at_span(text: &str, span: Option<Range<usize>>, message: &str) -> Self {
         Self {
             line: span.map(|s| line_at(text, s.start)),
             text: message.trim().to_owned(),

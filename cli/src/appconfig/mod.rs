@@ -11,6 +11,7 @@ mod schema;
 use std::path::{Path, PathBuf};
 
 pub use keys::Problem;
+pub(crate) use keys::unknown;
 pub use schema::*;
 
 /// A `fly.toml` that was read without errors.
@@ -24,7 +25,7 @@ pub struct Loaded {
     pub path: PathBuf,
 }
 
-/// Why a `fly.toml` was refused.
+/// Why a `fly.toml` or `tern.toml` was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// It cannot be read.
@@ -45,20 +46,13 @@ pub enum LoadError {
     },
 }
 
-/// A `fly.toml` larger than this is not one.
+/// A file larger than this is neither.
 const MAX_BYTES: u64 = 1 << 20;
 
 impl AppConfig {
     /// Reads the file.
     pub fn load(path: &Path) -> Result<Loaded, LoadError> {
-        let io = |source| LoadError::Io {
-            path: path.to_owned(),
-            source,
-        };
-        if std::fs::metadata(path).map_err(io)?.len() > MAX_BYTES {
-            return Err(io(std::io::Error::other("it is larger than 1 MiB")));
-        }
-        let text = std::fs::read_to_string(path).map_err(io)?;
+        let text = read(path)?;
         match Self::parse(&text) {
             Ok((config, warnings)) => Ok(Loaded {
                 config,
@@ -120,6 +114,18 @@ impl AppConfig {
             Err(errors)
         }
     }
+}
+
+/// The text of a configuration file.
+pub(crate) fn read(path: &Path) -> Result<String, LoadError> {
+    let io = |source| LoadError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    if std::fs::metadata(path).map_err(io)?.len() > MAX_BYTES {
+        return Err(io(std::io::Error::other("it is larger than 1 MiB")));
+    }
+    std::fs::read_to_string(path).map_err(io)
 }
 
 fn list(problems: &[Problem]) -> String {

@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use serde_json::Value;
 
+use super::tokens;
 use crate::args::{Auth, Global};
 use crate::client::Client;
 use crate::settings::{Settings, Target};
@@ -11,8 +13,8 @@ use crate::settings::{Settings, Target};
 pub async fn run(auth: &Auth, global: &Global) -> Result<ExitCode> {
     let target = Target::find(global)?;
     let client = Client::new(target.clone())?;
-    // Asking for anything that needs a token tells whether it is good, before it is saved.
-    let _: serde_json::Value = client.get("/v1/orgs").await?;
+    // Tells whether it is good, before it is saved.
+    let own: Value = client.get("/v1/tokens/current").await?;
     match auth {
         Auth::Login => {
             let path = Settings::path()?;
@@ -23,7 +25,10 @@ pub async fn run(auth: &Auth, global: &Global) -> Result<ExitCode> {
             .save(&path)?;
             eprintln!("Saved to {}", path.display());
         }
-        Auth::Whoami => println!("{} accepts the token", target.url),
+        Auth::Whoami => {
+            println!("{} accepts the token", target.url);
+            tokens::table(&own["tokens"]);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use tern_catalog::AppName;
+use tern_catalog::{AppName, Hostname};
 
 use super::app_of;
 use crate::args::Certs;
@@ -20,26 +20,25 @@ pub async fn run(client: &Client, args: Certs) -> Result<ExitCode> {
                 output::json(&answer)?;
                 return Ok(ExitCode::SUCCESS);
             }
-            let text = |v: &Value| v.as_str().unwrap_or("-").to_owned();
-            let row = |c: &Value| {
-                let status = if c["status"].is_string() {
-                    &c["status"]
-                } else {
-                    &c["state"]
-                };
-                vec![
-                    text(&c["hostname"]),
-                    text(status),
-                    text(&c["not_after"]),
-                    text(&c["last_error"]),
-                ]
-            };
             let rows: Vec<_> = certificates(&answer).iter().map(row).collect();
             output::table(
-                &["HOST NAME", "STATUS", "VALID UNTIL", "LAST ERROR"],
+                &COLUMNS,
                 &rows,
                 "No host names yet; add one with `tern certs add`.",
             );
+        }
+        Certs::Show { hostname, app } => {
+            let json = app.json;
+            let app = app_of(&app)?;
+            let path = format!("/v1/apps/{app}/certificates/{hostname}");
+            let answer: Value = client.get(&path).await?;
+            if json {
+                output::json(&answer)?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            for (what, value) in COLUMNS.iter().zip(row(&answer)) {
+                println!("{what:12} {value}");
+            }
         }
         Certs::Add { hostname, app } => {
             let app = app_of(&app)?;
@@ -50,18 +49,52 @@ pub async fn run(client: &Client, args: Certs) -> Result<ExitCode> {
                 )
                 .await?;
             println!(
-                "{hostname} is served by {app}; its certificate is being got. See `tern certs list`."
+                "{} is served by {app}; its certificate is being got. See `tern certs list`.",
+                hostname.shown()
             );
         }
-        Certs::Remove { hostname, app } => {
+        Certs::Remove {
+            hostname,
+            force,
+            app,
+        } => {
             let app = app_of(&app)?;
+            let force = if force { "?force=true" } else { "" };
             client
-                .delete(&format!("/v1/apps/{app}/certificates/{hostname}"))
+                .delete(&format!("/v1/apps/{app}/certificates/{hostname}{force}"))
                 .await?;
-            println!("{hostname} is no longer served.");
+            println!("{} is no longer served.", hostname.shown());
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+const COLUMNS: [&str; 5] = ["HOST NAME", "STATUS", "VALID UNTIL", "NEXT", "REASON"];
+
+/// What is shown of a certificate, in the order of [`COLUMNS`].
+fn row(certificate: &Value) -> Vec<String> {
+    let text = |v: &Value| v.as_str().unwrap_or("-").to_owned();
+    let name = text(&certificate["hostname"]);
+    let shown = name.parse().map_or(name, |n: Hostname| n.shown());
+    let status = if certificate["status"].is_string() {
+        &certificate["status"]
+    } else {
+        &certificate["state"]
+    };
+    let next = match certificate["next_attempt"].as_str() {
+        Some(at) if status == "issued" && certificate["last_error"].is_null() => {
+            format!("renewal at {at}")
+        }
+        Some(at) => format!("tried at {at}"),
+        None => "-".to_owned(),
+    };
+    vec![
+        shown,
+        text(status),
+        text(&certificate["not_after"]),
+        next,
+        text(&certificate["last_error"]),
+    ]
 }
 
 /// The certificates of an app's host names.
@@ -123,5 +156,28 @@ mod tests {
             ]
         );
         assert_eq!(hostnames(&all).len(), 4);
+    }
+
+    #[test]
+    fn a_name_is_shown_in_its_script_with_what_comes_next() {
+        let shown = row(&json!({
+            "hostname": "xn--bcher-kva.example", "status": "pending",
+            "last_error": "the directory takes no order yet", "next_attempt": "2026-11-28T03:00:00Z",
+        }));
+        assert_eq!(
+            shown,
+            [
+                "bücher.example",
+                "pending",
+                "-",
+                "tried at 2026-11-28T03:00:00Z",
+                "the directory takes no order yet"
+            ]
+        );
+        let issued = row(&json!({
+            "hostname": "a.example", "status": "issued", "not_after": "2027-01-01T00:00:00Z",
+            "last_error": null, "next_attempt": "2026-12-01T00:00:00Z",
+        }));
+        assert_eq!(issued[3], "renewal at 2026-12-01T00:00:00Z");
     }
 }

@@ -1,6 +1,5 @@
 //! `tern machine`.
 
-use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use serde_json::{Value, json};
 use tern_catalog::{AppName, MachineId};
 
 use super::wire::Machine as WireMachine;
-use super::{app_of, config_path, load, status};
+use super::{app_of, config_path, exec, load, status};
 use crate::args::{Machine, MachineArg};
 use crate::client::{Client, is_status};
 use crate::output;
@@ -45,9 +44,16 @@ pub async fn run(client: &Client, args: Machine) -> Result<ExitCode> {
         }
         Machine::Exec {
             machine,
+            stdin,
             command,
             timeout,
-        } => return exec(client, &machine, command, timeout).await,
+        } => {
+            let path = path_of(client, &machine).await?;
+            let input = stdin.then(|| exec::read_ahead(std::io::stdin()));
+            let outputs = (std::io::stdout().lock(), std::io::stderr().lock());
+            let code = exec::run(client, &path, command, timeout, input, outputs).await?;
+            return Ok(ExitCode::from(code));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -234,46 +240,6 @@ async fn boot_trace(client: &Client, arg: &MachineArg, json: bool) -> Result<()>
     Ok(())
 }
 
-async fn exec(
-    client: &Client,
-    arg: &MachineArg,
-    command: Vec<String>,
-    timeout: Duration,
-) -> Result<ExitCode> {
-    #[derive(serde::Deserialize)]
-    struct Answer {
-        exit_code: Option<i32>,
-        #[serde(default)]
-        exit_signal: Option<i32>,
-        #[serde(default)]
-        stdout: Option<String>,
-        #[serde(default)]
-        stderr: Option<String>,
-    }
-    let path = path_of(client, arg).await?;
-    let mut body = json!({"timeout": timeout.as_secs().max(1)});
-    match &command[..] {
-        // One argument may hold a whole command, as with `fly machine exec`.
-        [line] => body["cmd"] = json!(line),
-        words => body["command"] = json!(words),
-    }
-    let answer: Answer = client.post(&format!("{path}/exec"), &body).await?;
-    std::io::stdout().write_all(answer.stdout.unwrap_or_default().as_bytes())?;
-    std::io::stderr().write_all(answer.stderr.unwrap_or_default().as_bytes())?;
-    let code = exit_code(answer.exit_signal, answer.exit_code);
-    Ok(ExitCode::from(code))
-}
-
-/// What to exit with for a command that ended so: where a signal ended it, as a shell does. The guest says both, and may
-/// say anything.
-fn exit_code(signal: Option<i32>, code: Option<i32>) -> u8 {
-    let code = match (signal.filter(|s| *s > 0), code) {
-        (Some(signal), _) => signal.saturating_add(128),
-        (None, code) => code.unwrap_or(1),
-    };
-    u8::try_from(code).unwrap_or(1)
-}
-
 /// The Machine's path in the API; its app is found where none is named.
 async fn path_of(client: &Client, arg: &MachineArg) -> Result<String> {
     let app = match &arg.app {
@@ -382,14 +348,5 @@ mod tests {
             let refused = refused.unwrap_err().to_string();
             assert!(refused.contains("stopped"), "{refused}");
         }
-    }
-
-    #[test]
-    fn a_command_ends_as_in_a_shell() {
-        assert_eq!(exit_code(None, Some(7)), 7);
-        assert_eq!(exit_code(Some(9), Some(137)), 137);
-        assert_eq!(exit_code(None, None), 1);
-        assert_eq!(exit_code(Some(i32::MAX), None), 1);
-        assert_eq!(exit_code(Some(i32::MIN), Some(-1)), 1);
     }
 }

@@ -4,6 +4,8 @@ mod apps;
 mod auth;
 mod certs;
 mod deploy;
+mod exec;
+mod hosts;
 mod launch;
 mod logs;
 mod machine;
@@ -13,6 +15,7 @@ mod secrets;
 mod status;
 #[cfg(test)]
 mod testing;
+mod tokens;
 mod volumes;
 mod wire;
 mod wireguard;
@@ -65,14 +68,17 @@ async fn dispatch(command: Command, global: &Global) -> Result<ExitCode> {
         Command::Volumes(args) => volumes::run(&client, args).await,
         Command::Wireguard(args) => wireguard::run(&client, args).await,
         Command::Certs(args) => certs::run(&client, args).await,
+        Command::Hosts(args) => hosts::run(&client, args).await,
         Command::Orgs(args) => orgs::orgs(&client, args).await,
-        Command::Tokens(args) => orgs::tokens(&client, args).await,
+        Command::Tokens(args) => tokens::run(&client, args).await,
         Command::Serve(_)
         | Command::Doctor(_)
         | Command::Host(_)
         | Command::Catalog(_)
         | Command::Auth(_)
-        | Command::Config(_) => {
+        | Command::Config(_)
+        | Command::Completion { .. }
+        | Command::ManPages { .. } => {
             unreachable!("handled before")
         }
     }

@@ -1,11 +1,11 @@
-//! `tern orgs` and `tern tokens`.
+//! `tern orgs`.
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use crate::args::{Orgs, Tokens};
+use crate::args::Orgs;
 use crate::client::Client;
 use crate::output;
 
@@ -26,33 +26,6 @@ pub async fn orgs(client: &Client, args: Orgs) -> Result<ExitCode> {
                 .post("/v1/orgs", &json!({"slug": slug, "name": slug}))
                 .await?;
             println!("Organization {slug} is made.");
-        }
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-pub async fn tokens(client: &Client, args: Tokens) -> Result<ExitCode> {
-    match args {
-        Tokens::Create { name, org } => {
-            let answer: Value = client
-                .post("/v1/tokens", &json!({"name": name, "org_slug": org}))
-                .await?;
-            println!("{}", answer["token"].as_str().unwrap_or_default());
-            eprintln!("Keep it: it is not shown again.");
-        }
-        Tokens::List { json } => {
-            let answer: Value = client.get("/v1/tokens").await?;
-            list(
-                &answer,
-                "tokens",
-                json,
-                &["id", "name", "org_slug", "created_at"],
-                "No tokens.",
-            )?;
-        }
-        Tokens::Revoke { id } => {
-            client.delete(&format!("/v1/tokens/{id}")).await?;
-            println!("The token is good no more.");
         }
     }
     Ok(ExitCode::SUCCESS)

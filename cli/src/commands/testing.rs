@@ -5,20 +5,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
-use futures::StreamExt as _;
+use futures::channel::mpsc;
 use futures::stream::{self, BoxStream};
+use futures::{SinkExt as _, StreamExt as _};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use tern_api::{
-    ApiConfig, ApiServer, ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery,
-    MachineMemory, StartTrace, token_hash,
+    ApiConfig, ApiServer, ExecFeed, ExecOutput, ExecRequest, ExecSession, GatewayError,
+    HostGateway, LogLine, LogQuery, MachineMemory, StartTrace, token_hash,
 };
 use tern_catalog::{
-    Catalog, DesiredState, Host, HostId, Machine, MachineEvent, MachineId, MachineState,
-    MachineStatus, Network, NetworkId, Organization, PortRanges, RestartPolicy, SqliteStore, Store,
-    Token, View, VolumeState, VolumeStatus,
+    Catalog, DesiredState, Host, HostAlive, HostId, HostStatus, Machine, MachineEvent, MachineId,
+    MachineState, MachineStatus, Network, NetworkId, Organization, PortRanges, Resources,
+    RestartPolicy, Scope, SqliteStore, Store, Token, View, VolumeState, VolumeStatus,
 };
 use tern_certs::Sealer;
+use tern_guest::ExitStatus;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::Client;
@@ -38,6 +40,20 @@ pub struct World {
     pub files: tempfile::TempDir,
 }
 
+#[derive(Debug)]
+struct NoInvites;
+
+#[async_trait]
+impl tern_api::Inviter for NoInvites {
+    async fn invite(
+        &self,
+        _: Option<String>,
+        _: std::time::Duration,
+    ) -> Result<tern_api::Invitation, String> {
+        Err("this cloud's catalog is a file".to_owned())
+    }
+}
+
 /// What its apps do.
 pub struct FakeHost {
     view: View,
@@ -48,6 +64,11 @@ impl World {
         let files = tempfile::tempdir().unwrap();
         let store: Arc<dyn Store> =
             Arc::new(SqliteStore::open(&files.path().join("catalog.db")).unwrap());
+        Self::on(store, files).await
+    }
+
+    /// The same on this store, which is empty.
+    pub async fn on(store: Arc<dyn Store>, files: tempfile::TempDir) -> Self {
         let catalog = Catalog::new(Arc::clone(&store));
         let (network, now) = (NetworkId(1), Timestamp::now());
         catalog
@@ -72,7 +93,11 @@ impl World {
                 hash: token_hash(TOKEN),
                 name: "test".into(),
                 organization: None,
+                scope: Scope::Full,
                 created_at: now,
+                expires_at: None,
+                parent: None,
+                tail: String::new(),
             })
             .await
             .unwrap();
@@ -87,17 +112,43 @@ impl World {
             })
             .await
             .unwrap();
+        let all = Resources {
+            memory_mib: 1 << 16,
+            cpu_sixteenths: 1024,
+        };
+        catalog
+            .create(&HostStatus {
+                id: HostId(1),
+                version: "0".into(),
+                all,
+                taken: Resources::default(),
+                seen_at: now,
+            })
+            .await
+            .unwrap();
+        catalog
+            .create(&HostAlive {
+                id: HostId(1),
+                session: "s".into(),
+                boot: "b".into(),
+                since: now,
+            })
+            .await
+            .unwrap();
         let view = View::follow(store).await.unwrap();
         let host = Arc::new(FakeHost { view: view.clone() });
         let sealer = Sealer::load_or_create(&files.path().join("seal.key")).unwrap();
         let config = ApiConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
+            host: HostId(1),
+            shared: false,
             registry_dir: files.path().join("registry"),
             region: "local".into(),
             domain: Some("tern.test".into()),
             service_ports: PortRanges::default(),
             internal_token: "internal".into(),
             sealer: Arc::new(crate::serve::adapters::SecretKey(sealer)),
+            inviter: Arc::new(NoInvites),
         };
         let server = ApiServer::bind(config, catalog.clone(), view.clone(), host)
             .await
@@ -145,11 +196,16 @@ impl World {
     }
 }
 
-/// A client of the API at this address.
+/// A client of the API at this address, which may do everything.
 pub fn client_of(address: std::net::SocketAddr) -> Client {
+    client_with(address, TOKEN)
+}
+
+/// A client of the API at this address, with this token.
+pub fn client_with(address: std::net::SocketAddr, token: &str) -> Client {
     let target = Target {
         url: format!("http://{address}"),
-        token: TOKEN.into(),
+        token: token.into(),
     };
     Client::new(target).unwrap()
 }
@@ -301,16 +357,56 @@ impl HostGateway for FakeHost {
             })
     }
 
-    async fn exec(&self, id: &MachineId, _: ExecRequest) -> Result<ExecResult, GatewayError> {
+    async fn exec(
+        &self,
+        id: &MachineId,
+        request: ExecRequest,
+    ) -> Result<ExecSession, GatewayError> {
         if self.image(id).contains("scratch") {
             return Err(GatewayError::Failed("there is no program cat".into()));
         }
-        // An app that listens on port 3000 of 0.0.0.0.
-        let table = "  sl  local_address rem_address   st\n   0: 00000000:0BB8 00000000:0000 0A\n";
-        Ok(ExecResult {
-            exit_code: Some(0),
-            stdout: table.into(),
-            ..ExecResult::default()
+        let (to_command, input) = mpsc::unbounded::<ExecFeed>();
+        let failed = |_| GatewayError::Failed("it has ended".into());
+        let exit = |code: i32| {
+            ExecOutput::Exit(ExitStatus {
+                code,
+                signal: (code > 128).then_some(code - 128),
+                oom_killed: false,
+            })
+        };
+        let words: Vec<&str> = request.command.iter().map(String::as_str).collect();
+        let outputs = match words[..] {
+            // Every byte there is, on either side, in the largest frames and the smallest.
+            ["bytes", mib] => {
+                let mib: usize = mib.parse().unwrap();
+                let all: Vec<u8> = (0..=255).collect();
+                let chunk = bytes::Bytes::from(all.repeat(256));
+                let many = std::iter::repeat_n(ExecOutput::Stdout(chunk), mib * 16);
+                let errors = all.into_iter().map(|b| ExecOutput::Stderr(vec![b].into()));
+                stream::iter(many.chain(errors).chain([exit(0)])).boxed()
+            }
+            ["exit", code] => stream::iter([exit(code.parse().unwrap())]).boxed(),
+            ["vanish", _] => stream::iter([ExecOutput::Stdout("half".into())]).boxed(),
+            ["cat", _] => input
+                .take_while(|fed| {
+                    futures::future::ready(!matches!(fed, ExecFeed::Stdin(b) if b.is_empty()))
+                })
+                .map(|fed| match fed {
+                    ExecFeed::Stdin(bytes) => ExecOutput::Stdout(bytes),
+                    ExecFeed::Control(control) => ExecOutput::Stderr(format!("{control:?}").into()),
+                })
+                .chain(stream::iter([exit(0)]))
+                .boxed(),
+            // An app that listens on port 3000 of 0.0.0.0.
+            _ => {
+                let table =
+                    "  sl  local_address rem_address   st\n   0: 00000000:0BB8 00000000:0000 0A\n";
+                stream::iter([ExecOutput::Stdout(table.into()), exit(0)]).boxed()
+            }
+        };
+        Ok(ExecSession {
+            inputs: Box::pin(to_command.sink_map_err(failed)),
+            outputs: outputs.map(Ok).boxed(),
         })
     }
 

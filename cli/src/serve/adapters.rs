@@ -5,17 +5,16 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
+use futures::sink;
 use futures::stream::{self, BoxStream};
 use tern_api::{
-    ExecRequest, ExecResult, GatewayError, HostGateway, LogLine, LogQuery, MachineMemory,
-    SecretSealer, StartPhase, StartTrace,
+    ExecFeed, ExecOutput, ExecRequest, ExecSession, GatewayError, HostGateway, LogLine, LogQuery,
+    MachineMemory, SecretSealer, StartPhase, StartTrace,
 };
 use tern_catalog::{MachineId, SealedKey};
 use tern_certs::Sealer;
 use tern_edge::{Leaving, MachineControl, StartError};
-use tern_host::{
-    AgentHandle, CommandError, Departure, ExecOutput, LogItem, SecretOpener, Source, StopRequest,
-};
+use tern_host::{AgentHandle, CommandError, Departure, LogItem, SecretOpener, Source, StopRequest};
 use tokio::sync::Mutex;
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -45,9 +44,6 @@ impl SecretOpener for SecretKey {
         Ok(opened.to_vec())
     }
 }
-
-/// Output of one command that is kept for its answer; more is cut off.
-const MAX_OUTPUT: usize = 4 << 20;
 
 impl HostAdapter {
     pub fn new(agent: AgentHandle) -> Self {
@@ -109,7 +105,7 @@ impl MachineControl for HostAdapter {
 #[async_trait]
 impl HostGateway for HostAdapter {
     async fn prepare(&self, id: &MachineId, image: &str) -> Result<(), GatewayError> {
-        // Every Machine is on this host as yet.
+        // Another host's Machine is asked of that host's API (`tern_api`, `forward`).
         self.agent.prepare(id, image).await.map_err(gateway_error)
     }
 
@@ -117,15 +113,21 @@ impl HostGateway for HostAdapter {
         self.agent.accepts(id, port).await.map_err(gateway_error)
     }
 
-    async fn exec(&self, id: &MachineId, request: ExecRequest) -> Result<ExecResult, GatewayError> {
-        let seconds = request.timeout.as_secs();
-        match tokio::time::timeout(request.timeout, self.run(id, request)).await {
-            Ok(outcome) => outcome,
-            // Dropping the exec ends the command in the guest.
-            Err(_) => Err(GatewayError::Timeout(format!(
-                "the command did not end within {seconds} s"
-            ))),
-        }
+    async fn exec(
+        &self,
+        id: &MachineId,
+        request: ExecRequest,
+    ) -> Result<ExecSession, GatewayError> {
+        let guest = tern_guest::ExecRequest {
+            cmd: request.command,
+            env: Vec::new(),
+            user: None,
+            working_dir: None,
+            stdin: request.stdin,
+            tty: request.tty,
+        };
+        let exec = self.agent.exec(id, guest).await.map_err(gateway_error)?;
+        Ok(session(exec))
     }
 
     async fn signal(&self, id: &MachineId, signal: i32) -> Result<(), GatewayError> {
@@ -173,35 +175,33 @@ impl HostGateway for HostAdapter {
     }
 }
 
-impl HostAdapter {
-    async fn run(&self, id: &MachineId, request: ExecRequest) -> Result<ExecResult, GatewayError> {
-        let guest = tern_guest::ExecRequest {
-            cmd: request.command,
-            env: Vec::new(),
-            user: None,
-            working_dir: None,
-            stdin: !request.stdin.is_empty(),
-            tty: None,
+/// A command in a guest as the API knows it.
+fn session(exec: tern_host::Exec) -> ExecSession {
+    let inputs = sink::unfold(
+        exec.inputs,
+        async |mut inputs: tern_host::ExecInputs, feed| {
+            // Whether it arrives does not matter: how the command ended is told by what it says. And the input side stays
+            // open in any case, for the guest takes its closing for the wish to end the command.
+            let _ = match feed {
+                ExecFeed::Stdin(bytes) => inputs.stdin(&bytes).await,
+                ExecFeed::Control(control) => inputs.control(&control).await,
+            };
+            Ok(inputs)
+        },
+    );
+    let outputs = stream::unfold(exec.outputs, async |mut outputs| {
+        let output = match outputs.next().await {
+            Ok(Some(tern_host::ExecOutput::Stdout(bytes))) => Ok(ExecOutput::Stdout(bytes.into())),
+            Ok(Some(tern_host::ExecOutput::Stderr(bytes))) => Ok(ExecOutput::Stderr(bytes.into())),
+            Ok(Some(tern_host::ExecOutput::Exit(status))) => Ok(ExecOutput::Exit(status)),
+            Ok(None) => return None,
+            Err(error) => Err(GatewayError::Failed(error.to_string())),
         };
-        let failed = |e: tern_host::GuestError| GatewayError::Failed(e.to_string());
-        let exec = self.agent.exec(id, guest).await.map_err(gateway_error)?;
-        let mut result = ExecResult::default();
-        let keep = |all: &mut Vec<u8>, more: &[u8]| {
-            let room = MAX_OUTPUT.saturating_sub(all.len()).min(more.len());
-            all.extend_from_slice(&more[..room]);
-        };
-        let said = |output| match output {
-            ExecOutput::Stdout(bytes) => keep(&mut result.stdout, &bytes),
-            ExecOutput::Stderr(bytes) => keep(&mut result.stderr, &bytes),
-            ExecOutput::Exit(_) => {}
-        };
-        let ended = exec.run(&request.stdin, said).await.map_err(failed)?;
-        let status = ended.ok_or_else(|| {
-            GatewayError::Failed("the Machine went away before the command ended".to_owned())
-        })?;
-        result.exit_code = Some(status.code);
-        result.exit_signal = status.signal;
-        Ok(result)
+        Some((output, outputs))
+    });
+    ExecSession {
+        inputs: Box::pin(inputs),
+        outputs: outputs.boxed(),
     }
 }
 

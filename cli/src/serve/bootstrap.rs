@@ -1,13 +1,12 @@
-//! What a server's first start leaves behind: an organization, its network, a host, an admin token.
+//! What a server's first start leaves behind: an organization, its network, an admin token.
 
-use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
 use tern_catalog::{
-    Catalog, CatalogError, Host, HostId, Network, NetworkId, OrgSlug, Organization, Token,
+    Catalog, CatalogError, Network, NetworkId, OrgSlug, Organization, Scope, Token,
 };
 
 use crate::settings::{ADMIN_TOKEN_FILE, write_secret};
@@ -16,19 +15,13 @@ use crate::settings::{ADMIN_TOKEN_FILE, write_secret};
 const FIRST_ORG: &str = "personal";
 /// Its network. 0 is the hosts'.
 const FIRST_NETWORK: NetworkId = NetworkId(1);
+/// Last characters of a token that are kept, to know it by.
+const TOKEN_TAIL: usize = 4;
 /// Bytes of randomness in a token.
 const TOKEN_BYTES: usize = 32;
 
-/// This host, as the catalog should know it.
-pub struct ThisHost<'a> {
-    pub id: HostId,
-    pub region: &'a str,
-    pub public_key: String,
-    pub endpoint: SocketAddr,
-}
-
-/// Makes what is missing, and writes this host's record anew.
-pub async fn run(catalog: &Catalog, data_dir: &Path, this: ThisHost<'_>) -> Result<()> {
+/// Makes what is missing.
+pub async fn run(catalog: &Catalog, data_dir: &Path) -> Result<()> {
     let now = Timestamp::now();
     let slug: OrgSlug = FIRST_ORG.parse().context("the first organization's name")?;
     if catalog.list::<Organization>().await?.is_empty() {
@@ -46,17 +39,6 @@ pub async fn run(catalog: &Catalog, data_dir: &Path, this: ThisHost<'_>) -> Resu
         exists_is_fine(catalog.create(&network).await)?;
         exists_is_fine(catalog.create(&organization).await)?;
     }
-    let name = nix_hostname().unwrap_or_else(|| format!("host-{}", this.id));
-    catalog
-        .put(&Host {
-            id: this.id,
-            name,
-            region: this.region.to_owned(),
-            public_key: this.public_key,
-            endpoint: this.endpoint,
-            started_at: now,
-        })
-        .await?;
     admin_token(catalog, &data_dir.join(ADMIN_TOKEN_FILE), now).await
 }
 
@@ -71,7 +53,11 @@ async fn admin_token(catalog: &Catalog, path: &Path, now: Timestamp) -> Result<(
         hash: token_hash(&token),
         name: "admin".to_owned(),
         organization: None,
+        scope: Scope::Full,
         created_at: now,
+        expires_at: None,
+        parent: None,
+        tail: token.chars().skip(token.len() - TOKEN_TAIL).collect(),
     };
     // The file first: a token that nobody can read would stay good for ever.
     write_secret(path, token.as_bytes())
@@ -95,9 +81,4 @@ fn exists_is_fine(outcome: Result<u64, CatalogError>) -> Result<()> {
         Ok(_) | Err(CatalogError::Exists(_)) => Ok(()),
         Err(other) => Err(other.into()),
     }
-}
-
-fn nix_hostname() -> Option<String> {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
-    Some(name.trim().to_owned()).filter(|n| !n.is_empty())
 }

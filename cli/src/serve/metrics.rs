@@ -148,6 +148,18 @@ fn exposition(sources: &Sources) -> String {
         "gauge",
         sources.view.stale_for().unwrap_or_default().as_secs_f64(),
     );
+    text.one(
+        "tern_catalog_unreadable_records",
+        "Records whose newest value cannot be read; the last that could be is acted on.",
+        "gauge",
+        snapshot.unreadable.len() as f64,
+    );
+    text.one(
+        "tern_restarted_loops_total",
+        "Loops of this process that had failed, and were begun anew.",
+        "counter",
+        tern_catalog::restarts() as f64,
+    );
     process(&mut text);
     text.0
 }

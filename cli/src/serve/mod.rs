@@ -6,7 +6,10 @@
 
 pub(crate) mod adapters;
 mod bootstrap;
+mod identity;
+mod join;
 mod metrics;
+mod systemd;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -18,11 +21,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum as _;
 use tern_api::{ApiConfig, ApiServer, REGISTRY_NAME};
-use tern_catalog::{Catalog, HostId, PortRanges, View};
+use tern_catalog::{Catalog, Host, HostId, PortRanges, View};
 use tern_certs::{CertsConfig, Issuer, Sealer};
 use tern_dns::{Dns, DnsConfig};
 use tern_edge::{AccessLogConfig, Edge, EdgeConfig, Limits};
-use tern_host::{Agent, HostConfig, RateLimits, Registry};
+use tern_host::{Agent, HostConfig, Presence, RateLimits, Registry};
 use tern_mesh::{Mesh, MeshConfig, MeshKey};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -30,15 +33,30 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::{CpuTemplate, Serve};
 use adapters::{HostAdapter, SecretKey};
-use bootstrap::ThisHost;
+pub use join::Ticket;
+
+/// What to look for where there is no KVM.
+const WHERE_KVM_IS: &str = "Tern needs a bare-metal server with virtualization (VT-x, AMD-V) on in its firmware, or a virtual \
+     server that is given nested virtualization: docs/install.md names both kinds, and `tern doctor` looks closer";
 
 /// Longest that requests under way may take once the server is told to end.
 const DRAIN: Duration = Duration::from_secs(20);
 const TUN: &str = "tern0";
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Held while a server runs on a data directory.
+const LOCK: &str = "serve.lock";
 const VHOST_NET: &str = "/dev/vhost-net";
 
 /// Runs the server until a signal ends it.
 pub fn run(args: Serve) -> Result<ExitCode> {
+    if args.print_config {
+        print!("{}", crate::config::print());
+        return Ok(ExitCode::SUCCESS);
+    }
+    if args.check_config {
+        println!("flags and configuration are right");
+        return Ok(ExitCode::SUCCESS);
+    }
     log(args.log_json);
     ensure!(
         nix_root(),
@@ -54,14 +72,10 @@ pub fn run(args: Serve) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn serve(args: Serve) -> Result<()> {
+async fn serve(mut args: Serve) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let host = HostId(args.host_id);
-    ensure!(
-        args.host_id > 0,
-        "--host-id starts at 1; 0 is the hosts' network"
-    );
+    let manager = systemd::Manager::find();
     let descriptors = raise_descriptors()?;
     // Early: an address that is taken is told before anything has begun.
     let measured = match args.metrics.0 {
@@ -79,26 +93,38 @@ async fn serve(args: Serve) -> Result<()> {
         probe_vhost_net(Path::new(VHOST_NET))?;
     }
 
-    let store = crate::catalog::open(&args.data_dir, &args.etcd).await?;
-    let catalog = Catalog::new(Arc::clone(&store));
-    let view = View::follow(store).await?;
+    let _lock = lock(&args.data_dir)?;
     let key = MeshKey::load_or_create(&args.data_dir.join("keys/wireguard.key"))?;
-    let this = ThisHost {
-        id: host,
-        region: &args.region,
-        public_key: key.public_key().to_string(),
-        endpoint: endpoint(&args),
+    let region = settle_cloud(&mut args, &key).await?;
+    let store = crate::catalog::open(&args.data_dir, &args.etcd).await?;
+    let own_catalog = args.etcd.members.is_empty();
+    let catalog = Catalog::new(Arc::clone(&store));
+    let seal_key = args.data_dir.join("keys/seal.key");
+    let sealer = Sealer::load_or_create(&seal_key)?;
+    let asker = identity::Asker {
+        host: this_host(&args, &region, &key),
+        data_dir: &args.data_dir,
+        sealer: &sealer,
+        own_catalog,
     };
-    bootstrap::run(&catalog, &args.data_dir, this).await?;
+    let host = asker.settle(&catalog).await?;
+    let view = View::follow(store).await?;
+    // Before anything of this host's is touched: what has its number elsewhere is still using it.
+    let mut presence = Presence::claim(&catalog, &view, host, own_catalog).await?;
+    bootstrap::run(&catalog, &args.data_dir).await?;
 
     let internal_token = bootstrap::new_token();
-    let seal_key = args.data_dir.join("keys/seal.key");
-    let sealer = Arc::new(SecretKey(Sealer::load_or_create(&seal_key)?));
+    let sealer = Arc::new(SecretKey(sealer));
     let mut config = host_config(&args, host, &files, &internal_token);
     config.secrets = Some(sealer.clone());
     let mut agent = Agent::start(config, catalog.clone(), view.clone())
         .await
         .context("the agent")?;
+    let handle = agent.handle();
+    // Before the API places Machines; if the store fails now it is told by and by.
+    if let Err(error) = presence.tell(&catalog, VERSION, handle.room()).await {
+        tracing::warn!(%error, "what this host has cannot be told");
+    }
     let adapter = Arc::new(HostAdapter::new(agent.handle()));
     let mesh = MeshConfig {
         listen: args.wireguard,
@@ -125,12 +151,13 @@ async fn serve(args: Serve) -> Result<()> {
         https: args.https.clone(),
         service_addresses: service_addresses(&args),
         service_ports: service_ports.clone(),
-        region: args.region.clone(),
+        region: region.clone(),
         host,
         autostop_after: args.autostop_after,
         wake_timeout: args.wake_timeout,
         threads: EdgeConfig::threads_of_this_host(),
         http3: !args.no_http3,
+        early_wake: !args.no_early_wake,
         limits: Limits {
             connections: edge_connections(&args, descriptors),
             connections_of_client: args.max_client_connections,
@@ -142,10 +169,25 @@ async fn serve(args: Serve) -> Result<()> {
         .await
         .context("the edge")?;
     let measured_view = view.clone();
+    let present = (catalog.clone(), view.clone());
+    let door = join::DoorConfig {
+        host,
+        data_dir: args.data_dir.clone(),
+        etcd: args.etcd.clone(),
+        region: region.clone(),
+        listen: args.join_listen,
+        announced: endpoint(&args).ip(),
+    };
+    let door = join::Door::new(catalog.clone(), door)
+        .await
+        .context("the door for new servers")?;
     let api = ApiConfig {
         listen: args.api,
+        host,
+        shared: !own_catalog,
+        inviter: Arc::new(join::Invites(door)),
         registry_dir: args.data_dir.join("registry"),
-        region: args.region.clone(),
+        region,
         domain: args.domain.clone(),
         service_ports,
         internal_token,
@@ -155,7 +197,7 @@ async fn serve(args: Serve) -> Result<()> {
         .await
         .with_context(|| format!("the API on {}", args.api))?;
     let end = CancellationToken::new();
-    let api = tokio::spawn(api.run(end.clone()));
+    let mut api = tokio::spawn(api.run(end.clone()));
     if let Some(listener) = measured {
         let sources = metrics::Sources {
             edge: Arc::clone(edge.metrics()),
@@ -165,13 +207,23 @@ async fn serve(args: Serve) -> Result<()> {
         tokio::spawn(metrics::serve(listener, sources, end.clone()));
     }
     tracing::info!(api = %args.api, data = %args.data_dir.display(), "serving");
+    manager.ready();
 
     let ended = tokio::select! {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
         error = mesh.ended() => Some(anyhow::Error::from(error).context("the mesh ended by itself")),
+        error = presence.keep(&present.0, &present.1, VERSION, || handle.room()) => {
+            Some(anyhow::Error::from(error))
+        }
         error = agent.failed() => Some(anyhow::Error::from(error).context("the agent has failed")),
+        ended = &mut api => {
+            let error = ended.err().map_or_else(|| anyhow::anyhow!("nobody asked it to"), anyhow::Error::from);
+            Some(error.context("the API has ended by itself"))
+        }
+        () = manager.stay_alive() => None,
     };
+    manager.stopping();
     tracing::info!("ending; Machines go on");
     end.cancel();
     edge.drain(DRAIN).await;
@@ -179,7 +231,11 @@ async fn serve(args: Serve) -> Result<()> {
     dns.shutdown().await;
     mesh.shutdown().await;
     agent.shutdown().await;
-    if let Err(error) = api.await {
+    presence.leave(&present.0).await;
+    // One that has ended by itself has been told of.
+    if !api.is_finished()
+        && let Err(error) = api.await
+    {
         tracing::error!(%error, "the API ended badly");
     }
     ended.map_or(Ok(()), Err)
@@ -195,12 +251,12 @@ struct Files {
 impl Files {
     fn find(args: &Serve) -> Result<Self> {
         let own = std::env::current_exe().context("this program does not know where it is")?;
-        let beside = own.parent().unwrap_or(Path::new("/"));
+        let beside = &files_dir(&own);
         let find = |given: &Option<PathBuf>, name: &str, flag: &str| {
             let path = given.clone().unwrap_or_else(|| beside.join(name));
             if !path.exists() {
                 bail!(
-                    "there is no {}; build it with `make build`, or say where it is with --{flag}",
+                    "there is no {}; build it with `make build`, install it with `make install`, or say where it is with --{flag}",
                     path.display()
                 );
             }
@@ -214,6 +270,16 @@ impl Files {
     }
 }
 
+/// Where the monitor is and what Machines boot: `../lib/tern` of an installed program, else beside it, where it was built.
+fn files_dir(program: &Path) -> PathBuf {
+    let beside = program.parent().unwrap_or(Path::new("/"));
+    let installed = beside.with_file_name("lib").join("tern");
+    match installed.is_dir() {
+        true => installed,
+        false => beside.to_owned(),
+    }
+}
+
 /// Refuses to serve where no Machine could run, rather than failing at the first deploy.
 async fn probe(vmm: &Path, template: CpuTemplate) -> Result<()> {
     let template = template.to_possible_value().context("a template")?;
@@ -224,7 +290,7 @@ async fn probe(vmm: &Path, template: CpuTemplate) -> Result<()> {
     let output = output.with_context(|| format!("{} cannot be started", vmm.display()))?;
     if !output.status.success() {
         bail!(
-            "this machine cannot run Machines: {}",
+            "this machine cannot run Machines: {}\n{WHERE_KVM_IS}",
             String::from_utf8_lossy(&output.stderr).trim()
         );
     }
@@ -340,7 +406,7 @@ fn access_log(args: &Serve) -> Option<AccessLogConfig> {
 fn service_ports(args: &Serve) -> PortRanges {
     let public = args.http.iter().chain(&args.https);
     let own = public
-        .chain([&args.api, &args.wireguard])
+        .chain([&args.api, &args.wireguard, &args.join_listen])
         .chain(&args.metrics.0);
     let own: Vec<u16> = own.map(SocketAddr::port).collect();
     args.service_ports.clone().without(&own)
@@ -370,6 +436,60 @@ fn endpoint(args: &Serve) -> SocketAddr {
     args.wireguard_endpoint.unwrap_or(SocketAddr::new(ip, port))
 }
 
+/// This server, as the catalog should know it; its number is not known yet.
+fn this_host(args: &Serve, region: &str, key: &MeshKey) -> Host {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = Some(name.trim()).filter(|name| !name.is_empty());
+    Host {
+        id: HostId(0),
+        name: name.unwrap_or("host").to_owned(),
+        region: region.to_owned(),
+        public_key: key.public_key().to_string(),
+        endpoint: endpoint(args),
+        started_at: jiff::Timestamp::now(),
+    }
+}
+
+/// Joins a cloud where that is asked for, takes etcd from an earlier time where no flag says, and tells the region.
+async fn settle_cloud(args: &mut Serve, key: &MeshKey) -> Result<String> {
+    let mut joined = join::remembered(&args.data_dir)?;
+    if let Some(ticket) = &args.join {
+        match joined {
+            Some(_) => {
+                tracing::info!("this data directory has joined before: --join is left aside")
+            }
+            None => {
+                let public_key = key.public_key().to_string();
+                join::join(&args.data_dir, ticket, &public_key).await?;
+                joined = join::remembered(&args.data_dir)?;
+            }
+        }
+    }
+    let (etcd, region) = joined.unzip();
+    if let Some(etcd) = etcd.filter(|_| args.etcd.members.is_empty()) {
+        args.etcd = etcd;
+    }
+    let region = args.region.clone().or(region);
+    Ok(region.unwrap_or_else(|| "local".to_owned()))
+}
+
+/// One server a data directory. Whoever has the lock knows that its host's former life here has ended.
+fn lock(data_dir: &Path) -> Result<std::fs::File> {
+    let path = data_dir.join(LOCK);
+    let file = std::fs::File::create(&path)
+        .with_context(|| format!("{} cannot be opened", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => bail!(
+            "another `tern serve` runs on {}: stop it first, or give this one a --data-dir of its own",
+            data_dir.display()
+        ),
+        Err(std::fs::TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("{} cannot be locked", path.display()))
+        }
+    }
+}
+
 fn make_private_dir(path: &Path) -> Result<()> {
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -391,12 +511,25 @@ fn log(json: bool) {
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
-    if json { log.json().init() } else { log.init() }
+    match json {
+        true => log.json().init(),
+        false if systemd::logs_to_journal() => log.event_format(systemd::Journal::new()).init(),
+        false => log.init(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_installed_program_finds_its_files_in_lib() {
+        let root = tempfile::tempdir().unwrap();
+        let program = root.path().join("bin/tern");
+        assert_eq!(files_dir(&program), root.path().join("bin"));
+        std::fs::create_dir_all(root.path().join("lib/tern")).unwrap();
+        assert_eq!(files_dir(&program), root.path().join("lib/tern"));
+    }
 
     #[test]
     fn a_host_without_vhost_net_says_what_to_do() {

@@ -69,6 +69,7 @@ pub fn run() -> Result<()> {
             wake_timeout: Duration::from_secs(20),
             threads: 1,
             http3: true,
+            early_wake: true,
             access_log: None,
             limits: Limits::default(),
         };

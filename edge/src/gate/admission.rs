@@ -74,8 +74,9 @@ impl Admission {
             }
         }
         let (slot, epoch, port) = (self.slot, self.epoch, self.port);
+        let refused = error.kind() == io::ErrorKind::ConnectionRefused;
         self.app.with(|core, now, acts| {
-            core.ledger.doubt(slot, epoch, port, now, acts);
+            core.ledger.doubt(slot, epoch, port, refused, now, acts);
         });
         Err(error)
     }
@@ -101,8 +102,8 @@ impl Drop for Admission {
     fn drop(&mut self) {
         let mut acts = Vec::new();
         let mut core = self.app.core.lock();
-        core.ledger
-            .end(self.slot, self.epoch, super::now(), &mut acts);
+        let (slot, epoch, port) = (self.slot, self.epoch, self.port);
+        core.ledger.end(slot, epoch, port, super::now(), &mut acts);
         drop(core);
         self.app.perform(acts, None);
     }

@@ -4,6 +4,7 @@
 //! it is fed from, the tasks that start Machines, and the futures of those that wait.
 
 mod admission;
+mod early;
 mod ledger;
 mod reach;
 mod starting;
@@ -26,6 +27,7 @@ use tokio::sync::{Notify, oneshot, watch};
 use crate::control::{MachineControl, StartError};
 use crate::metrics::Metrics;
 pub use admission::Admission;
+use early::Silent;
 use ledger::{Act, Arrival, Facts, Ledger, Now, Offer, Port, Slot};
 pub use reach::is_shortage;
 use starting::Starting;
@@ -50,6 +52,8 @@ struct Shared {
     runtime: tokio::runtime::Handle,
     /// Requests that wait.
     waiting: AtomicU32,
+    /// Clients that were wrongly expected to ask for something.
+    silent: Silent,
 }
 
 /// One app's part of the gate.
@@ -59,6 +63,8 @@ struct AppGate {
     core: Mutex<Core>,
     /// Requests that wait.
     waiting: AtomicU32,
+    /// Early wakes that have brought no request yet, or did not lately.
+    early: AtomicU32,
     /// Told when a Machine that leaves may have no requests any more.
     seen_off: Notify,
 }
@@ -116,6 +122,7 @@ impl Gate {
                 wake_timeout,
                 runtime: runtime.clone(),
                 waiting: AtomicU32::new(0),
+                silent: Silent::default(),
             }),
             apps: RwLock::default(),
         });
@@ -160,6 +167,7 @@ impl Gate {
                     known: HashMap::new(),
                 }),
                 waiting: AtomicU32::new(0),
+                early: AtomicU32::new(0),
                 seen_off: Notify::new(),
             })
         });

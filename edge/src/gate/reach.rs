@@ -4,7 +4,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use futures::future::select_ok;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 
@@ -48,22 +47,30 @@ pub fn is_shortage(error: &io::Error) -> bool {
     )
 }
 
-/// Waits until one of the addresses accepts a connection: which, and that connection. There must be one. The caller
-/// sets the limit.
-pub async fn accepts(addresses: &[SocketAddr]) -> (SocketAddr, TcpStream) {
-    let mut pause = FIRST_PAUSE;
+/// Waits until one of the addresses accepts a connection: which, and that connection. There must be one. Each is tried
+/// only when those before it refuse: an app that listens at all of them sees one connection. The caller sets the limit.
+/// Fails for what this host has too little of.
+pub async fn accepts(addresses: &[SocketAddr]) -> io::Result<(SocketAddr, TcpStream)> {
+    let (mut pause, mut attempt) = (FIRST_PAUSE, ATTEMPT);
     loop {
-        let attempts = addresses.iter().map(|&address| {
-            Box::pin(async move { dial(address).await.map(|stream| (address, stream)) })
-        });
-        match timeout(ATTEMPT, select_ok(attempts)).await {
-            Ok(Ok((accepted, _others))) => return accepted,
-            Ok(Err(_)) => {}
-            // Not refused: the next should be there when its guest runs.
-            Err(_) => continue,
+        let mut refused = true;
+        for &address in addresses {
+            match timeout(attempt, dial(address)).await {
+                Ok(Ok(stream)) => return Ok((address, stream)),
+                Ok(Err(error)) if is_shortage(&error) => return Err(error),
+                Ok(Err(_)) => {}
+                // Not refused: its guest does not run yet, or is slow.
+                Err(_) => {
+                    refused = false;
+                    attempt = (attempt * 2).min(CONNECT);
+                    break;
+                }
+            }
         }
-        sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        if refused {
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
     }
 }
 
@@ -78,7 +85,7 @@ mod tests {
         let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let v4 = app.local_addr().unwrap();
         let v6 = SocketAddr::new("::1".parse().unwrap(), v4.port());
-        assert_eq!(accepts(&[v6, v4]).await.0, v4);
+        assert_eq!(accepts(&[v6, v4]).await.unwrap().0, v4);
     }
 
     #[tokio::test]
@@ -93,6 +100,6 @@ mod tests {
         };
         let addresses = [address];
         let (found, _app) = tokio::join!(accepts(&addresses), listen);
-        assert_eq!(found.0, address);
+        assert_eq!(found.unwrap().0, address);
     }
 }

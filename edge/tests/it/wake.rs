@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::future::join_all;
+use rustls::pki_types::pem::PemObject as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -263,4 +264,47 @@ async fn a_machine_that_may_not_be_started_is_not() {
     let world = World::new(r#""autostart": false,"#, NEVER).await;
     assert!(request(&world, "/").await.starts_with("HTTP/1.1 503"));
     assert_eq!(world.agent.starts.load(Ordering::SeqCst), 0);
+}
+
+/// A handshake that names the app, and nothing after it.
+async fn handshake(world: &World) -> tokio_rustls::client::TlsStream<TcpStream> {
+    let mut roots = rustls::RootCertStore::empty();
+    let pem = std::fs::read(world.certificate()).unwrap();
+    for certificate in rustls::pki_types::CertificateDer::pem_slice_iter(&pem) {
+        roots.add(certificate.unwrap()).unwrap();
+    }
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let stream = TcpStream::connect(world.https).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
+    let name = HOST.try_into().unwrap();
+    connector.connect(name, stream).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_handshake_wakes_before_the_request_and_not_twice_for_nothing() {
+    let world = World::new("", NEVER).await;
+    let metrics = world.edge.metrics();
+    let mut stream = handshake(&world).await;
+    until(|| world.agent.starts.load(Ordering::SeqCst) == 1).await;
+    let head = format!("GET /early HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut reply = Vec::new();
+    stream.read_to_end(&mut reply).await.unwrap();
+    assert!(reply.starts_with(b"HTTP/1.1 200"));
+    assert_eq!(metrics.early_wakes.get(), 1);
+    // Who only knocks is served once more, and then not expected to ask.
+    world.agent.suspend_by_hand().await;
+    let _silent = handshake(&world).await;
+    until(|| metrics.early_wakes_wasted.get() == 1).await;
+    until(|| world.agent.starts.load(Ordering::SeqCst) == 2).await;
+    world.agent.suspend_by_hand().await;
+    let _silent = handshake(&world).await;
+    let reply = request(&world, "/plain").await;
+    assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+    assert_eq!(metrics.early_wakes.get(), 2);
 }

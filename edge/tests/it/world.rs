@@ -163,6 +163,7 @@ impl World {
             wake_timeout: WAKE_TIMEOUT,
             threads: 2,
             http3: true,
+            early_wake: true,
             access_log: Some(AccessLogConfig {
                 path: Some(files.path().join("access.log")),
                 sample: 1.0,

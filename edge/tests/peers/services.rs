@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tern_catalog::Machine;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::task::JoinSet;
@@ -354,10 +355,30 @@ async fn a_connection_wakes_its_machine_and_loses_nothing() {
     drop(gone);
     world.wake();
     reads(&mut stays, &[BANNER, b"early"].concat()).await;
-    // Beside it there was the gate's own, which looks whether the app accepts.
-    let mut heard = echo.heard.lock().clone();
-    heard.retain(|bytes| !bytes.is_empty());
-    assert_eq!(heard, [b"early"]);
+    // The gate's own look at whether the app accepts was the client's connection.
+    assert_eq!(*echo.heard.lock(), [b"early"]);
+}
+
+#[tokio::test]
+async fn an_apps_last_words_reach_a_client_that_still_speaks() {
+    let listener = TcpListener::bind("[::1]:0").await.unwrap();
+    let app = listener.local_addr().unwrap().port();
+    let port = free_ports(1);
+    let _world = world(&service(app, port, "", "")).await;
+    let mut client = TcpStream::connect(at(port)).await.unwrap();
+    let (mut at_app, _) = listener.accept().await.unwrap();
+    let words = vec![7; 300_000];
+    at_app.write_all(&words).await.unwrap();
+    drop(at_app);
+    // What it says meets a closed door: the app's kernel answers with a reset, and the next write to it fails.
+    for _ in 0..10 {
+        client.write_all(b"QUIT\r\n").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let mut heard = Vec::new();
+    let end = timeout(PATIENCE, client.read_to_end(&mut heard)).await;
+    assert!(end.expect("in time").is_ok());
+    assert_eq!(heard.len(), words.len());
 }
 
 #[tokio::test]
@@ -466,6 +487,32 @@ async fn datagrams_of_one_client_are_one_session() {
     let other = said_back(&two, b"hello").await;
     assert_ne!(other, first);
     assert_eq!(said_back(&one, b"again").await, first);
+}
+
+#[tokio::test]
+async fn a_session_goes_where_its_port_leads_now() {
+    let (app, _server) = udp_echo("127.0.0.1:0").await;
+    let port = free_ports(1);
+    let world = world(&udp_service(app, port)).await;
+    let client = udp_client(port).await;
+    said_back(&client, b"hello").await;
+    let other = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let internal = other.local_addr().unwrap().port();
+    let change = |machine: &mut Machine| machine.config.services[0].internal_port = internal;
+    world.reconfigure(change).await;
+    // However often it is used, the old session ends.
+    let arrives = async {
+        let mut buffer = [0; 16];
+        loop {
+            client.send(b"again").await.unwrap();
+            let come = other.recv(&mut buffer);
+            if let Ok(length) = timeout(Duration::from_millis(50), come).await {
+                return buffer[..length.unwrap()].to_vec();
+            }
+        }
+    };
+    let arrived = timeout(PATIENCE, arrives).await.expect("in time");
+    assert_eq!(arrived, b"again");
 }
 
 #[tokio::test]

@@ -122,6 +122,7 @@ impl World {
             wake_timeout: Duration::from_secs(60),
             // One, so that all clients share its connections to the app.
             http3: false,
+            early_wake: true,
             threads: 1,
             access_log: None,
             limits: options.limits,

@@ -141,6 +141,7 @@ async fn write(
                 Machine::key_of(id.as_str()),
                 MachineStatus::key_of(id.as_str()),
             ];
+            // Also where it lands late: no other Machine has this id.
             let ops = keys.map(|key| Op::Delete { key }).into();
             catalog.store().commit(Transaction::of(ops)).await?;
             Ok(())

@@ -147,6 +147,30 @@ fn postgres_answers_an_open_session_after_a_sleep() -> Result<()> {
         assert_eq!(seen, visits.to_string());
         assert_woken(&app, starts)?;
     }
+    exec_carries_every_byte(&world, &app)
+}
+
+/// Into the guest and out of it, and tells how it ended.
+fn exec_carries_every_byte(world: &World, app: &App<'_>) -> Result<()> {
+    let bytes: Vec<u8> = (0..=255).cycle().take(16 << 20).collect();
+    let file = world.dir().join("bytes");
+    std::fs::write(&file, &bytes)?;
+    let mut exec = world.server.command(&[
+        "machine",
+        "exec",
+        &app.machine,
+        "--app",
+        &app.name,
+        "-i",
+        "--",
+        "sh",
+        "-c",
+        "cat; kill -KILL $$",
+    ]);
+    let told = exec.stdin(std::fs::File::open(&file)?).output()?;
+    let said = String::from_utf8_lossy(&told.stderr).into_owned();
+    assert_eq!(told.status.code(), Some(128 + 9), "{said}");
+    assert!(told.stdout == bytes, "{} bytes: {said}", told.stdout.len());
     Ok(())
 }
 

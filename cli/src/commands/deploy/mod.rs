@@ -72,7 +72,7 @@ pub async fn run(client: &Client, args: Deploy) -> Result<ExitCode> {
         Ok(_) => {}
         Err(e) if is_status(&e, StatusCode::NOT_FOUND) => {
             bail!(
-                "there is no app {app}; make it with `tern apps create {app}`, or with `tern launch`"
+                "there is no app {app} that this token may see; make it with `tern apps create {app}`, or with `tern launch`"
             )
         }
         Err(e) => return Err(e),

@@ -65,25 +65,42 @@ pub struct Member {
     /// Counts lives.
     pub epoch: u64,
     pub last_active: Instant,
-    /// Connections that failed since the last that did not.
-    pub doubts: u32,
-    /// Where the app was found to listen.
-    proven: Vec<Proven>,
+    /// It was woken before anybody asked for it, and nobody has since.
+    pub early: bool,
+    /// Somebody puts it to sleep, and nothing was heard since.
+    pub leaving: bool,
+    ports: Vec<PortState>,
     failures: u32,
     failure: Option<Failure>,
 }
 
 pub enum Belief {
     Unknown,
-    Ready { since: Timestamp },
-    Asleep { since: Timestamp },
-    Waking { number: u64, begun: Instant },
+    Ready {
+        since: Timestamp,
+    },
+    Asleep {
+        since: Timestamp,
+    },
+    Waking {
+        number: u64,
+        begun: Instant,
+        /// Its host said so then.
+        runs_since: Option<Timestamp>,
+    },
 }
 
-struct Proven {
-    port: u16,
-    address: SocketAddr,
-    epoch: u64,
+/// What is known of one of its ports.
+struct PortState {
+    port: Port,
+    /// Places that were given for it, and not given back.
+    load: u32,
+    /// Where the app was found to listen.
+    address: Option<SocketAddr>,
+    /// The last life in which it took a connection.
+    proven_in: Option<u64>,
+    /// Connections that failed since the last that did not.
+    doubts: u32,
 }
 
 /// The last start that failed.
@@ -103,8 +120,9 @@ impl Member {
             earlier: 0,
             epoch: 0,
             last_active: now,
-            doubts: 0,
-            proven: Vec::new(),
+            early: false,
+            leaving: false,
+            ports: Vec::new(),
             failures: 0,
             failure: None,
         }
@@ -126,7 +144,15 @@ impl Member {
                     // Somebody else woke it: its time without requests begins now.
                     self.last_active = now.at;
                     self.belief = Belief::Unknown;
+                    self.leaving = false;
                     (self.failures, self.failure) = (0, None);
+                }
+                Belief::Waking {
+                    runs_since: Some(since),
+                    ..
+                } if at > since && sleeps(state) => {
+                    let text = format!("it was {} before it listened", state.as_str());
+                    self.failed(StartError { text }, true, now);
                 }
                 _ => {}
             }
@@ -159,12 +185,12 @@ impl Member {
 
     /// Whether requests are sent to it. One that may not be started is tried as long as its host says that it runs.
     pub fn runs(&self, offer: &Offer) -> bool {
-        self.is_awake() || (!offer.autostart && self.is_started())
+        self.is_awake() || (!offer.autostart && self.is_started() && !self.leaving)
     }
 
     /// Whether it is there, and as far as is known not asleep.
     pub fn may_live(&self) -> bool {
-        self.facts.is_some() && (self.is_awake() || self.is_started())
+        self.facts.is_some() && !self.is_waking() && (self.is_awake() || self.is_started())
     }
 
     pub fn is_waking(&self) -> bool {
@@ -207,16 +233,16 @@ impl Member {
     pub fn ready(&mut self, since: Timestamp) {
         self.belief = Belief::Ready { since };
         self.epoch += 1;
-        self.doubts = 0;
+        self.leaving = false;
         (self.failures, self.failure) = (0, None);
     }
 
-    /// Its start failed.
-    pub fn failed(&mut self, why: StartError, now: Now) {
+    /// Its start failed, by its own fault or not.
+    pub fn failed(&mut self, why: StartError, by_itself: bool, now: Now) {
         self.belief = Belief::Asleep { since: now.wall };
-        self.failures = self.failures.saturating_add(1);
+        self.failures = self.failures.saturating_add(u32::from(by_itself));
         let pause = match self.failures {
-            1 => Duration::ZERO,
+            0 | 1 => Duration::ZERO,
             more => LONGEST_PAUSE.min(FIRST_PAUSE.saturating_mul(1 << (more - 2).min(16))),
         };
         self.failure = Some(Failure {
@@ -226,28 +252,70 @@ impl Member {
         });
     }
 
+    fn port(&mut self, port: Port) -> &mut PortState {
+        let found = self.ports.iter().position(|p| p.port == port);
+        let at = found.unwrap_or_else(|| {
+            self.ports.push(PortState {
+                port,
+                load: 0,
+                address: None,
+                proven_in: None,
+                doubts: 0,
+            });
+            self.ports.len() - 1
+        });
+        &mut self.ports[at]
+    }
+
+    fn known(&self, port: Port) -> Option<&PortState> {
+        self.ports.iter().find(|p| p.port == port)
+    }
+
+    /// Places that were given for a port, and not given back.
+    pub fn load(&self, port: Port) -> u32 {
+        self.known(port).map_or(0, |p| p.load)
+    }
+
+    pub fn take(&mut self, port: Port) {
+        self.in_flight += 1;
+        self.port(port).load += 1;
+    }
+
+    pub fn give_back(&mut self, port: Port) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        let state = self.port(port);
+        state.load = state.load.saturating_sub(1);
+    }
+
     /// A connection was accepted there.
     pub fn prove(&mut self, port: Port, address: SocketAddr) {
         if port.protocol != ServiceProtocol::Tcp {
             return;
         }
-        let (port, epoch) = (port.number, self.epoch);
-        let proven = Proven {
-            port,
-            address,
-            epoch,
-        };
-        match self.proven.iter_mut().find(|p| p.port == port) {
-            Some(known) => *known = proven,
-            None => self.proven.push(proven),
-        }
+        let epoch = self.epoch;
+        let state = self.port(port);
+        state.address = Some(address);
+        state.proven_in = Some(epoch);
+        state.doubts = 0;
     }
 
-    /// Whether a connection was accepted in this life.
+    /// A connection failed there; it was refused, or nobody answered. Whether the Machine is not believed to run any more.
+    pub fn doubt(&mut self, port: Port, refused: bool) -> bool {
+        let epoch = self.epoch;
+        let state = self.port(port);
+        state.doubts += 1;
+        if state.proven_in == Some(epoch) && state.doubts < 2 {
+            return false;
+        }
+        (state.proven_in, state.doubts) = (None, 0);
+        // Who refuses is a kernel that lives, and what lies on its other ports too.
+        !(refused && self.ports.iter().any(|p| p.proven_in == Some(epoch)))
+    }
+
+    /// Whether a connection was accepted in this life, and none has failed since.
     pub fn is_proven(&self, port: Port) -> bool {
-        let mut proven = self.proven.iter();
-        port.protocol == ServiceProtocol::Tcp
-            && proven.any(|p| p.port == port.number && p.epoch == self.epoch)
+        let known = self.known(port);
+        known.is_some_and(|p| p.proven_in == Some(self.epoch) && p.doubts == 0)
     }
 
     /// Its private address with a port.
@@ -258,9 +326,15 @@ impl Member {
 
     /// Where its app listens, as far as is known.
     pub fn address(&self, port: Port) -> Option<SocketAddr> {
-        let mut proven = self.proven.iter();
-        let found = proven.find(|p| p.port == port.number && port.protocol == ServiceProtocol::Tcp);
-        found.map(|p| p.address).or_else(|| self.private(port))
+        let found = self.known(port).and_then(|p| p.address);
+        found.or_else(|| self.private(port))
+    }
+
+    /// Its ports that take connections.
+    pub fn tcp_ports(&self) -> impl Iterator<Item = Port> {
+        let offers = self.facts.iter().flat_map(|f| &f.offers);
+        let tcp = offers.filter(|o| o.port.protocol == ServiceProtocol::Tcp);
+        tcp.map(|o| o.port)
     }
 
     /// Nobody needs to remember it.

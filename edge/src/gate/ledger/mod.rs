@@ -88,6 +88,16 @@ pub struct Start {
     /// Where somebody waits for it to listen.
     pub port: Port,
     pub address: SocketAddr,
+    /// The Machine's other ports at which connections may show that it runs.
+    pub others: Vec<Port>,
+}
+
+/// Why a start failed.
+#[derive(Debug)]
+pub struct NotStarted {
+    pub why: StartError,
+    /// It is the Machine's fault, and not what its host or the edge has too little of.
+    pub by_itself: bool,
 }
 
 /// What is to be done.
@@ -135,11 +145,13 @@ struct Survey {
     excess: u32,
     /// Places under soft limits, of those that run and those that will soon.
     room: u32,
-    /// Requests at these, and how many there are.
+    /// Requests at those that run or will soon, and how many these are.
     load: u32,
     number: u32,
     /// A start is under way, and not for long.
     starting: bool,
+    /// One has lasted too long.
+    late: bool,
     /// Somebody runs, or is being started.
     hope: bool,
 }
@@ -184,6 +196,12 @@ impl<W> Ledger<W> {
         if !may_wait {
             return Arrival::Refused(Refused::AtCapacity);
         }
+        // It is what an early wake was for.
+        for member in self.members.iter_mut().flatten() {
+            if member.is_waking() && member.offer(port).is_some() {
+                member.early = false;
+            }
+        }
         self.tickets += 1;
         let ticket = Ticket(self.tickets);
         let waiter = Waiter {
@@ -194,6 +212,40 @@ impl<W> Ledger<W> {
         self.settle(queue, now.at, acts);
         self.set_alarm(now.at, acts);
         Arrival::Waits(ticket)
+    }
+
+    /// A request may come soon: where it would have to wait for a Machine that lies in memory, that one is woken now. One
+    /// that must boot is not. Whose start it is, for [`Ledger::is_wasted`].
+    pub fn early(
+        &mut self,
+        port: Port,
+        now: Now,
+        acts: &mut Vec<Act<W>>,
+    ) -> Option<Arc<MachineId>> {
+        if self.survey(port, now.at).hope {
+            return None;
+        }
+        let found = self.offers(port).find(|(_, member, offer)| {
+            let rests = member.rests_until(now.at);
+            member.may_start(offer)
+                && member.state() == Some(MachineState::Suspended)
+                && rests.is_some_and(|at| at <= now.at)
+        });
+        let slot = found.map(|(slot, ..)| slot)?;
+        let start = self.start(slot, port, now.at)?;
+        let machine = Arc::clone(&start.machine);
+        if let Some(member) = self.member(start.slot) {
+            member.early = true;
+        }
+        acts.push(Act::Start(start));
+        Some(machine)
+    }
+
+    /// Whether a Machine was woken early, and nobody has asked for it since.
+    pub fn is_wasted(&self, id: &MachineId) -> bool {
+        let slot = self.position(id);
+        let member = slot.and_then(|s| self.members[s.0].as_ref());
+        member.is_some_and(|m| m.early)
     }
 
     /// Who waits goes away. Whether it still waited.
@@ -217,11 +269,11 @@ impl<W> Ledger<W> {
     }
 
     /// A place is given back.
-    pub fn end(&mut self, slot: Slot, epoch: u64, now: Now, acts: &mut Vec<Act<W>>) {
+    pub fn end(&mut self, slot: Slot, epoch: u64, port: Port, now: Now, acts: &mut Vec<Act<W>>) {
         let Some(member) = self.member(slot) else {
             return;
         };
-        member.in_flight = member.in_flight.saturating_sub(1);
+        member.give_back(port);
         member.last_active = now.at;
         if epoch < member.epoch && member.earlier > 0 {
             member.earlier -= 1;
@@ -244,14 +296,21 @@ impl<W> Ledger<W> {
         if let Some(member) = self.member(slot)
             && member.epoch == epoch
         {
-            member.doubts = 0;
             member.prove(port, address);
         }
     }
 
-    /// A connection to a Machine failed. It is not believed to run any more when it never took one in this life, or when
-    /// the next one fails too.
-    pub fn doubt(&mut self, slot: Slot, epoch: u64, port: Port, now: Now, acts: &mut Vec<Act<W>>) {
+    /// A connection to a Machine failed: it was `refused`, or nobody answered. It is not believed to run any more when this
+    /// port never took one in this life, or the next one fails too; but not where it refuses, and another port takes them.
+    pub fn doubt(
+        &mut self,
+        slot: Slot,
+        epoch: u64,
+        port: Port,
+        refused: bool,
+        now: Now,
+        acts: &mut Vec<Act<W>>,
+    ) {
         let Some(member) = self.member(slot) else {
             return;
         };
@@ -259,23 +318,33 @@ impl<W> Ledger<W> {
         if member.epoch != epoch || member.is_waking() {
             return;
         }
-        member.doubts += 1;
-        if member.doubts > 1 || !member.is_proven(port) {
-            member.doubts = 0;
+        if member.doubt(port, refused) {
             member.belief = Belief::Asleep { since: now.wall };
             self.settle_all(now.at, acts);
         }
     }
 
-    /// What came of a start: where the app accepts connections.
+    /// The Machine's host says that it runs; its app may not listen yet. Should it end before, the catalog tells.
+    pub fn runs(&mut self, start: &Start, now: Now) {
+        if let Some(member) = self.member(start.slot)
+            && let Belief::Waking {
+                number, runs_since, ..
+            } = &mut member.belief
+            && *number == start.number
+        {
+            *runs_since = Some(now.wall);
+        }
+    }
+
+    /// What came of a start: at which port the app accepts connections, and where.
     pub fn started(
         &mut self,
         start: &Start,
-        outcome: Result<SocketAddr, StartError>,
+        outcome: Result<(Port, SocketAddr), NotStarted>,
         now: Now,
         acts: &mut Vec<Act<W>>,
     ) {
-        let (slot, port) = (start.slot, start.port);
+        let slot = start.slot;
         let Some(member) = self.member(slot) else {
             return;
         };
@@ -284,11 +353,11 @@ impl<W> Ledger<W> {
         }
         member.last_active = now.at;
         match outcome {
-            Ok(address) => {
+            Ok((port, address)) => {
                 member.ready(now.wall);
                 member.prove(port, address);
             }
-            Err(error) => member.failed(error, now),
+            Err(NotStarted { why, by_itself }) => member.failed(why, by_itself, now),
         }
         self.sweep(slot);
         self.settle_all(now.at, acts);
@@ -330,7 +399,7 @@ impl<W> Ledger<W> {
     pub fn load(&self, id: &MachineId) -> (bool, u32) {
         let slot = self.position(id);
         let member = slot.and_then(|s| self.members[s.0].as_ref());
-        member.map_or((false, 0), |m| (m.is_awake(), m.in_flight))
+        member.map_or((false, 0), |m| (m.may_live(), m.in_flight))
     }
 
     /// Whether the Machine has been of no use to anybody for `idle`: it is believed asleep from now on, and the next
@@ -348,9 +417,10 @@ impl<W> Ledger<W> {
         let last = last_use.map_or(member.last_active, |at| at.max(member.last_active));
         let quiet = member.in_flight == 0
             && now.at.saturating_duration_since(last) >= idle
-            && member.is_awake();
+            && member.may_live();
         if quiet {
             member.belief = Belief::Asleep { since: now.wall };
+            member.leaving = true;
         }
         quiet
     }
@@ -361,6 +431,7 @@ impl<W> Ledger<W> {
             && matches!(member.belief, Belief::Asleep { .. })
         {
             member.last_active = now.at;
+            member.leaving = sleeps;
             member.belief = if sleeps {
                 Belief::Asleep { since: now.wall }
             } else {
@@ -381,6 +452,7 @@ impl<W> Ledger<W> {
             return false;
         }
         member.belief = Belief::Asleep { since: now.wall };
+        member.leaving = true;
         member.epoch += 1;
         member.earlier = member.in_flight;
         let busy = member.earlier > 0;
@@ -451,21 +523,25 @@ impl<W> Ledger<W> {
         let mut survey = Survey::default();
         for (slot, member, offer) in self.offers(port) {
             let runs = member.runs(offer);
-            let starting = member
-                .starting_since()
-                .is_some_and(|at| at + PATIENCE > now);
-            survey.hope |= runs || member.is_waking();
+            let begun = member.starting_since();
+            let starting = begun.is_some_and(|at| at + PATIENCE > now);
+            let load = member.load(port);
+            survey.hope |= runs || begun.is_some();
+            survey.late |= begun.is_some() && !starting;
+            if runs || begun.is_some() {
+                let room = offer.soft.saturating_sub(load);
+                survey.room = survey.room.saturating_add(room);
+            }
             if !runs && !starting {
                 continue;
             }
             survey.starting |= starting;
             survey.number += 1;
-            survey.load += member.in_flight;
-            survey.room += offer.soft.saturating_sub(member.in_flight);
+            survey.load += load;
             if runs {
-                survey.excess += member.in_flight.saturating_sub(offer.soft);
-                let rank = (member.in_flight, slot);
-                if member.in_flight < offer.soft && survey.under_soft.is_none_or(|b| rank < b) {
+                survey.excess += load.saturating_sub(offer.soft);
+                let rank = (load, slot);
+                if load < offer.soft && survey.under_soft.is_none_or(|b| rank < b) {
                     survey.under_soft = Some(rank);
                 }
             }
@@ -486,15 +562,15 @@ impl<W> Ledger<W> {
             } else {
                 u32::MAX
             };
-            member.runs(offer) && member.in_flight < most.min(offer.hard)
+            member.runs(offer) && member.load(port) < most.min(offer.hard)
         });
-        able.map(|(slot, member, _)| (member.in_flight, slot))
+        able.map(|(slot, member, _)| (member.load(port), slot))
             .min()
             .map(|(_, slot)| slot)
     }
 
-    /// Starts as many as there are too many requests for. Those that failed since the last request came are not tried
-    /// for it again.
+    /// Starts as many as there are too many requests for, and where starts have lasted too long one more at a time. Those
+    /// that failed since the last request came are not tried for it again.
     fn wake(
         &mut self,
         port: Port,
@@ -504,9 +580,10 @@ impl<W> Ledger<W> {
         acts: &mut Vec<Act<W>>,
     ) {
         let survey = self.survey(port, now);
-        let need = waiting + survey.excess;
+        let need = waiting.saturating_add(survey.excess);
         let mut room = survey.room;
-        while need > room {
+        let mut one_more = survey.late && !survey.starting && survey.under_soft.is_none();
+        while need > room || one_more {
             let able = self.offers(port).filter(|(_, member, offer)| {
                 member.may_start(offer) && member.rests_until(newest).is_some_and(|at| at <= now)
             });
@@ -517,38 +594,51 @@ impl<W> Ledger<W> {
             let Some((slot, _, offer)) = first else {
                 return;
             };
-            room += offer.soft;
-            self.starts += 1;
-            let number = self.starts;
-            let Some(member) = &mut self.members[slot] else {
+            room = room.saturating_add(offer.soft);
+            one_more = false;
+            let Some(start) = self.start(slot, port, now) else {
                 return;
             };
-            let Some(address) = member.private(port) else {
-                return;
-            };
-            member.belief = Belief::Waking { number, begun: now };
-            acts.push(Act::Start(Start {
-                slot: Slot(slot),
-                number,
-                machine: Arc::clone(&member.id),
-                port,
-                address,
-            }));
+            acts.push(Act::Start(start));
         }
+    }
+
+    fn start(&mut self, slot: usize, port: Port, now: Instant) -> Option<Start> {
+        let member = self.members.get_mut(slot)?.as_mut()?;
+        let address = member.private(port)?;
+        self.starts += 1;
+        let number = self.starts;
+        member.belief = Belief::Waking {
+            number,
+            begun: now,
+            runs_since: None,
+        };
+        member.early = false;
+        let others = member.tcp_ports().filter(|other| *other != port);
+        let others = others.collect();
+        Some(Start {
+            slot: Slot(slot),
+            number,
+            machine: Arc::clone(&member.id),
+            port,
+            address,
+            others,
+        })
     }
 
     fn grant(&mut self, slot: usize, port: Port, now: Instant) -> Option<Grant> {
         let member = self.members.get_mut(slot)?.as_mut()?;
         let address = member.address(port)?;
-        member.in_flight += 1;
+        member.take(port);
         member.last_active = now;
+        member.early = false;
         Some(Grant {
             slot: Slot(slot),
             port,
             machine: Arc::clone(&member.id),
             address,
             epoch: member.epoch,
-            proven: member.doubts == 0 && member.is_proven(port),
+            proven: member.is_proven(port),
         })
     }
 

@@ -179,7 +179,7 @@ impl World {
         let grant = self.places.remove(&who).unwrap();
         let mut acts = Vec::new();
         self.ledger
-            .end(grant.slot, grant.epoch, self.now, &mut acts);
+            .end(grant.slot, grant.epoch, grant.port, self.now, &mut acts);
         self.perform(acts);
     }
 
@@ -224,7 +224,13 @@ impl World {
                     self.says(&id, state);
                 }
             }
-            94..96 => {
+            94 => {
+                let mut acts = Vec::new();
+                let port = PORTS[self.random.random_range(0..2)];
+                self.ledger.early(port, self.now, &mut acts);
+                self.perform(acts);
+            }
+            95 => {
                 if let Some(id) = self.machine() {
                     self.machines.remove(&id);
                     self.ledger.forget(&id);
@@ -246,11 +252,17 @@ impl World {
         }
         let n = self.random.random_range(0..self.starts.len());
         let start = self.starts.remove(n);
+        if self.random.random_bool(0.3) {
+            self.ledger.runs(&start, self.now);
+        }
         let (id, well) = (start.machine.clone(), self.random.random_bool(0.7));
         let outcome = if well {
-            Ok(start.address)
+            Ok((start.port, start.address))
         } else {
-            Err(StartError { text: "no".into() })
+            Err(NotStarted {
+                why: StartError { text: "no".into() },
+                by_itself: self.random.random(),
+            })
         };
         let mut acts = Vec::new();
         self.ledger.started(&start, outcome, self.now, &mut acts);
@@ -272,18 +284,24 @@ impl World {
         };
         let grant = &self.places[&who];
         let (slot, epoch, port) = (grant.slot, grant.epoch, grant.port);
-        let (address, machine) = (grant.address, grant.machine.clone());
+        let address = grant.address;
         if self.random.random() {
             self.ledger.reached(slot, epoch, port, address);
             return;
         }
-        let before = self.ledger.load(&machine).0;
-        let proven = self.ledger.members[slot.0].as_ref();
-        let proven = proven.is_some_and(|m| m.is_proven(port) && m.doubts == 0);
+        let member = self.ledger.members[slot.0].as_ref();
+        let before = member.is_some_and(Member::is_awake);
+        let proven = member.is_some_and(|m| m.is_proven(port));
+        let refused = self.random.random();
         let mut acts = Vec::new();
-        self.ledger.doubt(slot, epoch, port, self.now, &mut acts);
+        self.ledger
+            .doubt(slot, epoch, port, refused, self.now, &mut acts);
         if proven && before {
-            assert!(self.ledger.load(&machine).0, "demoted by one failure");
+            let after = self.ledger.members[slot.0].as_ref();
+            assert!(
+                after.is_some_and(Member::is_awake),
+                "demoted by one failure"
+            );
         }
         self.perform(acts);
     }
@@ -337,20 +355,25 @@ impl World {
             let has = load.remove(&*member.id).unwrap_or(0);
             assert_eq!(member.in_flight, has);
             assert!(member.earlier <= has);
-            let hard = member.facts.iter().flat_map(|f| &f.offers).map(|o| o.hard);
-            assert!(has <= hard.max().unwrap_or(u32::MAX));
+            for offer in member.facts.iter().flat_map(|f| &f.offers) {
+                let mut here = 0;
+                for grant in self.places.values() {
+                    here += u32::from(grant.machine == member.id && grant.port == offer.port);
+                }
+                assert!(member.load(offer.port) == here && here <= offer.hard);
+            }
         }
         assert!(load.is_empty(), "nobody knows {load:?}");
         for port in self.waits.values().map(|wait| wait.0) {
             for (_, member, offer) in self.ledger.offers(port) {
-                let idle = member.in_flight < offer.soft;
+                let idle = member.load(port) < offer.soft;
                 assert!(!member.runs(offer) || !idle, "{} is idle", member.id);
             }
             let starting = self.ledger.survey(port, self.now.at).starting;
             let able = self
                 .ledger
                 .offers(port)
-                .find(|(_, m, offer)| !starting && m.runs(offer) && m.in_flight < offer.hard);
+                .find(|(_, m, offer)| !starting && m.runs(offer) && m.load(port) < offer.hard);
             assert!(able.is_none(), "somebody waits in vain");
         }
         if !self.waits.is_empty() {

@@ -116,14 +116,15 @@ impl Desk {
     fn give_back(&mut self, grant: &Grant) {
         let mut acts = Vec::new();
         self.ledger
-            .end(grant.slot, grant.epoch, self.now, &mut acts);
+            .end(grant.slot, grant.epoch, grant.port, self.now, &mut acts);
         self.done(acts);
     }
 
     fn doubt(&mut self, grant: &Grant) {
         let mut acts = Vec::new();
         let (slot, epoch) = (grant.slot, grant.epoch);
-        self.ledger.doubt(slot, epoch, PORT, self.now, &mut acts);
+        self.ledger
+            .doubt(slot, epoch, grant.port, true, self.now, &mut acts);
         self.done(acts);
     }
 
@@ -131,7 +132,11 @@ impl Desk {
     fn started(&mut self, outcome: Result<(), StartError>) {
         let start = self.starts.remove(0);
         let mut acts = Vec::new();
-        let outcome = outcome.map(|()| start.address);
+        let outcome = outcome.map(|()| (start.port, start.address));
+        let outcome = outcome.map_err(|why| NotStarted {
+            why,
+            by_itself: true,
+        });
         self.ledger.started(&start, outcome, self.now, &mut acts);
         self.done(acts);
     }
@@ -248,6 +253,29 @@ fn a_start_that_hangs_is_not_waited_for_while_one_runs() {
 }
 
 #[test]
+fn who_may_ask_soon_wakes_what_lies_in_memory_once_and_nothing_else() {
+    let early = |desk: &mut Desk| {
+        let mut acts = Vec::new();
+        let woken = desk.ledger.early(PORT, desk.now, &mut acts).is_some();
+        desk.done(acts);
+        woken
+    };
+    let mut desk = Desk::new(&[facts(MachineState::Stopped), facts(MachineState::Suspended)]);
+    assert!(early(&mut desk));
+    assert!(!early(&mut desk), "it is on its way");
+    assert_eq!(desk.woken(), [1]);
+    assert!(desk.ledger.is_wasted(&id(1)));
+    // The request finds it waking, and wakes nobody else.
+    desk.arrive();
+    desk.started(Ok(()));
+    assert_eq!((desk.places(), desk.starts.len()), (vec![1], 0));
+    assert!(!desk.ledger.is_wasted(&id(1)));
+    assert!(!early(&mut desk), "one runs");
+    assert!(!early(&mut Desk::running(1)));
+    assert!(!early(&mut Desk::new(&[facts(MachineState::Stopped)])));
+}
+
+#[test]
 fn hard_limits_are_exact_and_turns_are_taken_in_order() {
     let mut desk = Desk::running(1);
     for _ in 0..9 {
@@ -358,6 +386,98 @@ fn one_failed_connection_does_not_demote_a_machine_that_answers_others() {
     desk.give_back(&grant);
     assert!(desk.arrive().is_some());
     assert_eq!(desk.woken(), [0]);
+}
+
+#[test]
+fn one_dead_port_does_not_take_down_the_others() {
+    let other = Port {
+        number: 5432,
+        protocol: ServiceProtocol::Tcp,
+    };
+    let mut both = facts(MachineState::Started);
+    both.offers.push(Offer {
+        port: other,
+        ..both.offers[0].clone()
+    });
+    let mut desk = Desk::new(&[both]);
+    desk.arrive();
+    let (_, grant) = desk.granted.remove(0);
+    desk.ledger
+        .reached(grant.slot, grant.epoch, PORT, grant.address);
+    let mut acts = Vec::new();
+    let arrival = desk.ledger.arrive(other, desk.now, true, || 9, &mut acts);
+    let Arrival::Granted(dead) = arrival else {
+        panic!("it runs");
+    };
+    for _ in 0..5 {
+        desk.doubt(&dead);
+    }
+    desk.arrive();
+    assert_eq!(desk.places(), [0]);
+    // Nobody at all answers: that is no port's fault.
+    let (slot, epoch) = (dead.slot, dead.epoch);
+    desk.ledger
+        .doubt(slot, epoch, other, false, desk.now, &mut acts);
+    assert!(desk.arrive().is_some());
+}
+
+#[test]
+fn each_service_has_its_own_limits() {
+    let other = Port {
+        number: 5432,
+        protocol: ServiceProtocol::Tcp,
+    };
+    let mut both = facts(MachineState::Started);
+    both.offers.push(Offer {
+        port: other,
+        ..both.offers[0].clone()
+    });
+    let mut desk = Desk::new(&[both]);
+    for _ in 0..5 {
+        desk.arrive();
+    }
+    assert_eq!((desk.granted.len(), desk.ledger.waiting()), (4, 1));
+    let mut acts = Vec::new();
+    let arrival = desk.ledger.arrive(other, desk.now, true, || 9, &mut acts);
+    assert!(matches!(arrival, Arrival::Granted(_)));
+    assert_eq!(desk.load(), [5]);
+}
+
+#[test]
+fn one_that_ends_before_it_listens_is_not_waited_for() {
+    let mut desk = Desk::asleep(1);
+    desk.arrive();
+    desk.ledger.runs(&desk.starts[0], desk.now);
+    desk.pass(FIRST);
+    let mut ended = facts(MachineState::Stopped);
+    ended.seen = Some((MachineState::Stopped, desk.now.wall));
+    desk.ledger.sync(&id(0), ended, desk.now);
+    desk.tick();
+    assert!(matches!(&desk.refused[0].1, Refused::NotStarted(e) if e.text.contains("stopped")));
+}
+
+#[test]
+fn late_starts_are_helped_by_one_more_at_a_time() {
+    let mut desk = Desk::asleep(10);
+    desk.arrive();
+    for more in 1..5 {
+        assert_eq!(desk.starts.len(), more);
+        desk.pass(PATIENCE);
+        desk.tick();
+    }
+}
+
+#[test]
+fn who_leaves_gets_nothing_new_though_it_may_not_be_started() {
+    let mut running = facts(MachineState::Started);
+    running.offers[0].autostart = false;
+    let mut desk = Desk::new(&[running.clone(), running]);
+    let mut acts = Vec::new();
+    desk.ledger.depart(&id(0), desk.now, &mut acts);
+    for _ in 0..3 {
+        desk.arrive();
+    }
+    assert_eq!(desk.places(), [1, 1, 1]);
 }
 
 #[test]
