@@ -6,11 +6,12 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tern_catalog::{
-    App, AppName, Compare, Desired, DesiredState, Hostname, HostnameRoute, Machine, Op, OrgSlug,
-    Record as _, Snapshot, StoreError, Transaction, Volume, limits,
+    App, AppName, Compare, Hostname, HostnameRoute, Op, OrgSlug, Record as _, Snapshot, StoreError,
+    Transaction,
 };
 
 use crate::auth::Caller;
+use crate::deletion::{self, Left};
 use crate::error::ApiError;
 use crate::extract::{Json, Path, Query};
 use crate::server::Shared;
@@ -76,10 +77,16 @@ pub async fn create(
             "networks of an app's own are not supported yet; leave `network` out",
         ));
     }
+    // Also of one whose record went before them, as it did once.
+    let left = Left::of(&snapshot, &name);
+    if !snapshot.apps.contains_key(&name) && !left.is_nothing() {
+        return Err(left.refusal(&name));
+    }
     let app = App {
         name: name.clone(),
         organization: org,
         network: organization.default_network,
+        deleting: false,
         created_at: Timestamp::now(),
     };
     let mut transaction = Transaction {
@@ -99,7 +106,11 @@ pub async fn create(
     match shared.catalog.store().commit(transaction).await {
         Ok(revision) => shared.seen(revision).await,
         Err(StoreError::Conflict { .. }) => {
-            return Err(ApiError::name_taken(format!("app name {name}")));
+            let found = shared.catalog.get::<App>(name.as_str()).await?;
+            return Err(match found {
+                Some((app, _)) if app.deleting => left.refusal(&name),
+                _ => ApiError::name_taken(format!("app name {name}")),
+            });
         }
         Err(other) => return Err(other.into()),
     }
@@ -120,7 +131,8 @@ pub async fn get(
     Ok(Json(shape(&snapshot, app)))
 }
 
-/// `DELETE /v1/apps/{app}`: its Machines are destroyed by their hosts; its names are free at once.
+/// `DELETE /v1/apps/{app}`: answered when it has begun. The app is `deleting` until its hosts have removed all that
+/// they have of it, and found no more when its name is free.
 pub async fn destroy(
     State(shared): State<Shared>,
     caller: Caller,
@@ -128,89 +140,36 @@ pub async fn destroy(
     Query(query): Query<DestroyQuery>,
 ) -> Result<StatusCode, ApiError> {
     let snapshot = shared.view.snapshot();
-    caller.app(&snapshot, &name)?;
-    let there = still_there(&shared, &name).await?;
-    let machines: Vec<_> = snapshot
-        .machines_of(&name)
-        .map(|(m, _)| m.id.clone())
-        .collect();
-    if !machines.is_empty() && !query.force {
-        let count = machines.len();
-        return Err(ApiError::conflict(format!(
-            "app {name} has {count} Machines; destroy them too with ?force=true"
-        )));
+    let app = caller.app(&snapshot, &name)?;
+    if !query.force && !app.deleting {
+        let machines = snapshot.machines_of(&name).count();
+        if machines > 0 {
+            return Err(ApiError::conflict(format!(
+                "app {name} has {machines} Machines; destroy them too with ?force=true"
+            )));
+        }
+        let volumes = snapshot.volumes_of(&name).count();
+        if volumes > 0 {
+            return Err(ApiError::conflict(format!(
+                "app {name} has {volumes} volumes with data; destroy them too with ?force=true"
+            )));
+        }
     }
-    let volumes: Vec<_> = snapshot.volumes_of(&name).map(|v| v.id.clone()).collect();
-    if !volumes.is_empty() && !query.force {
-        let count = volumes.len();
-        return Err(ApiError::conflict(format!(
-            "app {name} has {count} volumes with data; destroy them too with ?force=true"
-        )));
-    }
-    for id in machines {
-        let destroy = |machine: &mut Machine| {
-            let generation = machine.desired.generation + 1;
-            machine.desired = Desired {
-                state: DesiredState::Destroyed { force: true },
-                generation,
-            };
-            machine.updated_at = Timestamp::now();
-            Ok::<_, ApiError>(())
-        };
-        shared.catalog.update(id.as_str(), destroy).await??;
-    }
-    for id in volumes {
-        let destroy = |volume: &mut Volume| {
-            volume.destroyed = true;
-            Ok::<_, ApiError>(())
-        };
-        shared.catalog.update(id.as_str(), destroy).await??;
-    }
-    let mut ops = vec![Op::Delete {
-        key: tern_catalog::Record::key(
-            &**snapshot
-                .apps
-                .get(&name)
-                .ok_or_else(|| ApiError::not_found(&name))?,
-        ),
-    }];
-    ops.push(crate::lease::removal(&name));
-    ops.push(crate::secrets::removal(&name));
-    ops.extend(crate::releases::removal(&shared, &name).await?);
-    ops.extend(
-        snapshot
-            .hostnames
-            .values()
-            .filter(|r| r.app == name)
-            .map(|r| Op::Delete {
-                key: tern_catalog::Record::key(&**r),
-            }),
-    );
-    // Each for this very app: one that is not answered and lands late must not take away what the name's next owner
-    // has by then.
-    let transaction = |ops| Transaction {
-        compares: vec![there.clone()],
-        ops,
-    };
-    // The app itself is in the last: what fails before leaves an app that can be destroyed again.
-    while ops.len() > limits::MAX_OPS {
-        let rest = ops.split_off(ops.len() - limits::MAX_OPS);
-        shared.catalog.store().commit(transaction(rest)).await?;
-    }
-    let revision = shared.catalog.store().commit(transaction(ops)).await?;
-    shared.seen(revision).await;
-    // Whoever takes the name next must not find this owner's images under it.
-    if let Err(error) = shared.registry.forget(&name) {
-        tracing::error!(app = %name, %error, "its images could not be removed");
-    }
+    deletion::begin(&shared, &name).await?;
     Ok(StatusCode::ACCEPTED)
 }
 
-/// Makes a transaction fail if the app is gone by then: one that is being deleted must not get a Machine or
-/// a volume that nobody sees.
+/// Makes a transaction fail if the app is gone by then, or is being removed: it must not get a Machine or a volume that
+/// nobody sees.
 pub async fn still_there(shared: &Shared, app: &AppName) -> Result<Compare, ApiError> {
     let found = shared.catalog.get::<App>(app.as_str()).await?;
     let (app, revision) = found.ok_or_else(|| ApiError::not_found(format!("app {app}")))?;
+    if app.deleting {
+        return Err(ApiError::conflict(format!(
+            "app {} is being destroyed",
+            app.name
+        )));
+    }
     Ok(Compare {
         key: app.key(),
         revision: Some(revision),
@@ -223,9 +182,14 @@ fn shape(snapshot: &Snapshot, app: &App) -> Value {
     json!({
         "id": app.name,
         "name": app.name,
-        "status": if machines == 0 { "pending" } else { "deployed" },
+        "status": match machines {
+            _ if app.deleting => "deleting",
+            0 => "pending",
+            _ => "deployed",
+        },
         "machine_count": machines,
         "volume_count": snapshot.volumes_of(&app.name).count(),
+        "deleting": app.deleting.then(|| Left::of(snapshot, &app.name).to_string()),
         "network": organization.map(|_| "default"),
         "organization": {"slug": app.organization, "name": organization.map(|o| &o.name)},
         "created_at": app.created_at.as_millisecond(),

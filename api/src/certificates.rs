@@ -6,9 +6,10 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tern_catalog::{
-    AppName, CatalogError, Compare, Hostname, HostnameRoute, Op, Record as _, Snapshot, Transaction,
+    AppName, Compare, Hostname, HostnameRoute, Op, Record as _, Snapshot, StoreError, Transaction,
 };
 
+use crate::apps;
 use crate::auth::Caller;
 use crate::error::ApiError;
 use crate::extract::{Json, Path};
@@ -75,9 +76,16 @@ pub async fn add(
         app,
         created_at: Timestamp::now(),
     };
-    match shared.catalog.create(&route).await {
+    let still_there = apps::still_there(&shared, &route.app).await?;
+    let transaction = Transaction {
+        compares: vec![Compare::absent(&route), still_there],
+        ops: vec![Op::put(&route)],
+    };
+    match shared.catalog.store().commit(transaction).await {
         Ok(revision) => shared.seen(revision).await,
-        Err(CatalogError::Exists(_)) => return Err(ApiError::name_taken(hostname)),
+        Err(StoreError::Conflict { key }) if key == route.key() => {
+            return Err(ApiError::name_taken(hostname));
+        }
         Err(other) => return Err(other.into()),
     }
     Ok((

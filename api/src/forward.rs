@@ -79,7 +79,7 @@ pub async fn to_host(State(shared): State<Shared>, request: Request, next: Next)
 /// The Machine of a call that another host must answer.
 fn elsewhere(shared: &Shared, request: &Request) -> Option<std::sync::Arc<Machine>> {
     let path = request.uri().path().strip_prefix("/v1/apps/")?;
-    let (_app, path) = path.split_once("/machines/")?;
+    let (app, path) = path.split_once("/machines/")?;
     let mut parts = path.split('/');
     let (id, what) = (parts.next()?, parts.next().unwrap_or_default());
     if !needs_host(request.method(), what) {
@@ -88,7 +88,8 @@ fn elsewhere(shared: &Shared, request: &Request) -> Option<std::sync::Arc<Machin
     let id: MachineId = id.parse().ok()?;
     let snapshot = shared.view.snapshot();
     let machine = snapshot.machines.get(&id)?;
-    (machine.host != shared.config.host).then(|| machine.clone())
+    // The caller may do this to the app of the path. Of other apps' Machines nothing is told, their hosts neither.
+    (machine.app.as_str() == app && machine.host != shared.config.host).then(|| machine.clone())
 }
 
 /// Whether a call asks the agent, and does not only read or write the catalog.

@@ -10,6 +10,7 @@
 mod apps;
 mod auth;
 mod certificates;
+mod deletion;
 mod error;
 mod exec;
 mod extract;

@@ -318,6 +318,7 @@ mod tests {
                             name: name.parse().unwrap(),
                             organization: organization.clone(),
                             network: tern_catalog::NetworkId(1),
+                            deleting: false,
                             created_at: jiff::Timestamp::UNIX_EPOCH,
                         };
                         let (more, less) = (one.on_app(&app), other.on_app(&app));
@@ -358,6 +359,7 @@ mod tests {
             name: "shop".parse().unwrap(),
             organization: "a".parse().unwrap(),
             network: tern_catalog::NetworkId(1),
+            deleting: false,
             created_at: jiff::Timestamp::UNIX_EPOCH,
         };
         let deployer = &principals()[5];

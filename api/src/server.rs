@@ -14,6 +14,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::deletion;
 use crate::forward::{self, Forwarder};
 use crate::gateway::HostGateway;
 use crate::invites::Inviter;
@@ -126,6 +127,10 @@ impl ApiServer {
         tokio::spawn(
             end.clone()
                 .run_until_cancelled_owned(clean_up(self.shared.clone())),
+        );
+        tokio::spawn(
+            end.clone()
+                .run_until_cancelled_owned(deletion::finish_all(self.shared.clone())),
         );
         let service = TowerToHyperService::new(routes::router(self.shared));
         let mut http = http1::Builder::new();

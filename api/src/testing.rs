@@ -45,6 +45,7 @@ pub struct World {
     /// The store as the API has it; `catalog` is beside it, as others are.
     pub crossed: Arc<Crossed>,
     agent: tokio::task::JoinHandle<()>,
+    deletions: tokio::task::JoinHandle<()>,
     _files: tempfile::TempDir,
 }
 
@@ -164,6 +165,7 @@ impl World {
             forwarder: Forwarder::new(|_| "127.0.0.1:9".parse().unwrap()),
         };
         Self {
+            deletions: tokio::spawn(crate::deletion::finish_all(shared.clone())),
             router: crate::routes::router(shared.clone()),
             shared,
             catalog,
@@ -214,6 +216,16 @@ impl World {
 
     pub async fn post(&self, path: &str, body: Value) -> Answer {
         self.call(ADMIN, Method::POST, path, body.to_string()).await
+    }
+
+    /// The host does nothing until it is [back](Self::host_is_back).
+    pub async fn host_goes_away(&mut self) {
+        self.agent.abort();
+        let _ = (&mut self.agent).await;
+    }
+
+    pub fn host_is_back(&mut self) {
+        self.agent = tokio::spawn(agent(self.catalog.clone(), self.shared.view.clone()));
     }
 
     pub async fn app(&self, name: &str) {
@@ -300,6 +312,7 @@ pub fn token_of(token: &str, organization: Option<OrgSlug>, scope: Scope) -> Tok
 impl Drop for World {
     fn drop(&mut self) {
         self.agent.abort();
+        self.deletions.abort();
     }
 }
 

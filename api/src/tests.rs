@@ -66,6 +66,8 @@ async fn an_app_is_made_named_and_destroyed() {
         )
         .await;
     assert_eq!(gone.status, StatusCode::ACCEPTED);
+    let is_gone = |s: &tern_catalog::Snapshot| (!s.apps.contains_key("shop")).then_some(());
+    world.shared.view.wait_for(is_gone).await;
     assert_eq!(
         world.get("/v1/apps/shop").await.status,
         StatusCode::NOT_FOUND

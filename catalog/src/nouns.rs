@@ -38,8 +38,11 @@ pub struct App {
     pub name: AppName,
     /// Its owner.
     pub organization: OrgSlug,
-    /// The network its Machines are in. Never changes.
+    /// The network its Machines are in. Never changes, and tells it from another owner's app of the same name.
     pub network: NetworkId,
+    /// It is being removed: it gets nothing new, and its name is not free while anything of it is left.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub deleting: bool,
     /// When it was made.
     pub created_at: Timestamp,
 }

@@ -89,6 +89,7 @@ impl World {
             name: name.parse().unwrap(),
             organization: "people".parse().unwrap(),
             network: NetworkId(network),
+            deleting: false,
             created_at: jiff::Timestamp::now(),
         };
         self.catalog.put(&app).await.unwrap();

@@ -322,8 +322,10 @@ async fn desire(
 
 /// The Machine, where the caller may see it.
 fn find<'a>(snapshot: &'a Snapshot, caller: &Caller, at: &At) -> Result<&'a Machine, ApiError> {
-    caller.app(snapshot, &at.app)?;
-    let machine = snapshot.machines.get(&at.id).filter(|m| m.app == at.app);
+    let app = caller.app(snapshot, &at.app)?;
+    let machine = snapshot.machines.get(&at.id);
+    // An earlier app of this name was another owner's.
+    let machine = machine.filter(|m| m.app == at.app && m.network == app.network);
     machine
         .map(|m| &**m)
         .ok_or_else(|| ApiError::not_found(format!("machine {}", at.id)))

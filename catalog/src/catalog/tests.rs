@@ -89,6 +89,7 @@ fn app(network: u32) -> App {
         name: "shop".parse().unwrap(),
         organization: "personal".parse().unwrap(),
         network: NetworkId(network),
+        deleting: false,
         created_at: jiff::Timestamp::UNIX_EPOCH,
     }
 }

@@ -70,13 +70,16 @@ pub struct Unreadable {
 }
 
 impl Snapshot {
-    /// The Machines of an app with what was last seen of them, in order of id.
+    /// The Machines of an app with what was last seen of them, in order of id. Those of an earlier app of that name
+    /// are another owner's: they are in another network.
     pub fn machines_of<'a>(
         &'a self,
         app: &AppName,
     ) -> impl Iterator<Item = (&'a Arc<Machine>, Option<&'a Arc<MachineStatus>>)> + use<'a> {
+        let network = self.apps.get(app).map(|app| app.network);
         let ids = self.by_app.get(app).into_iter().flatten();
-        ids.filter_map(|id| Some((self.machines.get(id)?, self.machine_status.get(id))))
+        let all = ids.filter_map(|id| Some((self.machines.get(id)?, self.machine_status.get(id))));
+        all.filter(move |(machine, _)| network.is_none_or(|own| own == machine.network))
     }
 
     /// The Machine that has this address.

@@ -22,6 +22,7 @@ fn app(name: &str) -> App {
         name: name.parse().unwrap(),
         organization: "personal".parse().unwrap(),
         network: NetworkId(1),
+        deleting: false,
         created_at: jiff::Timestamp::UNIX_EPOCH,
     }
 }

@@ -34,6 +34,7 @@ pub struct World {
     pub client: Client,
     pub view: View,
     pub address: std::net::SocketAddr,
+    catalog: Catalog,
     end: CancellationToken,
     agent: tokio::task::JoinHandle<()>,
     pub files: tempfile::TempDir,
@@ -159,7 +160,8 @@ impl World {
             client: client_of(address),
             view: view.clone(),
             address,
-            agent: tokio::spawn(agent(catalog, view)),
+            agent: tokio::spawn(agent(catalog.clone(), view)),
+            catalog,
             end,
             files,
         }
@@ -173,6 +175,16 @@ impl World {
         let text = format!("app = \"{name}\"\n{fly_toml}");
         std::fs::write(dir.join("fly.toml"), text).unwrap();
         dir
+    }
+
+    /// The host does nothing until it is [back](Self::host_is_back).
+    pub async fn host_goes_away(&mut self) {
+        self.agent.abort();
+        let _ = (&mut self.agent).await;
+    }
+
+    pub fn host_is_back(&mut self) {
+        self.agent = tokio::spawn(agent(self.catalog.clone(), self.view.clone()));
     }
 
     /// The only Machine of an app.
