@@ -1,4 +1,4 @@
-//! What is asked of a running Machine, and done to it. Commands: see [`exec`](super::exec).
+//! What is asked of a running Machine, and done to it. Commands: see `exec.rs`.
 
 use axum::extract::State;
 use serde::Deserialize;

@@ -203,7 +203,7 @@ async fn a_view_that_is_ahead_of_a_restored_etcd_reads_anew() {
     let before = view.snapshot().revision;
 
     cluster.restore();
-    let seen = view.wait_for(|s| (!s.apps.contains_key("lost")).then(|| s.revision));
+    let seen = view.wait_for(|s| (!s.apps.contains_key("lost")).then_some(s.revision));
     let after = tokio::time::timeout(LIMIT, seen)
         .await
         .expect("the view notices");

@@ -47,7 +47,7 @@ impl Guest {
     }
 
     /// Waits until the command is ended from outside: nobody gives it anything, and nobody hears it.
-    async fn is_ended(mut self) {
+    async fn until_it_ends(mut self) {
         let ended = async {
             self.says.closed().await;
             while self.given.recv().await.is_some() {}
@@ -135,7 +135,7 @@ async fn output_comes_byte_for_byte_and_then_how_it_ended() {
         oom_killed: false,
     };
     assert_eq!(end(&frames), exited);
-    guest.is_ended().await;
+    guest.until_it_ends().await;
 }
 
 #[tokio::test]
@@ -159,7 +159,7 @@ async fn a_client_that_does_not_read_holds_the_command_up_and_one_that_goes_ends
         body.next().await.unwrap().unwrap();
     }
     drop(body);
-    guest.is_ended().await;
+    guest.until_it_ends().await;
 }
 
 #[tokio::test]
@@ -191,7 +191,7 @@ async fn input_and_signals_arrive_until_the_client_breaks_off() {
         assert_eq!(guest.given.recv().await, Some(expected));
     }
     feed.send(Err(std::io::Error::other("gone"))).unwrap();
-    guest.is_ended().await;
+    guest.until_it_ends().await;
     drop(answer);
 }
 
@@ -218,7 +218,7 @@ async fn a_command_that_takes_too_long_is_ended_whether_or_not_its_client_reads(
         ..command(&["x"])
     };
     let answer = world.open(request(&path, start(&begin).into())).await;
-    guest.is_ended().await;
+    guest.until_it_ends().await;
     let body = axum::body::to_bytes(answer.into_body(), usize::MAX).await;
     let mut decoder = Decoder::new();
     decoder.feed(&body.unwrap());
@@ -292,7 +292,7 @@ async fn an_answer_in_one_piece_holds_all_or_is_an_error() {
             let error = answer.json()["error"].to_string();
             assert!(error.contains("exec/stream"), "{error}");
         }
-        guest.is_ended().await;
+        guest.until_it_ends().await;
     }
 }
 
