@@ -93,6 +93,7 @@ impl Edge {
     ) -> io::Result<Self> {
         let metrics = Arc::new(Metrics::default());
         let gate = Gate::new(
+            config.host,
             view.clone(),
             control,
             Arc::clone(&metrics),

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use parking_lot::{Mutex, RwLock};
 use tern_catalog::{
-    AppName, Machine, MachineId, MachineStatus, Revision, ServiceProtocol, Snapshot, View,
+    AppName, HostId, Machine, MachineId, MachineStatus, Revision, ServiceProtocol, Snapshot, View,
 };
 use thiserror::Error;
 use tokio::sync::{Notify, oneshot, watch};
@@ -45,6 +45,8 @@ struct Inner {
 /// What the gates of all apps have in common.
 struct Shared {
     view: View,
+    /// Whose Machines these are. Others' cannot be reached or woken from here yet.
+    host: HostId,
     control: Arc<dyn MachineControl>,
     metrics: Arc<Metrics>,
     wake_timeout: Duration,
@@ -105,8 +107,9 @@ const MAX_WAITING: u32 = 65_536;
 const MAX_WAITING_OF_APP: u32 = 16_384;
 
 impl Gate {
-    /// A gate that admits to the Machines of this view. Starts run on the caller's runtime.
+    /// A gate that admits to the Machines of a host. Starts run on the caller's runtime.
     pub fn new(
+        host: HostId,
         view: View,
         control: Arc<dyn MachineControl>,
         metrics: Arc<Metrics>,
@@ -116,6 +119,7 @@ impl Gate {
         let runtime = tokio::runtime::Handle::current();
         let inner = Arc::new(Inner {
             shared: Arc::new(Shared {
+                host,
                 view,
                 control,
                 metrics,
@@ -283,7 +287,7 @@ impl AppGate {
             let mut core = self.core.lock();
             let now = now();
             // Taken under the lock: nobody is told of an older one after a newer.
-            core.sync(&self.app, &self.shared.view.snapshot(), now, &mut acts);
+            core.sync(self, &self.shared.view.snapshot(), now, &mut acts);
             call(&mut core, now, &mut acts)
         };
         self.perform(acts, None);
@@ -361,14 +365,15 @@ impl AppGate {
 
 impl Core {
     /// Tells the ledger what has changed in the view.
-    fn sync(&mut self, app: &AppName, snapshot: &Snapshot, now: Now, acts: &mut Vec<Act<Teller>>) {
+    fn sync(&mut self, app: &AppGate, snapshot: &Snapshot, now: Now, acts: &mut Vec<Act<Teller>>) {
         let revision = snapshot.revision;
         if self.revision == Some(revision) {
             return;
         }
         self.revision = Some(revision);
         let mut changed = false;
-        for (machine, status) in snapshot.machines_of(app) {
+        let all = snapshot.machines_of(&app.app);
+        for (machine, status) in all.filter(|(machine, _)| machine.host == app.shared.host) {
             if let Some(known) = self.known.get_mut(&machine.id) {
                 known.at = revision;
                 if known.is(machine, status) {

@@ -100,7 +100,13 @@ async fn world() -> (Gate, Arc<Agent>, Machine, tempfile::TempDir) {
     view.wait_for(|s| s.machine_status.contains_key(&machine.id).then_some(()))
         .await;
     let agent = Arc::new(Agent::default());
-    let gate = Gate::new(view, agent.clone(), Arc::new(Metrics::default()), PATIENCE);
+    let gate = Gate::new(
+        HostId(1),
+        view,
+        agent.clone(),
+        Arc::new(Metrics::default()),
+        PATIENCE,
+    );
     (gate, agent, machine, files)
 }
 
