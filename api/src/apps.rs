@@ -155,7 +155,7 @@ pub async fn destroy(
             )));
         }
     }
-    deletion::begin(&shared, &name).await?;
+    deletion::begin(&shared, app).await?;
     Ok(StatusCode::ACCEPTED)
 }
 

@@ -50,13 +50,18 @@ pub async fn list(
     ))
 }
 
+/// A name that an app may have. Some were taken before that would be refused now: they can still be looked at, and removed.
+fn known(given: &str) -> Result<Hostname, ApiError> {
+    Hostname::typed(given).or_else(|error| given.parse().map_err(|_| ApiError::from(error)))
+}
+
 /// `GET …/certificates/{hostname}`.
 pub async fn get(
     State(shared): State<Shared>,
     caller: Caller,
     Path((app, hostname)): Path<(AppName, String)>,
 ) -> Result<Json<Value>, ApiError> {
-    let hostname = Hostname::typed(&hostname)?;
+    let hostname = known(&hostname)?;
     let snapshot = shared.view.snapshot();
     let route = find(&snapshot, &caller, &app, &hostname)?;
     Ok(Json(shape(&snapshot, route)))
@@ -101,7 +106,7 @@ pub async fn remove(
     Path((app, hostname)): Path<(AppName, String)>,
     Query(query): Query<RemoveQuery>,
 ) -> Result<StatusCode, ApiError> {
-    let hostname = Hostname::typed(&hostname)?;
+    let hostname = known(&hostname)?;
     find(&shared.view.snapshot(), &caller, &app, &hostname)?;
     if !query.force && own_name(&shared, &app).as_ref() == Some(&hostname) {
         return Err(ApiError::invalid(format!(

@@ -75,13 +75,18 @@ impl fmt::Display for Left {
 }
 
 /// Begins it, and ends it where nothing is left. From when this returns nothing is added to the app.
-pub(crate) async fn begin(shared: &Shared, app: &AppName) -> Result<(), ApiError> {
-    // Written once: whoever does the same at the same time names that revision.
-    let mark = |app: &mut App| {
-        let marked = std::mem::replace(&mut app.deleting, true);
+pub(crate) async fn begin(shared: &Shared, app: &App) -> Result<(), ApiError> {
+    // Written once: whoever does the same at the same time names that revision. Not another of that name: by now it may
+    // be somebody else's.
+    let same = |other: &App| {
+        (other.created_at, &other.organization) == (app.created_at, &app.organization)
+    };
+    let mark = |found: &mut App| {
+        let marked = !same(found) || std::mem::replace(&mut found.deleting, true);
         if marked { Err(()) } else { Ok(()) }
     };
-    let _marked_before = shared.catalog.update(app.as_str(), mark).await?;
+    let _marked_before = shared.catalog.update(app.name.as_str(), mark).await?;
+    let app = &app.name;
     // What was added before must be seen to be removed.
     let marked = shared.catalog.get::<App>(app.as_str()).await?;
     if let Some((_, revision)) = marked {
@@ -171,6 +176,11 @@ async fn records(shared: &Shared, snapshot: &Snapshot, app: &AppName) -> Result<
 
 /// The last step: nothing is left that a host has.
 async fn finish(shared: &Shared, name: &AppName) -> Result<(), ApiError> {
+    // What is known of it may be old: it may have been removed, and made anew by its next owner.
+    match shared.catalog.get::<App>(name.as_str()).await? {
+        Some((app, _)) if app.deleting => {}
+        _ => return Ok(()),
+    }
     // Whoever takes the name next must not find this owner's images under it.
     let (registry, own) = (std::sync::Arc::clone(&shared.registry), name.clone());
     let forgotten = tokio::task::spawn_blocking(move || registry.forget(&own)).await;

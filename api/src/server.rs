@@ -8,7 +8,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tern_catalog::{Catalog, HostId, PortRanges, Revision, Snapshot, View};
+use tern_catalog::{Catalog, HostId, PortRanges, Revision, Snapshot, View, keep_running};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -126,11 +126,17 @@ impl ApiServer {
         // Ends with `end`.
         tokio::spawn(
             end.clone()
-                .run_until_cancelled_owned(clean_up(self.shared.clone())),
+                .run_until_cancelled_owned(keep_running("the API's cleaning", {
+                    let shared = self.shared.clone();
+                    move || clean_up(shared.clone())
+                })),
         );
         tokio::spawn(
             end.clone()
-                .run_until_cancelled_owned(deletion::finish_all(self.shared.clone())),
+                .run_until_cancelled_owned(keep_running("the removal of apps", {
+                    let shared = self.shared.clone();
+                    move || deletion::finish_all(shared.clone())
+                })),
         );
         let service = TowerToHyperService::new(routes::router(self.shared));
         let mut http = http1::Builder::new();

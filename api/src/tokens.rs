@@ -209,6 +209,14 @@ pub async fn revoke(
     let others = snapshot.tokens.values().map(|t| &**t);
     let mut others = others.filter(|t| t.hash != token.hash);
     if query.keep_made {
+        // Who revokes what itself came from, and keeps what that has made, would leave its owner nothing to revoke.
+        let is_own = |of: &Token| of.hash == token.hash || descends(&snapshot, of, &token.hash);
+        if *caller.principal() != Principal::Platform && caller.token().is_some_and(|t| is_own(t)) {
+            return Err(ApiError::forbidden(
+                "a token cannot be revoked by itself, or by one that it has made, and leave what it has made; use \
+                 another token of the organization",
+            ));
+        }
         let own: Vec<&Token> = others
             .filter(|t| t.parent.as_ref() == Some(&token.hash))
             .collect();

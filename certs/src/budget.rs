@@ -8,6 +8,8 @@ use std::collections::HashMap;
 use jiff::{SignedDuration, Timestamp};
 use tern_catalog::{AcmeUsage, Hostname};
 
+use crate::plan::LONGEST_HOLD;
+
 /// The limits of a directory.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -90,7 +92,7 @@ impl Budget {
     }
 
     /// Whether an order for this name may be made now.
-    pub fn ask(&self, hostname: &Hostname, now: Timestamp) -> Result<(), Held> {
+    pub fn ask(&self, hostname: &Hostname, renews: bool, now: Timestamp) -> Result<(), Held> {
         let domain = registered_domain(hostname);
         let none = Usage::default();
         let of_domain = self.of_domains.get(domain).unwrap_or(&none);
@@ -121,8 +123,10 @@ impl Budget {
                     "the account has made {orders} orders in 3 hours, as many as the directory allows"
                 ),
             );
+            // Renewals count, and are let through (Let's Encrypt's "renewal exemption"), but for duplicates.
+            let of_certificates = of_domain.free_at(certificates, CERTIFICATES_IN, every);
             hold(
-                of_domain.free_at(certificates, CERTIFICATES_IN, every),
+                of_certificates.filter(|_| !renews),
                 format!(
                     "{domain} has had {certificates} certificates in a week, as many as the directory allows"
                 ),
@@ -182,7 +186,15 @@ impl Budget {
             .iter()
             .any(|(other, usage)| other != domain && usage.not_before.is_some_and(|at| at > now));
         let mut changed = Vec::new();
+        // A wrong clock, here or there, must not end all orders for ever.
+        let until = until.min(now + LONGEST_HOLD);
         if whole || another {
+            // Two names' own limits look the same: the account's others are not held for as long as they may be.
+            let until = if whole {
+                until
+            } else {
+                until.min(now + ORDERS_IN)
+            };
             self.of_account.not_before = self.of_account.not_before.max(Some(until));
             changed.push(self.record(None));
         }

@@ -4,7 +4,7 @@
 //! something falls due; each order runs in a task of its own, a few at a time. All it knows is in the
 //! catalog, so a restart goes on where it was, back-off included.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -136,8 +136,9 @@ impl Worker {
             }
         }
         let mut changes = self.view.changes();
-        let mut orders: JoinSet<Hostname> = JoinSet::new();
+        let mut orders: JoinSet<()> = JoinSet::new();
         let mut under_way: HashSet<Hostname> = HashSet::new();
+        let mut tasks: HashMap<tokio::task::Id, Hostname> = HashMap::new();
         loop {
             changes.mark_unchanged();
             self.tend(&under_way).await;
@@ -164,11 +165,9 @@ impl Worker {
                     break;
                 }
                 under_way.insert(hostname.clone());
-                let (worker, hostname) = (Arc::clone(&self), hostname.clone());
-                orders.spawn(async move {
-                    worker.get(&hostname).await;
-                    hostname
-                });
+                let (worker, own) = (Arc::clone(&self), hostname.clone());
+                let task = orders.spawn(async move { worker.get(&own).await });
+                tasks.insert(task.id(), hostname.clone());
             }
             let until = next.map_or(LOOK_AGAIN, |n| {
                 Duration::try_from(n.duration_since(now)).unwrap_or_default()
@@ -176,13 +175,20 @@ impl Worker {
             tokio::select! {
                 () = end.cancelled() => return,
                 _ = changes.changed() => {}
-                Some(done) = orders.join_next() => match done {
-                    Ok(hostname) => drop(under_way.remove(&hostname)),
-                    Err(error) => {
-                        tracing::error!(%error, "an order's task failed");
-                        under_way.clear();
+                Some(done) = orders.join_next_with_id() => {
+                    let id = match done {
+                        Ok((id, ())) => id,
+                        Err(error) => {
+                            tracing::error!(%error, "an order's task failed");
+                            // Nothing was noted of it: it is due at once, and is not to be begun again and again.
+                            tokio::time::sleep(UNNOTED).await;
+                            error.id()
+                        }
+                    };
+                    if let Some(hostname) = tasks.remove(&id) {
+                        under_way.remove(&hostname);
                     }
-                },
+                }
                 () = tokio::time::sleep(until.min(LOOK_AGAIN)) => {}
             }
         }
@@ -295,7 +301,10 @@ impl Worker {
         let now = Timestamp::now();
         let used = {
             let mut budget = self.budget.lock();
-            budget.ask(&record.hostname, now).map_err(Failure::Held)?;
+            let renews = record.key.is_some();
+            budget
+                .ask(&record.hostname, renews, now)
+                .map_err(Failure::Held)?;
             budget.ordered(&record.hostname, now)
         };
         self.note_usage(used).await;

@@ -13,7 +13,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(6 * 3600);
 /// A directory that says "at once" again and again is not asked in a circle.
 const SHORTEST_WAIT: SignedDuration = SignedDuration::from_secs(5);
 /// No limit that we know of looks back further.
-const LONGEST_HOLD: SignedDuration = SignedDuration::from_hours(8 * 24);
+pub const LONGEST_HOLD: SignedDuration = SignedDuration::from_hours(8 * 24);
 /// Whom one moment lets go come within this of it.
 const WIDEST_SPREAD: SignedDuration = SignedDuration::from_mins(5);
 /// As long as a directory's window for duplicates, and as long again.

@@ -88,7 +88,7 @@ pub async fn create(
     secrets::must_have(&snapshot, &app, create.min_secrets_version)?;
     ports::check(&shared, &app, &config)?;
     // A volume's data is on one host, and where it is not said otherwise its region is meant.
-    let volume = attach::host(&snapshot, &config)?;
+    let volume = attach::host(&snapshot, &app, &config)?;
     let tied = volume.map(|v| v.region.as_str());
     let wish = create.region.as_ref().unwrap_or(&shared.config.region);
     let wanted = place::Wanted {

@@ -5,7 +5,7 @@
 //! more, without another write.
 
 use tern_catalog::{
-    Compare, Machine, MachineConfig, Op, Record as _, Snapshot, Transaction, Volume,
+    AppName, Compare, Machine, MachineConfig, Op, Record as _, Snapshot, Transaction, Volume,
 };
 
 use crate::error::ApiError;
@@ -14,12 +14,15 @@ use crate::server::Shared;
 /// The volume that ties a Machine with this config to a host.
 pub fn host<'a>(
     snapshot: &'a Snapshot,
+    app: &AppName,
     config: &MachineConfig,
 ) -> Result<Option<&'a Volume>, ApiError> {
     let Some(mount) = config.mounts.first() else {
         return Ok(None);
     };
     let volume = snapshot.volumes.get(&mount.volume);
+    // Of another app's nothing is told, where it is neither.
+    let volume = volume.filter(|v| v.app == *app && !v.destroyed);
     let volume = volume.ok_or_else(|| ApiError::not_found(format!("volume {}", mount.volume)))?;
     Ok(Some(volume))
 }

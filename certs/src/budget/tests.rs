@@ -38,26 +38,30 @@ fn lets_encrypts_limits_are_kept() {
     let mut budget = Budget::load("le", limits, Vec::new());
     for i in 0..50 {
         let next = name(&format!("app{i}.apps.example.com"));
-        budget.ask(&next, at(i)).unwrap();
+        budget.ask(&next, false, at(i)).unwrap();
         budget.ordered(&next, at(i));
     }
     let more = name("app50.apps.example.com");
-    let held = budget.ask(&more, at(60)).unwrap_err();
+    let held = budget.ask(&more, false, at(60)).unwrap_err();
+    // A renewal is let through.
+    budget.ask(&more, true, at(60)).unwrap();
     assert_eq!(held.until, at(7 * 24 * 3600));
     assert!(
         held.reason.contains("example.com has had 50"),
         "{}",
         held.reason
     );
-    budget.ask(&name("shop.example.org"), at(60)).unwrap();
+    budget
+        .ask(&name("shop.example.org"), false, at(60))
+        .unwrap();
 
     let mut budget = Budget::load("le", limits, Vec::new());
     let same = name("shop.example.org");
     for i in 0..5 {
-        budget.ask(&same, at(i)).unwrap();
+        budget.ask(&same, false, at(i)).unwrap();
         budget.ordered(&same, at(i));
     }
-    let held = budget.ask(&same, at(60)).unwrap_err();
+    let held = budget.ask(&same, false, at(60)).unwrap_err();
     assert!(
         held.reason.contains("shop.example.org has had 5"),
         "{}",
@@ -65,15 +69,15 @@ fn lets_encrypts_limits_are_kept() {
     );
     // One that came to nothing has cost no certificate.
     budget.lost(&same, at(3));
-    budget.ask(&same, at(60)).unwrap();
+    budget.ask(&same, false, at(60)).unwrap();
 
     let mut budget = Budget::load("le", limits, Vec::new());
     for i in 0..300 {
         let next = name(&format!("shop.example{i}.com"));
-        budget.ask(&next, at(i)).unwrap();
+        budget.ask(&next, false, at(i)).unwrap();
         budget.ordered(&next, at(i));
     }
-    let held = budget.ask(&same, at(1000)).unwrap_err();
+    let held = budget.ask(&same, false, at(1000)).unwrap_err();
     assert_eq!(held.until, at(3 * 3600));
 
     assert!(Limits::of("https://localhost:14000/dir").is_none());
@@ -86,21 +90,21 @@ fn a_refusal_holds_its_domain_and_a_second_one_the_account() {
     let [a, b, c] = ["a.example.com", "b.example.org", "c.example.net"].map(name);
     budget.refused(&a, at(3600), false, at(0));
     for held in [&a, &name("other.example.com")] {
-        assert_eq!(budget.ask(held, at(10)).unwrap_err().until, at(3600));
+        assert_eq!(budget.ask(held, false, at(10)).unwrap_err().until, at(3600));
     }
-    budget.ask(&b, at(10)).unwrap();
+    budget.ask(&b, false, at(10)).unwrap();
     let records = budget.refused(&b, at(7200), false, at(20));
-    assert_eq!(budget.ask(&c, at(30)).unwrap_err().until, at(7200));
+    assert_eq!(budget.ask(&c, false, at(30)).unwrap_err().until, at(7200));
     // Also after a restart, and not for ever.
     let budget = Budget::load("x", None, records);
-    assert_eq!(budget.ask(&c, at(30)).unwrap_err().until, at(7200));
-    budget.ask(&c, at(7200)).unwrap();
+    assert_eq!(budget.ask(&c, false, at(30)).unwrap_err().until, at(7200));
+    budget.ask(&c, false, at(7200)).unwrap();
     let other_directory = Budget::load("y", None, vec![budget.record(None)]);
-    other_directory.ask(&c, at(30)).unwrap();
+    other_directory.ask(&c, false, at(30)).unwrap();
 
     let mut budget = Budget::load("x", None, Vec::new());
     budget.refused(&a, at(60), true, at(0));
-    assert_eq!(budget.ask(&c, at(30)).unwrap_err().until, at(60));
+    assert_eq!(budget.ask(&c, false, at(30)).unwrap_err().until, at(60));
 }
 
 /// Seconds to the next try, the name that tries, and whether its order is lost.
@@ -122,13 +126,13 @@ proptest! {
         for (pause, which, lost) in steps {
             now += pause;
             let hostname = &names[which];
-            let answer = budget.ask(hostname, at(now));
+            let answer = budget.ask(hostname, false, at(now));
             // What the catalog remembers answers alike.
             let again = Budget::load("x", Some(SMALL), kept.values().cloned().collect());
-            prop_assert_eq!(&again.ask(hostname, at(now)), &answer);
+            prop_assert_eq!(&again.ask(hostname, false, at(now)), &answer);
             if let Err(held) = answer {
                 prop_assert!(held.until > at(now));
-                prop_assert!(budget.ask(hostname, held.until).is_ok());
+                prop_assert!(budget.ask(hostname, false, held.until).is_ok());
                 continue;
             }
             let mut changed = budget.ordered(hostname, at(now));

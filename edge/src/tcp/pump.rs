@@ -24,6 +24,9 @@ thread_local! {
 /// its app may have ended long ago.
 const STALLED: Duration = Duration::from_secs(15 * 60);
 
+/// A client that still speaks when its app has ended has so long to read what the app has said last.
+const LAST_WORDS: Duration = Duration::from_secs(30);
+
 /// A client's connection and an app's. Neither holds a buffer while nothing moves. Dropped before both have said all, it
 /// has both learn that the connection broke, and did not end.
 pub struct Pump<C: Transport> {
@@ -45,8 +48,11 @@ struct Way {
     waiting: BytesMut,
     /// Its source has said all.
     ended: bool,
-    /// Its target was told so, or hears no more.
+    /// Its target was told so.
     told: bool,
+    /// Its target hears no more: what still comes is read and dropped, for closing over it would reset the connection,
+    /// and take back what its source has not read yet.
+    deaf: bool,
 }
 
 /// Which end of a direction broke.
@@ -71,6 +77,7 @@ impl<C: Transport> Pump<C> {
                 waiting: first,
                 ended,
                 told: false,
+                deaf: false,
             },
             outward: Way::default(),
             half_open,
@@ -85,7 +92,9 @@ impl<C: Transport> Pump<C> {
             Ok(moved) => moved,
             // It hears no more, and may have said much before: that is still the client's.
             Err(Broken::Target(_)) => {
-                self.inward.close();
+                self.inward.waiting = BytesMut::new();
+                self.inward.deaf = true;
+                cx.waker().wake_by_ref();
                 true
             }
             Err(Broken::Source(error)) => return Poll::Ready(Err(error)),
@@ -97,7 +106,9 @@ impl<C: Transport> Pump<C> {
         if self.inward.told && self.outward.told {
             return Poll::Ready(Ok(()));
         }
-        let limit = if self.inward.ended || self.outward.ended {
+        let limit = if self.inward.deaf && self.outward.told {
+            LAST_WORDS
+        } else if self.inward.ended || self.outward.ended {
             self.half_open
         } else if self.inward.waiting.is_empty() && self.outward.waiting.is_empty() {
             self.timer = None;
@@ -151,7 +162,9 @@ impl Way {
                 self.waiting = BytesMut::new();
             }
             if self.ended {
-                if !self.told {
+                if self.deaf {
+                    self.told = true;
+                } else if !self.told {
                     // Closing flushes first.
                     let shut = Pin::new(to).poll_shutdown(cx).map_err(Broken::Target)?;
                     self.told = shut.is_ready();
@@ -174,6 +187,9 @@ impl Way {
                 }
                 let mut data = read.filled();
                 let length = data.len();
+                if self.deaf {
+                    return Ok(Some(length));
+                }
                 while !data.is_empty() {
                     match write(to, cx, data)? {
                         Poll::Ready(written) => data = &data[written..],
@@ -185,7 +201,9 @@ impl Way {
             })?;
             match read {
                 Some(0) => self.ended = true,
-                Some(_) => moved = true,
+                // A client that never stops is not waited for.
+                Some(_) => moved |= !self.deaf,
+                None if self.deaf => return Ok(moved),
                 None => {
                     // TLS may keep what was written until it is told that no more comes.
                     let _ = Pin::new(to).poll_flush(cx).map_err(Broken::Target)?;
@@ -197,12 +215,6 @@ impl Way {
                 return Ok(moved);
             }
         }
-    }
-
-    /// Nothing more goes this way.
-    fn close(&mut self) {
-        self.waiting = BytesMut::new();
-        (self.ended, self.told) = (true, true);
     }
 }
 

@@ -285,6 +285,17 @@ async fn handshake(world: &World) -> tokio_rustls::client::TlsStream<TcpStream> 
     connector.connect(name, stream).await.unwrap()
 }
 
+/// Suspends the Machine, and waits until the edge knows.
+async fn falls_asleep(world: &World) {
+    world.agent.suspend_by_hand().await;
+    let asleep = |s: &tern_catalog::Snapshot| {
+        let mut all = s.machine_status.values();
+        all.all(|s| s.state == tern_catalog::MachineState::Suspended)
+            .then_some(())
+    };
+    world.view.wait_for(asleep).await;
+}
+
 #[tokio::test]
 async fn a_handshake_wakes_before_the_request_and_not_twice_for_nothing() {
     let world = World::new("", NEVER).await;
@@ -298,11 +309,11 @@ async fn a_handshake_wakes_before_the_request_and_not_twice_for_nothing() {
     assert!(reply.starts_with(b"HTTP/1.1 200"));
     assert_eq!(metrics.early_wakes.get(), 1);
     // Who only knocks is served once more, and then not expected to ask.
-    world.agent.suspend_by_hand().await;
+    falls_asleep(&world).await;
     let _silent = handshake(&world).await;
     until(|| metrics.early_wakes_wasted.get() == 1).await;
     until(|| world.agent.starts.load(Ordering::SeqCst) == 2).await;
-    world.agent.suspend_by_hand().await;
+    falls_asleep(&world).await;
     let _silent = handshake(&world).await;
     let reply = request(&world, "/plain").await;
     assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
