@@ -11,7 +11,9 @@ use tern_e2e::{Reply, World};
 
 #[test]
 fn an_unknown_host_name_gets_404_and_wakes_nothing() -> Result<()> {
-    let world = World::new("unknown-host")?;
+    // A handshake that names the app is reason enough to wake it, whatever is asked for after it.
+    let flags = ["--no-early-wake"];
+    let world = World::with("unknown-host", Duration::from_secs(90 * 86_400), &flags)?;
     let app = world.launch("hello", "personal")?;
     app.wait_for_https()?;
     app.machine("suspend")?;
