@@ -12,7 +12,7 @@ use tern_e2e::{Reply, World};
 #[test]
 fn an_unknown_host_name_gets_404_and_wakes_nothing() -> Result<()> {
     // A handshake that names the app is reason enough to wake it, whatever is asked for after it.
-    let flags = ["--no-early-wake"];
+    let flags = ["--autostop-after", "1h", "--no-early-wake"];
     let world = World::with("unknown-host", Duration::from_secs(90 * 86_400), &flags)?;
     let app = world.launch("hello", "personal")?;
     app.wait_for_https()?;
