@@ -8,7 +8,7 @@ use instant_acme::{
     OrderStatus, RetryPolicy,
 };
 use jiff::{SignedDuration, Timestamp};
-use rcgen::{CertificateParams, DistinguishedName, KeyPair};
+use rcgen::{CertificateParams, DistinguishedName, KeyPair, PublicKeyData as _};
 use tern_catalog::{
     AcmeChallenge, Catalog, CatalogError, ChallengeKind, Hostname, Record as _, View,
 };
@@ -45,6 +45,8 @@ pub enum OrderError {
     Crypto(#[from] rcgen::Error),
     #[error("the certificate that was issued cannot be read: {0}")]
     Unreadable(String),
+    #[error("the certificate that was made of this order is for another key; another is ordered")]
+    OtherKey,
 }
 
 impl OrderError {
@@ -55,6 +57,7 @@ impl OrderError {
             Self::NotOffered(_)
             | Self::NotValidated { .. }
             | Self::Crypto(_)
+            | Self::OtherKey
             | Self::Unreadable(_) => true,
             Self::Acme(error @ instant_acme::Error::Api(_)) => !is_problem(error, "badNonce"),
             // Overload, or a limit; what is gone or forbidden stays so.
@@ -115,6 +118,10 @@ impl Follower<'_> {
             }
             Err(error) => return Err(unfinished(error, "it makes the certificate")),
         };
+        // Somebody else who follows the same order (another host of this cloud) may have asked for it with a key of its own.
+        if !is_for(&chain_pem, self.key)? {
+            return Err(OrderError::OtherKey);
+        }
         let (not_before, not_after) = validity(&chain_pem)?;
         Ok(Issued {
             chain_pem,
@@ -223,13 +230,27 @@ pub fn is_problem(error: &instant_acme::Error, name: &str) -> bool {
     kind.and_then(|kind| kind.strip_prefix("urn:ietf:params:acme:error:")) == Some(name)
 }
 
+fn unreadable(error: &dyn std::fmt::Display) -> OrderError {
+    OrderError::Unreadable(error.to_string())
+}
+
+/// A chain's first certificate.
+fn leaf(chain_pem: &str) -> Result<Pem, OrderError> {
+    let mut all = Pem::iter_from_buffer(chain_pem.as_bytes());
+    let leaf = all.next().ok_or_else(|| unreadable(&"it is empty"))?;
+    leaf.map_err(|e| unreadable(&e))
+}
+
+/// Whether a chain's leaf is for this key.
+fn is_for(chain_pem: &str, key: &KeyPair) -> Result<bool, OrderError> {
+    let leaf = leaf(chain_pem)?;
+    let leaf = leaf.parse_x509().map_err(|e| unreadable(&e))?;
+    Ok(leaf.public_key().raw == key.subject_public_key_info())
+}
+
 /// The validity of a chain's leaf.
 fn validity(chain_pem: &str) -> Result<(Timestamp, Timestamp), OrderError> {
-    let unreadable = |e: &dyn std::fmt::Display| OrderError::Unreadable(e.to_string());
-    let leaf = Pem::iter_from_buffer(chain_pem.as_bytes())
-        .next()
-        .ok_or_else(|| unreadable(&"it is empty"))?
-        .map_err(|e| unreadable(&e))?;
+    let leaf = leaf(chain_pem)?;
     let leaf = leaf.parse_x509().map_err(|e| unreadable(&e))?;
     let time = |t: x509_parser::time::ASN1Time| {
         Timestamp::from_second(t.timestamp()).map_err(|e| unreadable(&e))
@@ -238,4 +259,20 @@ fn validity(chain_pem: &str) -> Result<(Timestamp, Timestamp), OrderError> {
         time(leaf.validity().not_before)?,
         time(leaf.validity().not_after)?,
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_is_for_one_key_alone() {
+        let [ours, theirs] = [(), ()].map(|()| KeyPair::generate().unwrap());
+        let made = CertificateParams::new(vec!["shop.example".to_owned()]).unwrap();
+        let chain = made.self_signed(&ours).unwrap().pem();
+        assert!(is_for(&chain, &ours).unwrap());
+        assert!(!is_for(&chain, &theirs).unwrap());
+        assert!(OrderError::OtherKey.is_its_end());
+        assert!(is_for("no certificate", &ours).is_err());
+    }
 }
