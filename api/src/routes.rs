@@ -344,18 +344,6 @@ async fn guard(
         Ok(None) => {}
         Err(denied) => return refuse(&path, denied),
     }
-    if path.starts_with(REGISTRY)
-        && let Some(app) = named
-        && shared
-            .view
-            .snapshot()
-            .apps
-            .get(app.as_str())
-            .is_some_and(|app| app.deleting)
-    {
-        // What comes to one that is being removed would be its next owner's.
-        return refuse(&path, Denied::NotFound(format!("app {app}")));
-    }
     next.run(Request::from_parts(parts, body)).await
 }
 

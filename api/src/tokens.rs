@@ -358,6 +358,10 @@ async fn current(shared: &Shared, token: &Token) -> Result<(Token, Compare), Api
 /// Removes what ended long ago, and what is good for nothing any more: its apps are gone, or what has made it was
 /// revoked, and that broken off.
 async fn sweep(shared: &Shared, snapshot: &Snapshot, now: Timestamp) -> Result<(), ApiError> {
+    // What cannot be read here may be what a token lives by.
+    if !snapshot.unreadable.is_empty() {
+        return Ok(());
+    }
     let over = |token: &&Token| {
         let kept_until = |end: Timestamp| end.checked_add(KEPT_AFTER_ITS_END);
         let ended = token

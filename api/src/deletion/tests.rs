@@ -158,3 +158,20 @@ async fn what_an_earlier_api_has_begun_is_done() {
     let value: Value = world.get("/v1/apps").await.json();
     assert_eq!(value["total_apps"], 1);
 }
+
+#[tokio::test]
+async fn another_owners_app_of_the_same_name_is_not_meant() {
+    let world = World::new().await;
+    world.app("shop").await;
+    let before = world.shared.view.snapshot().apps["shop"].clone();
+    assert_eq!(destroy(&world).await, StatusCode::ACCEPTED);
+    free(&world).await;
+    assert_eq!(create_as_rival(&world).await.status, StatusCode::CREATED);
+    // Somebody's call that began before, on a host that heard of nothing since.
+    begin(&world.shared, &before).await.unwrap();
+    let (app, _) = world.catalog.get::<App>("shop").await.unwrap().unwrap();
+    assert!(
+        !app.deleting && app.organization.as_str() == "rivals",
+        "{app:?}"
+    );
+}

@@ -7,7 +7,7 @@ use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use tern_catalog::AppName;
 use tokio_util::io::ReaderStream;
 
-use super::{Digest, Refusal};
+use super::{Digest, Refusal, permit};
 use crate::auth::Caller;
 use crate::server::Shared;
 
@@ -43,7 +43,7 @@ async fn open(
     app: &AppName,
     digest: &str,
 ) -> Result<(Digest, tokio::fs::File), Refusal> {
-    caller.app(&shared.view.snapshot(), app)?;
+    permit(shared, caller, app)?;
     let digest: Digest = digest
         .parse()
         .map_err(|()| Refusal::digest("that is not a sha256 digest"))?;

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tern_catalog::AppName;
 
 use super::store::is_tag;
-use super::{Digest, Refusal, uploads};
+use super::{Digest, Refusal, permit, uploads};
 use crate::auth::Caller;
 use crate::server::Shared;
 
@@ -59,7 +59,7 @@ pub async fn put(
     headers: HeaderMap,
     content: Bytes,
 ) -> Result<Response, Refusal> {
-    caller.app(&shared.view.snapshot(), &app)?;
+    permit(&shared, &caller, &app)?;
     let invalid = |text: String| Refusal::new(StatusCode::BAD_REQUEST, "MANIFEST_INVALID", text);
     let manifest: Manifest = serde_json::from_slice(&content)
         .map_err(|e| invalid(format!("the manifest is not right: {e}")))?;
@@ -124,7 +124,7 @@ pub async fn tags(
     caller: Caller,
     Path(app): Path<AppName>,
 ) -> Result<Json<Value>, Refusal> {
-    caller.app(&shared.view.snapshot(), &app)?;
+    permit(&shared, &caller, &app)?;
     Ok(Json(
         json!({"name": app, "tags": shared.registry.tags(&app)?}),
     ))
@@ -136,7 +136,7 @@ async fn read(
     app: &AppName,
     reference: &str,
 ) -> Result<([(HeaderName, String); 3], Vec<u8>), Refusal> {
-    caller.app(&shared.view.snapshot(), app)?;
+    permit(shared, caller, app)?;
     let unknown = || {
         let text = format!(
             "this repository has no manifest \"{}\"",

@@ -14,11 +14,14 @@ use axum::Json;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde_json::json;
+use tern_catalog::AppName;
 
 pub use collect::{Grace, in_use};
 pub use store::{Digest, Registry};
 
+use crate::auth::Caller;
 use crate::rights::Denied;
+use crate::server::Shared;
 
 /// The registry's name in image references; hosts know how to reach it.
 pub const REGISTRY_NAME: &str = "registry.internal";
@@ -29,6 +32,16 @@ pub async fn version() -> impl IntoResponse {
         [("docker-distribution-api-version", "registry/2.0")],
         Json(json!({})),
     )
+}
+
+/// An error unless the caller may use an app's repository. What comes to one that is being removed would be its next
+/// owner's.
+fn permit(shared: &Shared, caller: &Caller, app: &AppName) -> Result<(), Refusal> {
+    let snapshot = shared.view.snapshot();
+    if caller.app(&snapshot, app)?.deleting {
+        return Err(Denied::NotFound(format!("app {app}")).into());
+    }
+    Ok(())
 }
 
 /// An error as registries tell it.

@@ -14,7 +14,7 @@ use tern_catalog::AppName;
 use tokio::io::AsyncWriteExt as _;
 
 use super::store::Upload;
-use super::{Digest, Refusal};
+use super::{Digest, Refusal, permit};
 use crate::auth::Caller;
 use crate::server::Shared;
 
@@ -42,7 +42,7 @@ pub async fn begin(
     Query(begin): Query<Begin>,
     body: Body,
 ) -> Result<Response, Refusal> {
-    caller.app(&shared.view.snapshot(), &app)?;
+    permit(&shared, &caller, &app)?;
     if let (Some(mount), Some(from)) = (&begin.mount, &begin.from)
         && let (Ok(digest), Ok(from)) = (mount.parse::<Digest>(), from.parse::<AppName>())
         && caller.must_pull(&shared.view.snapshot(), &from).is_ok()
@@ -58,7 +58,7 @@ pub async fn begin(
         .ok_or_else(Refusal::unknown_upload)?;
     tokio::fs::File::create_new(&upload.path).await?;
     if let Some(digest) = begin.digest {
-        return complete(&shared, &app, upload, &digest, body).await;
+        return complete(&shared, &caller, &app, upload, &digest, body).await;
     }
     Ok(accepted(&app, &id, 0))
 }
@@ -71,7 +71,7 @@ pub async fn append(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
-    caller.app(&shared.view.snapshot(), &app)?;
+    permit(&shared, &caller, &app)?;
     let upload = find(&shared, &app, &id)?;
     let length = tokio::fs::metadata(&upload.path).await?.len();
     if let Some(start) = headers
@@ -97,9 +97,9 @@ pub async fn finish(
     Query(finish): Query<Finish>,
     body: Body,
 ) -> Result<Response, Refusal> {
-    caller.app(&shared.view.snapshot(), &app)?;
+    permit(&shared, &caller, &app)?;
     let upload = find(&shared, &app, &id)?;
-    complete(&shared, &app, upload, &finish.digest, body).await
+    complete(&shared, &caller, &app, upload, &finish.digest, body).await
 }
 
 /// `GET …/uploads/{id}`.
@@ -108,7 +108,7 @@ pub async fn progress(
     caller: Caller,
     Path((app, id)): Path<(AppName, String)>,
 ) -> Result<Response, Refusal> {
-    caller.app(&shared.view.snapshot(), &app)?;
+    permit(&shared, &caller, &app)?;
     let upload = find(&shared, &app, &id)?;
     let length = tokio::fs::metadata(&upload.path).await?.len();
     let mut response = accepted(&app, &id, length);
@@ -122,7 +122,7 @@ pub async fn cancel(
     caller: Caller,
     Path((app, id)): Path<(AppName, String)>,
 ) -> Result<StatusCode, Refusal> {
-    caller.app(&shared.view.snapshot(), &app)?;
+    permit(&shared, &caller, &app)?;
     let upload = find(&shared, &app, &id)?;
     tokio::fs::remove_file(&upload.path).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -130,6 +130,7 @@ pub async fn cancel(
 
 async fn complete(
     shared: &Shared,
+    caller: &Caller,
     app: &AppName,
     upload: Upload,
     wanted: &str,
@@ -139,6 +140,8 @@ async fn complete(
         .parse()
         .map_err(|()| Refusal::digest("that is not a sha256 digest"))?;
     collect(&upload.path, body).await?;
+    // That took its time: the name may be its next owner's by now.
+    permit(shared, caller, app)?;
     let (registry, app_name, expected) = (shared.registry.clone(), app.clone(), wanted.clone());
     let outcome = tokio::task::spawn_blocking(move || {
         // Held in here: a caller that goes away must not free the upload for another while it is hashed.

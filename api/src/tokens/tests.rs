@@ -303,6 +303,26 @@ async fn with_a_token_goes_what_it_has_made_unless_that_is_kept() {
 }
 
 #[tokio::test]
+async fn who_revokes_itself_leaves_nothing_that_it_has_made() {
+    let world = World::new().await;
+    let org = json!({"org_slug": "personal"});
+    let stolen = minted(&world, ADMIN, org.clone()).await;
+    let made = minted(&world, &stolen, org.clone()).await;
+    let id = token_hash(&stolen);
+    // Neither by itself, nor by what it has made: its owner could not end that any more.
+    for with in [&stolen, &made] {
+        let refused = revoke(&world, with, &format!("{id}?keep_made=true")).await;
+        assert_eq!(refused.status, StatusCode::FORBIDDEN, "{refused:?}");
+    }
+    assert!(is_good(&world, &stolen).await && is_good(&world, &made).await);
+    // Another of the organization may.
+    let other = minted(&world, ADMIN, org).await;
+    let kept = revoke(&world, &other, &format!("{id}?keep_made=true")).await;
+    assert_eq!(kept.status, StatusCode::OK, "{kept:?}");
+    assert!(!is_good(&world, &stolen).await && is_good(&world, &made).await);
+}
+
+#[tokio::test]
 async fn a_token_revokes_itself_and_no_other_but_by_its_organization() {
     let world = World::new().await;
     world.app("shop").await;
