@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tern_catalog::{MachineId, MachineState, ServiceProtocol};
 
-use super::{Now, PATIENCE, Port};
+use super::choose::PATIENCE;
+use super::{Now, Port};
 use crate::control::StartError;
 
 /// Pauses between starts that fail: none before the second, then this, twice as long each time.

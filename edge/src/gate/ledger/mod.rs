@@ -16,6 +16,8 @@
 //! as many as there are too many requests for; meanwhile those that run take up to twice their soft limit, or their
 //! even share of a storm, and all that they may once the start has lasted too long.
 
+mod acts;
+mod choose;
 mod member;
 #[cfg(test)]
 mod simulation;
@@ -27,100 +29,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
-use tern_catalog::{MachineId, MachineState, ServiceProtocol};
+use tern_catalog::{MachineId, MachineState};
 
 use super::Refused;
 use crate::control::StartError;
+pub use acts::{Act, Arrival, Grant, NotStarted, Now, Port, Slot, Start, Ticket};
 use member::{Belief, Member};
 pub use member::{Facts, Offer};
-
-/// A start older than this is not waited for while a Machine that runs may take more.
-pub const PATIENCE: Duration = Duration::from_secs(5);
-/// A pause after failed starts of up to this is waited for; a longer one is told at once.
-const SHORT_PAUSE: Duration = Duration::from_secs(2);
-
-/// The time.
-#[derive(Debug, Clone, Copy)]
-pub struct Now {
-    /// For durations.
-    pub at: Instant,
-    /// To compare with what hosts say.
-    pub wall: Timestamp,
-}
-
-/// An app's port, inside its Machines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Port {
-    pub number: u16,
-    pub protocol: ServiceProtocol,
-}
-
-/// A Machine's place in the ledger, good as long as somebody has a place at the Machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Slot(usize);
-
-/// One that waits, in the order of arrival.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Ticket(u64);
-
-/// A place at a Machine. It is given back by [`Ledger::end`].
-#[derive(Debug)]
-pub struct Grant {
-    pub slot: Slot,
-    pub port: Port,
-    pub machine: Arc<MachineId>,
-    /// Where its app listens, as far as is known.
-    pub address: SocketAddr,
-    /// The Machine's life: connections are used again only within one.
-    pub epoch: u64,
-    /// A connection to this address was accepted in this life, and none has failed since.
-    pub proven: bool,
-}
-
-/// A start to be made.
-#[derive(Debug)]
-pub struct Start {
-    pub slot: Slot,
-    /// Tells starts of one Machine apart.
-    pub number: u64,
-    pub machine: Arc<MachineId>,
-    /// Where somebody waits for it to listen.
-    pub port: Port,
-    pub address: SocketAddr,
-    /// The Machine's other ports at which connections may show that it runs.
-    pub others: Vec<Port>,
-}
-
-/// Why a start failed.
-#[derive(Debug)]
-pub struct NotStarted {
-    pub why: StartError,
-    /// It is the Machine's fault, and not what its host or the edge has too little of.
-    pub by_itself: bool,
-}
-
-/// What is to be done.
-#[derive(Debug)]
-pub enum Act<W> {
-    /// Who waited has a place.
-    Grant(W, Grant),
-    /// Who waited gets none.
-    Refuse(W, Refused),
-    /// A Machine is to be started; [`Ledger::started`] is told what came of it, in any case.
-    Start(Start),
-    /// All requests of the Machine's earlier lives have ended.
-    SeenOff,
-    /// [`Ledger::tick`] is to be called then.
-    Alarm(Instant),
-}
-
-/// What becomes of a request when it comes.
-pub enum Arrival {
-    Granted(Grant),
-    Waits(Ticket),
-    Refused(Refused),
-}
 
 /// The ledger. `W` is how those that wait are told.
 pub struct Ledger<W> {
@@ -134,26 +49,6 @@ pub struct Ledger<W> {
 struct Waiter<W> {
     arrived: Instant,
     tell: W,
-}
-
-/// A service's Machines, summed up.
-#[derive(Default)]
-struct Survey {
-    /// The least loaded of those that run and are under their soft limit.
-    under_soft: Option<(u32, usize)>,
-    /// Requests above soft limits.
-    excess: u32,
-    /// Places under soft limits, of those that run and those that will soon.
-    room: u32,
-    /// Requests at those that run or will soon, and how many these are.
-    load: u32,
-    number: u32,
-    /// A start is under way, and not for long.
-    starting: bool,
-    /// One has lasted too long.
-    late: bool,
-    /// Somebody runs, or is being started.
-    hope: bool,
 }
 
 impl<W> Ledger<W> {
@@ -517,155 +412,6 @@ impl<W> Ledger<W> {
             let member = m.as_ref()?;
             Some((slot, member, member.offer(port)?))
         })
-    }
-
-    fn survey(&self, port: Port, now: Instant) -> Survey {
-        let mut survey = Survey::default();
-        for (slot, member, offer) in self.offers(port) {
-            let runs = member.runs(offer);
-            let begun = member.starting_since();
-            let starting = begun.is_some_and(|at| at + PATIENCE > now);
-            let load = member.load(port);
-            survey.hope |= runs || begun.is_some();
-            survey.late |= begun.is_some() && !starting;
-            if runs || begun.is_some() {
-                let room = offer.soft.saturating_sub(load);
-                survey.room = survey.room.saturating_add(room);
-            }
-            if !runs && !starting {
-                continue;
-            }
-            survey.starting |= starting;
-            survey.number += 1;
-            survey.load += load;
-            if runs {
-                survey.excess += load.saturating_sub(offer.soft);
-                let rank = (load, slot);
-                if load < offer.soft && survey.under_soft.is_none_or(|b| rank < b) {
-                    survey.under_soft = Some(rank);
-                }
-            }
-        }
-        survey
-    }
-
-    /// The Machine that takes the next of those that wait, if one may.
-    fn choose(&self, port: Port, waiting: u32, now: Instant) -> Option<usize> {
-        let survey = self.survey(port, now);
-        if let Some((_, slot)) = survey.under_soft {
-            return Some(slot);
-        }
-        let share = (survey.load + waiting).div_ceil(survey.number.max(1));
-        let able = self.offers(port).filter(|(_, member, offer)| {
-            let most = if survey.starting {
-                share.max(offer.soft.saturating_mul(2))
-            } else {
-                u32::MAX
-            };
-            member.runs(offer) && member.load(port) < most.min(offer.hard)
-        });
-        able.map(|(slot, member, _)| (member.load(port), slot))
-            .min()
-            .map(|(_, slot)| slot)
-    }
-
-    /// Starts as many as there are too many requests for, and where starts have lasted too long one more at a time. Those
-    /// that failed since the last request came are not tried for it again.
-    fn wake(
-        &mut self,
-        port: Port,
-        waiting: u32,
-        newest: Instant,
-        now: Instant,
-        acts: &mut Vec<Act<W>>,
-    ) {
-        let survey = self.survey(port, now);
-        let need = waiting.saturating_add(survey.excess);
-        let mut room = survey.room;
-        let mut one_more = survey.late && !survey.starting && survey.under_soft.is_none();
-        while need > room || one_more {
-            let able = self.offers(port).filter(|(_, member, offer)| {
-                member.may_start(offer) && member.rests_until(newest).is_some_and(|at| at <= now)
-            });
-            // What lies in memory runs sooner than what must boot.
-            let first = able.min_by_key(|(slot, member, _)| {
-                (member.state() != Some(MachineState::Suspended), *slot)
-            });
-            let Some((slot, _, offer)) = first else {
-                return;
-            };
-            room = room.saturating_add(offer.soft);
-            one_more = false;
-            let Some(start) = self.start(slot, port, now) else {
-                return;
-            };
-            acts.push(Act::Start(start));
-        }
-    }
-
-    fn start(&mut self, slot: usize, port: Port, now: Instant) -> Option<Start> {
-        let member = self.members.get_mut(slot)?.as_mut()?;
-        let address = member.private(port)?;
-        self.starts += 1;
-        let number = self.starts;
-        member.belief = Belief::Waking {
-            number,
-            begun: now,
-            runs_since: None,
-        };
-        member.early = false;
-        let others = member.tcp_ports().filter(|other| *other != port);
-        let others = others.collect();
-        Some(Start {
-            slot: Slot(slot),
-            number,
-            machine: Arc::clone(&member.id),
-            port,
-            address,
-            others,
-        })
-    }
-
-    fn grant(&mut self, slot: usize, port: Port, now: Instant) -> Option<Grant> {
-        let member = self.members.get_mut(slot)?.as_mut()?;
-        let address = member.address(port)?;
-        member.take(port);
-        member.last_active = now;
-        member.early = false;
-        Some(Grant {
-            slot: Slot(slot),
-            port,
-            machine: Arc::clone(&member.id),
-            address,
-            epoch: member.epoch,
-            proven: member.is_proven(port),
-        })
-    }
-
-    /// Whether one that came then may still have a place.
-    fn hope(&self, port: Port, arrived: Instant, now: Instant) -> bool {
-        self.survey(port, now).hope
-            || self.offers(port).any(|(_, member, offer)| {
-                let rests = member.rests_until(arrived);
-                member.may_start(offer) && rests.is_some_and(|at| at <= now + SHORT_PAUSE)
-            })
-    }
-
-    /// Why nobody could have a place.
-    fn why(&self, port: Port, now: Instant) -> Refused {
-        let failed = self
-            .offers(port)
-            .filter_map(|(_, member, _)| member.failure());
-        // The last one's reason.
-        let Some(failure) = failed.max_by_key(|f| f.at) else {
-            return Refused::Nobody;
-        };
-        let pause = failure.retry_at.saturating_duration_since(now);
-        let mut text = failure.why.text.clone();
-        if !pause.is_zero() {
-            text = format!("{text}; it is tried again in {} s", pause.as_secs() + 1);
-        }
-        Refused::NotStarted(StartError { text })
     }
 
     fn settle_all(&mut self, now: Instant, acts: &mut Vec<Act<W>>) {

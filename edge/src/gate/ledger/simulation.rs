@@ -7,6 +7,8 @@ use std::net::Ipv6Addr;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use tern_catalog::ServiceProtocol;
+
 use super::*;
 
 const SEEDS: u64 = 2_000;

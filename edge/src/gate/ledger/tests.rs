@@ -2,6 +2,10 @@
 
 use std::net::Ipv6Addr;
 
+use jiff::Timestamp;
+use tern_catalog::ServiceProtocol;
+
+use super::choose::PATIENCE;
 use super::*;
 
 /// The service of all tests.
