@@ -160,9 +160,15 @@ pub async fn destroy(
 }
 
 /// Makes a transaction fail if the app is gone by then, or is being removed: it must not get a Machine or a volume that
-/// nobody sees.
-pub async fn still_there(shared: &Shared, app: &AppName) -> Result<Compare, ApiError> {
+/// nobody sees. An error too where the name is by now that of an app which is none of the caller's: the view, by which it
+/// was let in, may be behind.
+pub async fn still_there(
+    shared: &Shared,
+    caller: &Caller,
+    app: &AppName,
+) -> Result<Compare, ApiError> {
     let found = shared.catalog.get::<App>(app.as_str()).await?;
+    let found = found.filter(|(found, _)| caller.principal().on_app(found).is_some());
     let (app, revision) = found.ok_or_else(|| ApiError::not_found(format!("app {app}")))?;
     if app.deleting {
         return Err(ApiError::conflict(format!(

@@ -81,7 +81,7 @@ pub async fn add(
         app,
         created_at: Timestamp::now(),
     };
-    let still_there = apps::still_there(&shared, &route.app).await?;
+    let still_there = apps::still_there(&shared, &caller, &route.app).await?;
     let transaction = Transaction {
         compares: vec![Compare::absent(&route), still_there],
         ops: vec![Op::put(&route)],

@@ -93,7 +93,7 @@ pub async fn take(
     }
     let transaction = Transaction {
         compares: vec![
-            apps::still_there(&shared, &app).await?,
+            apps::still_there(&shared, &caller, &app).await?,
             Compare {
                 key: lease.key(),
                 revision: found.map(|(_, revision)| revision),

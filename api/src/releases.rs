@@ -119,7 +119,7 @@ pub async fn create(
         };
         let mut transaction = Transaction {
             compares: vec![
-                apps::still_there(&shared, &app).await?,
+                apps::still_there(&shared, &caller, &app).await?,
                 Compare::absent(&release),
             ],
             ops: vec![Op::put(&release)],

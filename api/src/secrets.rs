@@ -201,7 +201,7 @@ async fn write(
         bounded(&after)?;
         let transaction = Transaction {
             compares: vec![
-                apps::still_there(shared, app).await?,
+                apps::still_there(shared, caller, app).await?,
                 Compare {
                     key: after.key(),
                     revision,

@@ -165,7 +165,7 @@ async fn mint(shared: &Shared, caller: &Caller, create: &Create) -> Result<Value
     }
     let mut compares = vec![Compare::absent(&token), current(shared, parent).await?.1];
     for app in token.scope.apps().into_iter().flat_map(TokenApps::keys) {
-        compares.push(apps::still_there(shared, app).await?);
+        compares.push(apps::still_there(shared, caller, app).await?);
     }
     let transaction = Transaction {
         compares,

@@ -4,6 +4,9 @@ use serde_json::{Value, json};
 use tern_catalog::{HostnameRoute, NetworkId};
 
 use super::*;
+use crate::apps::still_there;
+use crate::auth::authorize;
+use crate::rights::{AppRight, Right};
 use crate::testing::{ADMIN, Answer, RIVAL, World};
 
 async fn create_as_rival(world: &World) -> Answer {
@@ -167,7 +170,24 @@ async fn another_owners_app_of_the_same_name_is_not_meant() {
     assert_eq!(destroy(&world).await, StatusCode::ACCEPTED);
     free(&world).await;
     assert_eq!(create_as_rival(&world).await.status, StatusCode::CREATED);
-    // Somebody's call that began before, on a host that heard of nothing since.
+    // Somebody's calls that began before, on a host that heard of nothing since.
+    let header = format!("Bearer {RIVAL}");
+    let right = Right::App(AppRight::Deploy);
+    let (token, now) = (&world.shared.config.internal_token, Timestamp::now());
+    let decided = |with: &str, snapshot: &Snapshot| {
+        authorize(snapshot, token, now, Some(with), right, Some("shop"))
+    };
+    let theirs = decided(&header, &world.shared.view.snapshot());
+    let theirs = theirs.unwrap().unwrap();
+    let name = &before.name;
+    assert!(still_there(&world.shared, &theirs, name).await.is_ok());
+    let org = json!({"name": "ours", "org_slug": "personal"}).to_string();
+    let ours = world.call(ADMIN, Method::POST, "/v1/tokens", org).await;
+    let ours = format!("Bearer {}", ours.json()["token"].as_str().unwrap());
+    let mut old = Snapshot::clone(&world.shared.view.snapshot());
+    old.apps.insert(name.clone(), before.clone());
+    let ours = decided(&ours, &old).unwrap().unwrap();
+    assert!(still_there(&world.shared, &ours, name).await.is_err());
     begin(&world.shared, &before).await.unwrap();
     let (app, _) = world.catalog.get::<App>("shop").await.unwrap().unwrap();
     assert!(

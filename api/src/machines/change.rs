@@ -137,7 +137,7 @@ pub async fn create(
         created_at: now,
         updated_at: now,
     };
-    let still_there = apps::still_there(&shared, &machine.app).await?;
+    let still_there = apps::still_there(&shared, &caller, &machine.app).await?;
     let mut transaction = Transaction {
         compares: vec![still_there, Compare::absent(&machine)],
         ops: vec![Op::put(&machine)],

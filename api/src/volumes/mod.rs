@@ -126,7 +126,7 @@ pub async fn create(
         destroyed: false,
         created_at: Timestamp::now(),
     };
-    let still_there = apps::still_there(&shared, &volume.app).await?;
+    let still_there = apps::still_there(&shared, &caller, &volume.app).await?;
     let mut transaction = Transaction {
         compares: vec![still_there, Compare::absent(&volume)],
         ops: vec![Op::put(&volume)],
