@@ -34,7 +34,7 @@ pub struct Slot(pub(super) usize);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ticket(pub(super) u64);
 
-/// A place at a Machine. It is given back by [`Ledger::end`].
+/// A place at a Machine. It is given back by [`Ledger::end`](super::Ledger::end).
 #[derive(Debug)]
 pub struct Grant {
     pub slot: Slot,
@@ -77,11 +77,11 @@ pub enum Act<W> {
     Grant(W, Grant),
     /// Who waited gets none.
     Refuse(W, Refused),
-    /// A Machine is to be started; [`Ledger::started`] is told what came of it, in any case.
+    /// A Machine is to be started; [`Ledger::started`](super::Ledger::started) is told what came of it, in any case.
     Start(Start),
     /// All requests of the Machine's earlier lives have ended.
     SeenOff,
-    /// [`Ledger::tick`] is to be called then.
+    /// [`Ledger::tick`](super::Ledger::tick) is to be called then.
     Alarm(Instant),
 }
 
